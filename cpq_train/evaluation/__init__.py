@@ -1,0 +1,1 @@
+"""The nuScenes detection metric, the files of a run and the comparison of arms; import the modules you need."""

@@ -1,0 +1,133 @@
+"""What matching found, and its file `matches.npz`: scores, intervals and lost objects need neither data set nor boxes.
+
+Letters in shapes: N detections, G annotations, T thresholds, M matches, S samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
+from cpq_train.evaluation.filtering import ego_distance, filter_ground_truth, filter_predictions
+from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
+from cpq_train.evaluation.protocol import THRESHOLDS_M
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Detections and annotations that count, and how they match.
+
+    Attributes:
+        sample_token: (S,) tokens of the samples scored.
+        sample_scene: (S,) row of each sample's scene in `scene_name`.
+        scene_name: names of the scenes.
+        pred_sample: (N,) sample row of each detection; detections are sorted by class, then falling score.
+        pred_label: (N,) class id.
+        pred_score: (N,) confidence.
+        pred_range_m: (N,) distance from the ego vehicle.
+        pred_row: (N,) row in the predictions before filtering.
+        pred_match: (T, N) row of the annotation matched at each distance threshold, -1 for a false positive.
+        match_errors: (M, 5) errors of `TP_ERRORS` of the matches, in the order of `np.nonzero(pred_match >= 0)`.
+        gt_sample: (G,) sample row of each annotation.
+        gt_label: (G,) class id.
+        gt_range_m: (G,) distance from the ego vehicle.
+        gt_num_points: (G,) LiDAR and radar points.
+        gt_token: (G,) annotation tokens.
+    """
+
+    sample_token: Strings
+    sample_scene: Ints
+    scene_name: Strings
+    pred_sample: Ints
+    pred_label: Ints
+    pred_score: Floats
+    pred_range_m: Floats
+    pred_row: Ints
+    pred_match: NDArray[np.int32]
+    match_errors: Floats
+    gt_sample: Ints
+    gt_label: Ints
+    gt_range_m: Floats
+    gt_num_points: Ints
+    gt_token: Strings
+
+    @property
+    def is_match(self) -> Bools:
+        """(T, N) true-positive flags."""
+        return self.pred_match >= 0
+
+
+def find_matches(ground_truth: GroundTruth, predictions: Predictions) -> Matches:
+    """Filter annotations and detections as nuscenes-devkit does, and match them."""
+    samples, annotations = ground_truth.samples, filter_ground_truth(ground_truth)
+    kept, keep = filter_predictions(predictions, ground_truth)
+    order = devkit_order(kept)
+    detections = kept[order]
+    pred_match = match(annotations.boxes, detections.boxes)
+    _, pred = np.nonzero(pred_match >= 0)
+    pairs = annotations.boxes[pred_match[pred_match >= 0]], detections.boxes[pred]
+    return Matches(
+        sample_token=samples.tokens,
+        sample_scene=samples.scene,
+        scene_name=samples.scene_names,
+        pred_sample=detections.boxes.sample,
+        pred_label=detections.boxes.label,
+        pred_score=detections.score,
+        pred_range_m=ego_distance(detections.boxes, samples),
+        pred_row=np.flatnonzero(keep)[order],
+        pred_match=pred_match,
+        match_errors=true_positive_errors(*pairs),
+        gt_sample=annotations.boxes.sample,
+        gt_label=annotations.boxes.label,
+        gt_range_m=ego_distance(annotations.boxes, samples),
+        gt_num_points=annotations.num_points,
+        gt_token=annotations.tokens,
+    )
+
+
+_COMPACT = {
+    "sample_scene": np.int32,
+    "pred_sample": np.int32,
+    "pred_label": np.int8,
+    "pred_row": np.int32,
+    "gt_sample": np.int32,
+    "gt_label": np.int8,
+    "gt_num_points": np.int32,
+}
+
+
+def write_matches(path: Path, matches: Matches) -> None:
+    """Write `matches.npz`: the columns of `Matches` under their names, the thresholds and the schema number."""
+    columns = {field.name: getattr(matches, field.name) for field in fields(matches)}
+    for name, dtype in _COMPACT.items():
+        columns[name] = columns[name].astype(dtype)
+    np.savez_compressed(path, schema=SCHEMA, thresholds_m=THRESHOLDS_M, **columns)
+
+
+def read_matches(path: Path) -> Matches:
+    """Read `matches.npz`.
+
+    Raises:
+        UserError: The file is absent, no such file, or of another schema.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            columns = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise UserError(f"{path}: not a readable matches.npz ({error})") from error
+    schema = columns.pop("schema", None)
+    columns.pop("thresholds_m", None)
+    missing = {field.name for field in fields(Matches)} - columns.keys()
+    if schema != SCHEMA or missing:
+        raise UserError(f"{path}: schema {schema} without {sorted(missing)}; accepted: schema {SCHEMA}, all columns")
+    for name in _COMPACT:
+        columns[name] = columns[name].astype(np.int64)
+    return Matches(**columns)

@@ -1,0 +1,162 @@
+"""Greedy matching of detections to ground truth, all classes, samples and thresholds at once.
+
+nuscenes-devkit walks over the detections of a class by falling score (of equal scores the later box first) and gives
+each the nearest annotation of its sample and class that is still free (of equal distances the earlier annotation), if
+that is closer than the threshold. Detections of different samples or classes do not compete, so here the first
+detections of all (sample, class) groups are matched together, then the second ones, and so on.
+
+Letters in shapes: N detections, G annotations, T thresholds, P candidate pairs, M matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints, Predictions
+from cpq_train.evaluation.protocol import THRESHOLDS_M
+from cpq_train.nuscenes import DETECTION_CLASSES
+
+_PAIRS_PER_CHUNK = 4_000_000
+
+
+def devkit_order(predictions: Predictions) -> Ints:
+    """(N,) rows by class, then falling score, then falling row: the order in which detections are matched."""
+    rows = np.arange(len(predictions.score))
+    return np.lexsort((-rows, -predictions.score, predictions.boxes.label))
+
+
+def match(ground_truth: Boxes, predictions: Boxes) -> NDArray[np.int32]:
+    """Match detections, given in `devkit_order`, to annotations.
+
+    Args:
+        ground_truth: G annotations.
+        predictions: N detections.
+
+    Returns:
+        (T, N) row of the annotation that each detection matches at each threshold, -1 for a false positive.
+    """
+    matched = np.full((len(THRESHOLDS_M), len(predictions)), -1, np.int32)
+    taken = np.zeros((len(THRESHOLDS_M), len(ground_truth)), bool)
+    thresholds = np.array(THRESHOLDS_M)[:, None]
+    for candidates in _rounds(_candidates(ground_truth, predictions), predictions):
+        starts = np.flatnonzero(np.diff(candidates.prediction, prepend=-1))
+        distances = np.where(taken[:, candidates.ground_truth], np.inf, candidates.distance)
+        nearest = _first_minimum(distances, starts)
+        is_match = np.take_along_axis(distances, nearest, axis=1) < thresholds
+        threshold, row = np.nonzero(is_match)
+        chosen = candidates.ground_truth[nearest[threshold, row]]
+        taken[threshold, chosen] = True
+        matched[threshold, candidates.prediction[starts][row]] = chosen
+    return matched
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """P pairs of one sample and class closer than the largest threshold, by detection, then by annotation."""
+
+    prediction: Ints
+    ground_truth: Ints
+    distance: Floats
+
+    def __getitem__(self, rows: Ints | Bools | slice) -> _Candidates:
+        return _Candidates(self.prediction[rows], self.ground_truth[rows], self.distance[rows])
+
+
+def _first_minimum(values_TP: Floats, starts: Ints) -> Ints:
+    """(T, groups) column of the first smallest value in each run of columns that begins at `starts`."""
+    lengths = np.diff(starts, append=values_TP.shape[1])
+    minima = np.repeat(np.minimum.reduceat(values_TP, starts, axis=1), lengths, axis=1)
+    columns = np.where(values_TP == minima, np.arange(values_TP.shape[1]), values_TP.shape[1])
+    return np.minimum.reduceat(columns, starts, axis=1)
+
+
+def _group(boxes: Boxes) -> Ints:
+    return boxes.sample * len(DETECTION_CLASSES) + boxes.label
+
+
+def _candidates(ground_truth: Boxes, predictions: Boxes) -> _Candidates:
+    group = _group(ground_truth)
+    by_group = np.argsort(group, kind="stable")
+    group = group[by_group]
+    first = np.searchsorted(group, _group(predictions), side="left")
+    count = np.searchsorted(group, _group(predictions), side="right") - first
+    chunks = [
+        _close_pairs(rows, first[rows], count[rows], by_group, ground_truth.translation, predictions.translation)
+        for rows in _chunks(count)
+    ]
+    return _Candidates(
+        *(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _Candidates.__dataclass_fields__)
+    )
+
+
+def _chunks(count: Ints) -> list[Ints]:
+    """Rows with annotations in their group, cut so that no chunk makes many more than `_PAIRS_PER_CHUNK` pairs."""
+    rows = np.flatnonzero(count)
+    chunk = np.cumsum(count[rows]) // _PAIRS_PER_CHUNK
+    return np.split(rows, np.flatnonzero(np.diff(chunk)) + 1)
+
+
+def _close_pairs(
+    rows: Ints, first: Ints, count: Ints, by_group: Ints, ground_truth_G3: Floats, predictions_N3: Floats
+) -> _Candidates:
+    prediction = np.repeat(rows, count)
+    within = np.arange(len(prediction)) - np.repeat(np.cumsum(count) - count, count)
+    annotation = by_group[np.repeat(first, count) + within]
+    offset = predictions_N3[prediction, :2] - ground_truth_G3[annotation, :2]
+    distance = np.sqrt(offset[:, 0] ** 2 + offset[:, 1] ** 2)
+    close = distance < max(THRESHOLDS_M)
+    return _Candidates(prediction[close], annotation[close], distance[close])
+
+
+def _rounds(candidates: _Candidates, predictions: Boxes) -> Iterator[_Candidates]:
+    """Candidates of the first detection of every group, then of the second ones, …"""
+    rows, pairs = np.unique(candidates.prediction, return_counts=True)
+    group = _group(predictions)[rows]
+    by_group = np.argsort(group, kind="stable")
+    rank = np.empty_like(rows)
+    sorted_group = group[by_group]
+    rank[by_group] = np.arange(len(rows)) - np.searchsorted(sorted_group, sorted_group, side="left")
+    round_of_pair = np.repeat(rank, pairs)
+    by_round = np.argsort(round_of_pair, kind="stable")
+    ends = np.cumsum(np.bincount(round_of_pair))
+    for start, end in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True) if len(rows) else ():
+        yield candidates[by_round[start:end]]
+
+
+def true_positive_errors(ground_truth: Boxes, predictions: Boxes) -> Floats:
+    """Errors of M matched pairs of equal class, in the order of `TP_ERRORS`.
+
+    Returns:
+        (M, 5) translation (m), scale (1 - IoU of the aligned boxes), orientation (rad; barriers modulo half a turn),
+        velocity (m/s; NaN where unknown) and attribute error (0 or 1; NaN where the annotation has none).
+    """
+    offset = predictions.translation[:, :2] - ground_truth.translation[:, :2]
+    velocity = predictions.velocity - ground_truth.velocity
+    wrong = (ground_truth.attribute != predictions.attribute).astype(float)
+    return np.stack(
+        [
+            np.hypot(offset[:, 0], offset[:, 1]),
+            1 - _scale_iou(ground_truth.size, predictions.size),
+            _yaw_difference(ground_truth, predictions),
+            np.hypot(velocity[:, 0], velocity[:, 1]),
+            np.where(ground_truth.attribute < 0, np.nan, wrong),
+        ],
+        axis=1,
+    )
+
+
+def _scale_iou(size_a_M3: Floats, size_b_M3: Floats) -> Floats:
+    intersection = np.prod(np.minimum(size_a_M3, size_b_M3), axis=1)
+    iou: Floats = intersection / (np.prod(size_a_M3, axis=1) + np.prod(size_b_M3, axis=1) - intersection)
+    return iou
+
+
+def _yaw_difference(ground_truth: Boxes, predictions: Boxes) -> Floats:
+    is_barrier = ground_truth.label == DETECTION_CLASSES.index("barrier")
+    period = np.where(is_barrier, np.pi, 2 * np.pi)
+    difference: Floats = (ground_truth.yaw - predictions.yaw + period / 2) % period - period / 2
+    return np.abs(difference)

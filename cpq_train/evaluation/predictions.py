@@ -1,0 +1,117 @@
+"""From a network's detections in the LiDAR frame to predictions in the global frame.
+
+Attributes follow OpenPCDet's rule (`nuscenes_utils.transform_det_annos_to_nusc_annos`): above 0.2 m/s a vehicle moves
+and a cycle has a rider; otherwise the most frequent attribute of the class. Barriers and cones have none: OpenPCDet
+writes "cycle.with_rider" there, which the metric ignores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.data.boxes import GlobalBoxes, lidar_to_global
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions
+from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
+from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
+
+MOVING_SPEED_MPS = 0.2
+
+_SLOW_FAST = {
+    "car": ("vehicle.parked", "vehicle.moving"),
+    "truck": ("vehicle.parked", "vehicle.moving"),
+    "construction_vehicle": ("vehicle.parked", "vehicle.moving"),
+    "bus": ("vehicle.stopped", "vehicle.moving"),
+    "trailer": ("vehicle.parked", "vehicle.moving"),
+    "motorcycle": ("cycle.without_rider", "cycle.with_rider"),
+    "bicycle": ("cycle.without_rider", "cycle.with_rider"),
+    "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+}
+
+
+def _attribute_table() -> Ints:
+    """(classes, 2) attribute of a slow and of a fast object."""
+    names = [_SLOW_FAST.get(name) for name in DETECTION_CLASSES]
+    return np.array([[-1, -1] if pair is None else [ATTRIBUTES.index(name) for name in pair] for pair in names])
+
+
+_ATTRIBUTE_TABLE = _attribute_table()
+
+
+class LidarDetections(NamedTuple):
+    """Detections of one sample.
+
+    Attributes:
+        boxes: (N, 9) x y z dx dy dz yaw vx vy in the LiDAR frame of the key frame, m, rad and m/s.
+        scores: (N,) confidence.
+        labels: (N,) class ids.
+    """
+
+    boxes: NDArray[np.floating]
+    scores: NDArray[np.floating]
+    labels: NDArray[np.integer]
+
+
+def assign_attributes(labels: Ints, velocity: Floats) -> Ints:
+    """(N,) attribute ids of class ids (N,) that move at (N, 2) m/s."""
+    is_fast = np.hypot(velocity[:, 0], velocity[:, 1]) > MOVING_SPEED_MPS
+    ids: Ints = _ATTRIBUTE_TABLE[labels, is_fast.astype(np.int64)]
+    return ids
+
+
+def best_detections(detections: LidarDetections) -> LidarDetections:
+    """The 500 detections of highest score, in their order; the official server takes no more."""
+    if len(detections.scores) <= MAX_BOXES_PER_SAMPLE:
+        return detections
+    rows = np.sort(np.argsort(-detections.scores, kind="stable")[:MAX_BOXES_PER_SAMPLE])
+    return LidarDetections(detections.boxes[rows], detections.scores[rows], detections.labels[rows])
+
+
+def predictions_from_detections(
+    index: NuScenesIndex, rows: Ints, detections: Mapping[int, LidarDetections]
+) -> Predictions:
+    """Detections in the global frame, with attributes, at most 500 a sample, sorted by sample.
+
+    Args:
+        index: the data set.
+        rows: (S,) sample rows of the index that are scored, each once.
+        detections: sample row of the index to its detections; exactly the rows that are scored.
+
+    Raises:
+        UserError: Samples are missing or do not belong to the rows that are scored.
+    """
+    if detections.keys() != set(rows.tolist()):
+        missing, foreign = set(rows.tolist()) - detections.keys(), detections.keys() - set(rows.tolist())
+        raise UserError(
+            f"detections for {len(detections)} samples: {len(missing)} missing, {len(foreign)} unknown, such as "
+            f"{index.sample_token(sorted(missing or foreign)[0])}; accepted: the {len(rows)} samples that are scored"
+        )
+    best = [best_detections(LidarDetections(*detections[row])) for row in rows.tolist()]
+    placed = [_in_global_frame(index, row, found) for row, found in zip(rows.tolist(), best, strict=True)]
+    translation, size, rotation, velocity = (np.concatenate(column) for column in zip(*placed, strict=True))
+    labels = np.concatenate([found.labels for found in best]).astype(np.int64)
+    boxes = Boxes(
+        sample=np.repeat(np.arange(len(rows)), [len(found.scores) for found in best]),
+        label=labels,
+        translation=translation,
+        size=size,
+        rotation=rotation,
+        velocity=velocity,
+        attribute=assign_attributes(labels, velocity),
+    )
+    return Predictions(boxes, np.concatenate([found.scores for found in best]).astype(np.float64))
+
+
+def _in_global_frame(index: NuScenesIndex, row: int, detections: LidarDetections) -> GlobalBoxes:
+    return lidar_to_global(
+        detections.boxes,
+        index.sample_lidar_rotations[row],
+        index.sample_lidar_translations[row],
+        index.sample_ego_rotations[row],
+        index.sample_ego_translations[row],
+    )

@@ -1,0 +1,209 @@
+"""The submission file of the nuScenes detection task, `results_nusc.json`: writing, reading and checking it.
+
+Format: https://github.com/nutonomy/nuscenes-devkit/blob/master/python-sdk/nuscenes/eval/detection/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions, Strings
+from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
+from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
+
+LIDAR_ONLY = {
+    "use_camera": False,
+    "use_lidar": True,
+    "use_radar": False,
+    "use_map": False,
+    "use_external": False,
+}
+"""The sensors a submission says it uses."""
+
+_NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+
+Record = dict[str, Any]
+
+
+def write_submission(path: Path, predictions: Predictions, sample_tokens: Strings) -> None:
+    """Write a submission that names every sample, those without detections too.
+
+    The detections of a sample keep their order, and the samples theirs, so that nuscenes-devkit breaks ties between
+    equal scores as `evaluate` does if detections are sorted by sample. The file appears only when it is whole.
+
+    Args:
+        path: the file to write.
+        predictions: detections whose `sample` is a row of `sample_tokens`.
+        sample_tokens: (S,) tokens of all samples of the split.
+
+    Raises:
+        UserError: A sample with more than 500 boxes, a number that is not finite, or a size that is not positive.
+    """
+    check_predictions(predictions, sample_tokens)
+    order = np.argsort(predictions.boxes.sample, kind="stable")
+    ordered = predictions[order]
+    ends = np.searchsorted(ordered.boxes.sample, np.arange(len(sample_tokens)), side="right")
+    partial = path.with_suffix(path.suffix + ".partial")
+    with partial.open("w") as file:
+        file.write(f'{{"meta": {json.dumps(LIDAR_ONLY)}, "results": {{')
+        start = 0
+        for sample, (token, end) in enumerate(zip(sample_tokens.tolist(), ends.tolist(), strict=True)):
+            records = _records(ordered[np.arange(start, end)], token)
+            file.write(f"{', ' if sample else ''}{json.dumps(token)}: {json.dumps(records)}")
+            start = end
+        file.write("}}")
+    os.replace(partial, path)
+
+
+def _records(predictions: Predictions, token: str) -> list[Record]:
+    boxes = predictions.boxes
+    columns = (boxes.translation, boxes.size, boxes.rotation, boxes.velocity, predictions.score, boxes.label)
+    return [
+        {
+            "sample_token": token,
+            "translation": translation,
+            "size": size,
+            "rotation": rotation,
+            "velocity": velocity,
+            "detection_name": DETECTION_CLASSES[label],
+            "detection_score": score,
+            "attribute_name": "" if attribute < 0 else ATTRIBUTES[attribute],
+        }
+        for translation, size, rotation, velocity, score, label, attribute in zip(
+            *(column.tolist() for column in (*columns, boxes.attribute)), strict=True
+        )
+    ]
+
+
+def check_predictions(predictions: Predictions, sample_tokens: Strings) -> None:
+    """Check that the official server would take these detections.
+
+    Raises:
+        UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not positive, or a
+            class id that does not exist.
+    """
+    boxes, counts = predictions.boxes, np.bincount(predictions.boxes.sample, minlength=len(sample_tokens))
+    if len(boxes) and counts.max() > MAX_BOXES_PER_SAMPLE:
+        token = sample_tokens[counts.argmax()]
+        raise UserError(f"sample {token}: {counts.max()} detections; at most {MAX_BOXES_PER_SAMPLE} are accepted")
+    columns = {name: getattr(boxes, name) for name in _NUMBERS} | {"detection_score": predictions.score[:, None]}
+    for name, column in columns.items():
+        _check_column(name, "finite numbers", column, np.isfinite(column).all(axis=1), boxes.sample, sample_tokens)
+    positive = (boxes.size > 0).all(axis=1)
+    _check_column("size", "numbers above 0", boxes.size, positive, boxes.sample, sample_tokens)
+    known = (boxes.label >= 0) & (boxes.label < len(DETECTION_CLASSES))
+    _check_column("class id", f"0 to {len(DETECTION_CLASSES) - 1}", boxes.label, known, boxes.sample, sample_tokens)
+
+
+def _check_column(
+    name: str, accepted: str, column: Floats | Ints, good: np.ndarray[Any, np.dtype[np.bool_]], sample: Ints, tokens: Strings
+) -> None:
+    if not good.all():
+        row = int(np.flatnonzero(~good)[0])
+        value = np.array2string(column[row], separator=", ")
+        raise UserError(f"sample {tokens[sample[row]]}: {name} of a detection is {value}; accepted: {accepted}")
+
+
+def check_sample_tokens(found: Iterable[str], expected: Strings) -> None:
+    """Check that results cover the samples of a split, each one and no other.
+
+    Raises:
+        UserError: Samples are missing or unknown.
+    """
+    have, want = set(found), set(expected.tolist())
+    for kind, tokens in (("missing", want - have), ("not of this split", have - want)):
+        if tokens:
+            raise UserError(
+                f"results for {len(have)} samples: {len(tokens)} {kind}, such as {sorted(tokens)[0]}; "
+                f"accepted: exactly the {len(want)} samples of the split"
+            )
+
+
+def read_submission(path: Path, sample_tokens: Strings) -> Predictions:
+    """Read and check a submission; rows are in the file's order.
+
+    Args:
+        path: the submission.
+        sample_tokens: (S,) tokens of all samples of the split.
+
+    Raises:
+        UserError: The file is no submission for exactly these samples; the message names what is wrong.
+    """
+    results = _load(path)
+    try:
+        check_sample_tokens(results, sample_tokens)
+        predictions = _predictions(results, sample_tokens)
+        check_predictions(predictions, sample_tokens)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return predictions
+
+
+def _load(path: Path) -> dict[str, list[Record]]:
+    try:
+        with path.open() as file:
+            document = json.load(file, object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable submission ({error})") from error
+    results = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(results, dict) or not isinstance(document.get("meta"), dict):
+        raise UserError(f'{path}: no submission; accepted: {{"meta": {{…}}, "results": {{sample token: [box, …]}}}}')
+    return results
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} occurs twice; accepted: every sample and key once")
+    return record
+
+
+def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Predictions:
+    row_of = {token: row for row, token in enumerate(sample_tokens.tolist())}
+    records = [record for boxes in results.values() for record in boxes]
+    sample = np.repeat([row_of[token] for token in results], [len(boxes) for boxes in results.values()])
+    _check_records(records, results)
+    boxes = Boxes(
+        sample=sample.astype(np.int64),
+        label=_ids(records, "detection_name", DETECTION_CLASSES),
+        attribute=_ids(records, "attribute_name", ATTRIBUTES, none=""),
+        **{name: _numbers(records, name, width) for name, width in _NUMBERS.items()},
+    )
+    return Predictions(boxes, _numbers([{"score": [r["detection_score"]]} for r in records], "score", 1)[:, 0])
+
+
+def _check_records(records: list[Record], results: dict[str, list[Record]]) -> None:
+    wanted = {"sample_token", "detection_name", "detection_score", "attribute_name", *_NUMBERS}
+    for token, record in zip(_token_of_each(results), records, strict=True):
+        if not isinstance(record, dict) or not wanted <= record.keys():
+            raise UserError(f"sample {token}: detection {str(record)[:80]} lacks a key; accepted: {sorted(wanted)}")
+        if record["sample_token"] != token:
+            raise UserError(f"sample {token}: a detection says sample_token {record['sample_token']}")
+
+
+def _token_of_each(results: dict[str, list[Record]]) -> Iterator[str]:
+    return (token for token, boxes in results.items() for _ in boxes)
+
+
+def _ids(records: list[Record], key: str, names: tuple[str, ...], none: str | None = None) -> Ints:
+    ids = {name: row for row, name in enumerate(names)} | ({} if none is None else {none: -1})
+    try:
+        return np.array([ids[record[key]] for record in records], np.int64)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{key} {error} is unknown; accepted: {', '.join(names)}") from error
+
+
+def _numbers(records: list[Record], key: str, width: int) -> Floats:
+    try:
+        return np.array([record[key] for record in records], np.float64).reshape(len(records), width)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key} of a detection is no list of {width} numbers ({error})") from error
