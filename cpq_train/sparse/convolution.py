@@ -40,8 +40,8 @@ class _ConvolveMixin:
 
         Returns:
             Sparse tensor with features (V_out, C_out) in the dtype of `weight`, differentiable in both
-            arguments. A submanifold layer keeps the voxels of `x`; a strided one has a voxel wherever its window
-            meets at least one.
+            arguments. A submanifold layer keeps the voxels of `x`; a strided one has a voxel wherever its
+            window meets at least one.
         """
         if x.features.shape[0] == 0:
             return _convolve_nothing(self, x, weight)
