@@ -1,0 +1,229 @@
+"""Fake quantization: the formula, once.
+
+    code  = clamp(round_half_even(x * (qmax / amax)), qmin, qmax)
+    value = code / (qmax / amax)
+
+Values and gradients equal pytorch-quantization 2.1.3's `fake_tensor_quant` bit for bit, without its host
+synchronisations: a negative input to an unsigned quantizer saturates at 0 instead of raising, and an amax
+that is not positive is found by `calibration.check_ranges`, not here. amax <= 2^-24 gives codes 0 and the
+scale 1, as there.
+
+The straight-through gradient passes where |x| <= amax. Backward needs only the input, so nothing else is
+saved.
+
+A quantized layer works on the codes and scales its sum afterwards (`layers.py`); the gradient of a code is
+then, by convention, the gradient of the *value* it stands for. That spares a pass over every activation:
+`rescale` and `codes` agree on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+SMALLEST_AMAX = 2.0**-24
+"""At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's
+limit)."""
+
+
+@dataclass(frozen=True)
+class IntegerFormat:
+    """The integers a quantizer may use.
+
+    Args:
+        bits: Width of a code, 2 to 16.
+        signed: Two's complement, or non-negative codes only.
+        narrow_range: Leave out the most negative code, so that the range is symmetric.
+    """
+
+    bits: int = 8
+    signed: bool = True
+    narrow_range: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest code, the one that amax is mapped to."""
+        return int(2 ** (self.bits - int(self.signed)) - 1)
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        if not self.signed:
+            return 0
+        return -self.qmax if self.narrow_range else -self.qmax - 1
+
+    @property
+    def largest_magnitude(self) -> int:
+        """max(|qmin|, qmax)."""
+        return max(-self.qmin, self.qmax)
+
+
+def scale_of(amax: Tensor, fmt: IntegerFormat) -> Tensor:
+    """The scale `qmax / amax` in fp32; 0 where amax <= 2^-24, which makes every code 0."""
+    amax = amax.float()
+    # Divided as tensors: with a Python number torch multiplies by a reciprocal, which rounds twice.
+    return torch.where(amax <= SMALLEST_AMAX, 0.0, torch.full_like(amax, fmt.qmax) / amax)
+
+
+def step_of(amax: Tensor, fmt: IntegerFormat) -> Tensor:
+    """The value of code 1, `amax / qmax` in fp32; 1 where amax <= 2^-24 (the codes are all 0 there)."""
+    amax = amax.float()
+    return torch.where(amax <= SMALLEST_AMAX, 1.0, amax / torch.full_like(amax, fmt.qmax))
+
+
+def _codes(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
+    return torch.mul(x, scale).round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+def _pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float | None) -> Tensor:
+    """The gradient where |x| <= amax, 0 elsewhere; `None` says that nothing can lie outside."""
+    if amax is None:
+        return grad
+    if isinstance(amax, float):
+        # One fused pass. hardtanh's bounds are exclusive, ours are not: hence the next number up.
+        limit = math.nextafter(amax, math.inf) if x.dtype == torch.float64 else _next_float32(amax)
+        return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, x, -limit, limit))
+    return torch.where(x.abs() <= amax, grad, 0.0)
+
+
+def _next_float32(value: float) -> float:
+    number = torch.tensor(value, dtype=torch.float32)
+    return float(torch.nextafter(number, number.new_tensor(math.inf)))
+
+
+class _FakeQuantize(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, window: float | None, fmt: IntegerFormat) -> Tensor:
+        ctx.window = window
+        ctx.save_for_backward(x, amax)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        scale = scale_of(amax, fmt)
+        return _codes(x, scale, fmt).div_(torch.where(scale == 0, 1.0, scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, amax = ctx.saved_tensors
+        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None
+
+
+def fake_quantize(x: Tensor, amax: Tensor, fmt: IntegerFormat, window: float | None = None) -> Tensor:
+    """Round to the representable values.
+
+    Args:
+        x: Any shape; fp16 and bf16 are computed, and returned, in fp32.
+        amax: Broadcastable to `x`, >= 0.
+        fmt: The integers to use.
+        window: `amax` as a Python number where the caller has it at hand (per-tensor amax): saves two passes
+            in backward.
+
+    Returns:
+        `code / scale`, the shape of `x`.
+    """
+    return cast(Tensor, _FakeQuantize.apply(x, amax, window, fmt))
+
+
+class _Codes(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor,
+        window: float | None,
+        fmt: IntegerFormat,
+        grad_factor: Tensor | None,
+    ) -> Tensor:
+        ctx.window = window
+        ctx.has_factor = grad_factor is not None
+        ctx.save_for_backward(x, amax, *([grad_factor] if grad_factor is not None else []))
+        return _codes(x, scale_of(amax, fmt), fmt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, amax, *factor = ctx.saved_tensors
+        if ctx.has_factor:
+            grad = grad * factor[0]
+        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
+
+
+def codes(
+    x: Tensor,
+    amax: Tensor,
+    fmt: IntegerFormat,
+    window: float | None = None,
+    grad_factor: Tensor | None = None,
+) -> Tensor:
+    """Integer codes, held in fp32.
+
+    Args:
+        x: fp32, any shape.
+        amax: Broadcastable to `x`, >= 0.
+        fmt: The integers to use.
+        window: See `fake_quantize`.
+        grad_factor: Multiplies the incoming gradient (broadcastable to `x`); `rescale` says what the weights
+            need.
+
+    Returns:
+        Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
+    """
+    return cast(Tensor, _Codes.apply(x, amax, window, fmt, grad_factor))
+
+
+class _Rescale(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, acc: Tensor, step_x: Tensor, step_w: Tensor, bias: Tensor | None, channel_dim: int
+    ) -> Tensor:
+        shape = [1] * acc.dim()
+        shape[channel_dim] = -1
+        step_w = step_w.reshape(shape)
+        ctx.channel_dim = channel_dim
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(step_w)
+        ctx.mark_dirty(acc)
+        acc.mul_(step_x * step_w)
+        return acc if bias is None else acc.add_(bias.reshape(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
+        (step_w,) = ctx.saved_tensors
+        bias_grad = None
+        if ctx.has_bias and ctx.needs_input_grad[3]:
+            bias_grad = grad.sum([d for d in range(grad.dim()) if d != ctx.channel_dim])
+        return grad * step_w, None, None, bias_grad, None
+
+
+def rescale(acc: Tensor, step_x: Tensor, step_w: Tensor, bias: Tensor | None, channel_dim: int = 1) -> Tensor:
+    """Sum of products of codes -> float: `y = acc * (step_x * step_w) + bias`, two roundings, in place.
+
+    The gradient handed down is `grad * step_w`. Through the convolution with the weight codes it becomes the
+    gradient of the input's value (the sum of grad * step_w * code_w); for the weights it becomes `step_w /
+    step_x` times the gradient of their value, which `codes` mends with `grad_factor = step_x / step_w`.
+
+    Args:
+        acc: Sums of products of codes, channels at `channel_dim`; overwritten.
+        step_x: Value of one step of the input, a scalar.
+        step_w: Value of one step of the weight, one per channel or a scalar, any shape.
+        bias: One per channel, or None.
+        channel_dim: Where `acc` has its channels.
+    """
+    return cast(Tensor, _Rescale.apply(acc, step_x, step_w, bias, channel_dim))
+
+
+class _AddCodes(Function):
+    @staticmethod
+    def forward(ctx: Any, codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
+        return torch.mul(codes_a, step_a).add_(codes_b * step_b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        return grad, None, grad, None
+
+
+def add_codes(codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
+    """`codes_a * step_a + codes_b * step_b`; the gradient of both values is that of the sum."""
+    return cast(Tensor, _AddCodes.apply(codes_a, step_a, codes_b, step_b))

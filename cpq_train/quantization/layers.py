@@ -1,0 +1,256 @@
+"""Quantized layers, trained in the arithmetic that is deployed.
+
+A layer whose weight and input both have integer codes is an integer convolution times a scale per channel,
+and is computed so:
+
+    acc = conv(codes_x, codes_w);    y = acc * (step_x * step_w);    y = y + bias
+
+While every partial sum stays a whole number below 2^24 the fp32 result does not depend on the order of
+summation, the kernel or the device. A layer knows its bound, the largest sum of |code_w| * max|code_x| over
+an output channel; where it passes 2^24 the sum is split over the input channels and the parts are added in
+fp64.
+
+Every class extends the float layer it replaces and takes over the float module in place (`quantize_layer`),
+so names, parameters and shapes stay what they were. Gradients are those of pytorch-quantization's QuantConv
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cpq_train.quantization.fake_quant import add_codes, rescale, step_of
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
+
+EXACT_LIMIT = 2.0**24
+"""fp32 holds every whole number up to here."""
+
+
+Convolve: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class QuantizedConvolution(nn.Module):
+    """What the four quantized convolutions share; mixed in before the float layer.
+
+    `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float.
+    """
+
+    kind: ClassVar[str]
+    input_channel_dim: ClassVar[int]
+    feature_channel_dim: ClassVar[int] = 1
+
+    weight: Any
+    bias: Any
+    _input_quantizer: Quantizer | None
+    _weight_quantizer: Quantizer | None
+    is_integer: bool
+
+    def attach(self, scheme: LayerScheme) -> None:
+        """Create the quantizers; the weight's range is known at once."""
+        self.is_integer = scheme.arithmetic == "integer"
+        self._input_quantizer = None if scheme.input.is_off else Quantizer(scheme.input)
+        self._weight_quantizer = None
+        if not scheme.weight.is_off:
+            axis = OUTPUT_CHANNEL_AXIS[self.kind] if scheme.weight.granularity == "per_channel" else None
+            channels = 1 if axis is None else self.weight.shape[axis]
+            self._weight_quantizer = Quantizer(scheme.weight, axis, channels, self.weight.dim())
+            self._weight_quantizer.set_amax_from(self.weight)
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""
+        if self._input_quantizer is not None and self._input_quantizer._if_calib:
+            self._input_quantizer.collect(x)
+        return any(q is not None and q.is_active for q in (self._input_quantizer, self._weight_quantizer))
+
+    def quantized(self, x: Tensor, convolve: Convolve) -> Tensor:
+        """The layer's output, bias included.
+
+        Args:
+            x: Features.
+            convolve: The convolution of features with a weight, without bias; linear in both.
+        """
+        if self.is_integer:
+            return self._integer(x, convolve)
+        x = x if self._input_quantizer is None else self._input_quantizer(x)
+        weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
+        out = convolve(x, weight)
+        return out if self.bias is None else out + self._per_channel(self.bias, out)
+
+    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
+        assert self._input_quantizer is not None
+        assert self._weight_quantizer is not None
+        x_codes, step_x = self._input_quantizer.codes(x)
+        w_codes, step_w = self._weight_codes(step_x)
+        acc = self._exact_sum(x_codes, w_codes, convolve)
+        return rescale(acc, step_x, step_w, self.bias, self.feature_channel_dim)
+
+    def _weight_codes(self, step_x: Tensor) -> tuple[Tensor, Tensor]:
+        quantizer = cast(Quantizer, self._weight_quantizer)
+        grad_factor = step_x / step_of(quantizer._get_amax(self.weight), quantizer.format)
+        return quantizer.codes(self.weight, grad_factor)
+
+    def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
+        num_parts = self._num_parts(w_codes)
+        if num_parts == 1:
+            return convolve(x_codes, w_codes)
+        parts = zip(
+            x_codes.chunk(num_parts, self.feature_channel_dim),
+            w_codes.chunk(num_parts, self.input_channel_dim),
+            strict=True,
+        )
+        total = torch.stack([convolve(x, w).double() for x, w in parts]).sum(0)
+        return total.float()
+
+    def _num_parts(self, w_codes: Tensor) -> int:
+        """Into how many groups of input channels the sum must be split to stay below 2^24."""
+        largest_x = cast(Quantizer, self._input_quantizer).format.largest_magnitude
+        largest_w = cast(Quantizer, self._weight_quantizer).format.largest_magnitude
+        output_axis = OUTPUT_CHANNEL_AXIS[self.kind]
+        num_terms = w_codes.numel() // w_codes.shape[output_axis]
+        if num_terms * largest_x * largest_w < EXACT_LIMIT:
+            return 1
+        other = [
+            d for d in range(w_codes.dim()) if d not in (output_axis, self.input_channel_dim % w_codes.dim())
+        ]
+        per_channel = w_codes.detach().abs().sum(other)  # (out, in) or (in, out)
+        if output_axis == 1:
+            per_channel = per_channel.T
+        for num_parts in range(1, per_channel.shape[1] + 1):
+            worst = max(part.sum(1).max() for part in per_channel.chunk(num_parts, 1))
+            if float(worst) * largest_x < EXACT_LIMIT and len(per_channel.chunk(num_parts, 1)) == num_parts:
+                return num_parts
+        raise AssertionError(
+            "one input channel alone passes 2^24: bits this wide are computed as `simulated`"
+        )
+
+    def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
+        shape = [1] * like.dim()
+        shape[self.feature_channel_dim] = -1
+        return values.view(shape)
+
+
+class QuantConv2d(QuantizedConvolution, nn.Conv2d):
+    """Conv2d with a quantized weight (axis 0) and input."""
+
+    kind = "Conv2d"
+    input_channel_dim = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if not self.rounds(input):
+            return super().forward(input)
+        return self.quantized(
+            input, lambda x, weight: F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+        )
+
+
+class QuantConvTranspose2d(QuantizedConvolution, nn.ConvTranspose2d):
+    """ConvTranspose2d with a quantized weight (axis 1, the output channels) and input."""
+
+    kind = "ConvTranspose2d"
+    input_channel_dim = 0
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W'); `output_size` is not supported."""
+        assert output_size is None
+        if not self.rounds(input):
+            return super().forward(input)
+        padding = cast(tuple[int, ...], self.padding)
+        return self.quantized(
+            input,
+            lambda x, weight: F.conv_transpose2d(
+                x, weight, None, self.stride, padding, self.output_padding, 1, self.dilation
+            ),
+        )
+
+
+class _QuantizedSparseConvolution(QuantizedConvolution):
+    """The sparse layers: features (V, C), weight KRSC."""
+
+    input_channel_dim = -1
+
+    convolve: Callable[[SparseConvTensor, Tensor], SparseConvTensor]
+
+    def forward(self, input: SparseConvTensor) -> SparseConvTensor:
+        """Sparse tensor in, sparse tensor out."""
+        if not self.rounds(input.features):
+            return cast(SparseConvTensor, super().forward(input))
+        outputs: list[SparseConvTensor] = []
+
+        def convolve(x: Tensor, weight: Tensor) -> Tensor:
+            outputs.append(self.convolve(input.replace_feature(x), weight))
+            return cast(Tensor, outputs[-1].features)
+
+        features = self.quantized(input.features, convolve)
+        return outputs[-1].replace_feature(features)
+
+
+class QuantSubMConv3d(_QuantizedSparseConvolution, SubMConv3d):
+    """SubMConv3d with a quantized weight (axis 0 of KRSC) and input."""
+
+    kind = "SubMConv3d"
+
+
+class QuantSparseConv3d(_QuantizedSparseConvolution, SparseConv3d):
+    """SparseConv3d with a quantized weight (axis 0 of KRSC) and input."""
+
+    kind = "SparseConv3d"
+
+
+class QuantAdd(ResidualAdd):
+    """The residual add of two quantized tensors: codes_a * step_a + codes_b * step_b.
+
+    `_input_quantizer` rounds the branch; the identity goes through `_residual_quantizer` where it shares the
+    range of the block's input (`Scheme.share_residual`), else through `_input_quantizer` too.
+    """
+
+    kind = "ResidualAdd"
+    is_integer = True
+
+    _input_quantizer: Quantizer
+    _residual_quantizer: Quantizer | None
+
+    def attach(self, scheme: LayerScheme) -> None:
+        """Create the quantizer."""
+        self._input_quantizer = Quantizer(scheme.input)
+        self._residual_quantizer = None
+
+    def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
+        """(V, C) + (V, C)."""
+        residual = self._residual_quantizer or self._input_quantizer
+        pairs = ((self._input_quantizer, branch), (residual, identity))
+        for quantizer, tensor in pairs:
+            if quantizer._if_calib:
+                quantizer.collect(tensor)
+        if not self._input_quantizer.is_active:
+            return super().forward(branch, identity)
+        (a, step_a), (b, step_b) = (quantizer.codes(tensor) for quantizer, tensor in pairs)
+        return add_codes(a, step_a, b, step_b)
+
+
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    SubMConv3d: QuantSubMConv3d,
+    SparseConv3d: QuantSparseConv3d,
+    nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    ResidualAdd: QuantAdd,
+}
+"""Float layer -> quantized layer."""
+
+
+def quantize_layer(layer: nn.Module, scheme: LayerScheme) -> None:
+    """Make a float layer a quantized one, in place: its class changes, its parameters stay.
+
+    Args:
+        layer: One of the float types in `QUANTIZED`.
+        scheme: What to quantize; at least one of weight and input.
+    """
+    layer.__class__ = QUANTIZED[type(layer)]
+    cast(QuantizedConvolution, layer).attach(scheme)

@@ -1,0 +1,152 @@
+"""From a float network to its quantized structure: fold BatchNorm, swap the layers, share quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cpq_train.quantization.calibration import quantizers
+from cpq_train.quantization.layers import QUANTIZED, QuantizedConvolution, quantize_layer
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, Scheme
+
+RESIDUAL = ":residual"
+"""In a group of consumers, `<name of a residual add>:residual` stands for the add's identity input."""
+
+
+@dataclass
+class Prepared:
+    """What `prepare` made of a network.
+
+    Args:
+        layers: Name -> kind of every layer that can be quantized.
+        schemes: Name -> what was chosen for it.
+        shares_input_with: Name -> the first consumer whose input quantizer it shares.
+        folded: Names of the convolutions that took over a BatchNorm.
+    """
+
+    layers: dict[str, str]
+    schemes: dict[str, LayerScheme]
+    shares_input_with: dict[str, str] = field(default_factory=dict)
+    folded: list[str] = field(default_factory=list)
+
+
+def prepare(network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[str]] = ()) -> Prepared:
+    """Turn a float network into its quantized structure, in place.
+
+    Weight ranges are set; activation ranges are NaN until they are calibrated or loaded.
+
+    Args:
+        network: Float layers with BatchNorm directly behind their convolution.
+        scheme: What to quantize how.
+        one_tensor: Groups of names whose layers read one tensor (`RESIDUAL` marks the identity of an add).
+            Members with equal input settings share one quantizer, saved under every member's name.
+
+    Raises:
+        UserError: A rule of the scheme matches no layer, or nothing would be quantized.
+    """
+    layers = quantizable_layers(network)
+    schemes = scheme.resolve(layers)
+    folded = fold_batchnorm(network)
+    for name, layer_scheme in schemes.items():
+        if not layer_scheme.is_float:
+            quantize_layer(network.get_submodule(name), layer_scheme)
+    prepared = Prepared(layers, schemes, folded=folded)
+    for group in one_tensor:
+        _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
+    network.register_forward_hook(_forget_codes)
+    return prepared
+
+
+def quantizable_layers(network: nn.Module) -> dict[str, str]:
+    """Name -> kind of every layer that a scheme may speak of, in the order of the network."""
+    return {n: type(m).__name__ for n, m in network.named_modules() if type(m) in QUANTIZED}
+
+
+def fold_batchnorm(network: nn.Module) -> list[str]:
+    """Multiply every BatchNorm into the convolution registered directly before it, in place.
+
+    Computed in fp64, stored in fp32.
+
+    Covers sparse, Conv2d and ConvTranspose2d layers. The BatchNorm becomes an Identity, the convolution gets
+    a bias.
+
+    Returns:
+        The names of the convolutions.
+    """
+    pairs = list(_followed_by_batchnorm(network))
+    for _, parent, conv, bn_name in pairs:
+        bn = cast(_BatchNorm, getattr(parent, bn_name))
+        _fold(conv, bn, OUTPUT_CHANNEL_AXIS[type(conv).__name__])
+        setattr(parent, bn_name, nn.Identity())
+    return [name for name, *_ in pairs]
+
+
+def _followed_by_batchnorm(network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    for parent_name, parent in network.named_modules():
+        children = list(parent.named_children())
+        for (name, conv), (bn_name, bn) in pairwise(children):
+            if type(conv).__name__ in OUTPUT_CHANNEL_AXIS and isinstance(bn, _BatchNorm):
+                yield f"{parent_name}.{name}".lstrip("."), parent, conv, bn_name
+
+
+@torch.no_grad()
+def _fold(conv: Any, bn: _BatchNorm, axis: int) -> None:
+    gamma, beta, mean, var = (
+        cast(Tensor, t).double() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    )
+    factor = gamma / torch.sqrt(var + bn.eps)
+    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.double()
+    shape = [-1 if d == axis else 1 for d in range(conv.weight.dim())]
+    conv.weight.copy_(conv.weight.double() * factor.view(shape))
+    conv.bias = nn.Parameter((beta + (bias - mean) * factor).to(conv.weight.dtype))
+
+
+def _share(network: nn.Module, group: list[str], prepared: Prepared) -> None:
+    """Give the members of a group with equal input settings one quantizer, that of the first of them."""
+    first: dict[Any, str] = {}
+    for member in group:
+        name = member.removesuffix(RESIDUAL)
+        chosen = prepared.schemes[name].input
+        if chosen.is_off:
+            continue
+        if chosen not in first:
+            first[chosen] = member
+            continue
+        shared = _input_quantizer(network, first[chosen])
+        shared.is_shared = True
+        attribute = "_residual_quantizer" if member.endswith(RESIDUAL) else "_input_quantizer"
+        setattr(network.get_submodule(name), attribute, shared)
+        prepared.shares_input_with[member] = first[chosen]
+
+
+def _input_quantizer(network: nn.Module, member: str) -> Quantizer:
+    return cast(Quantizer, network.get_submodule(member.removesuffix(RESIDUAL))._input_quantizer)
+
+
+def _forget_codes(network: nn.Module, inputs: Any, output: Any) -> None:
+    for quantizer in quantizers(network).values():
+        quantizer.forget()
+
+
+def coverage(prepared: Prepared) -> dict[str, list[int]]:
+    """Kind -> [layers quantized, all layers]; the two sparse kinds count as `sparse`."""
+    counts: dict[str, list[int]] = {}
+    for name, kind in prepared.layers.items():
+        row = counts.setdefault("sparse" if kind in ("SubMConv3d", "SparseConv3d") else kind, [0, 0])
+        row[0] += not prepared.schemes[name].is_float
+        row[1] += 1
+    return counts
+
+
+def set_weight_ranges(network: nn.Module) -> None:
+    """Set every static weight amax from the present weights."""
+    for module in network.modules():
+        if isinstance(module, QuantizedConvolution) and module._weight_quantizer is not None:
+            module._weight_quantizer.set_amax_from(module.weight)
