@@ -1,0 +1,1 @@
+"""nuScenes as batches of voxels: index, sweeps, boxes, augmentation, voxelization, data module."""

@@ -1,0 +1,182 @@
+"""The data of a run: which samples train, calibrate and evaluate, and how they are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
+
+from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.dataset import Batch, DetectionDataset, SampleConfig, collate
+from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.samplers import EvaluationSampler, TrainingSampler
+from cpq_train.errors import UserError
+
+Rows = NDArray[np.int64]
+
+
+class NuScenesDataModule(LightningDataModule):
+    """Samples of a data set in the nuScenes format as batches of voxels.
+
+    Args:
+        root: the data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
+        version: name of the folder of tables, such as v1.0-trainval or v1.0-mini.
+        num_sweeps: LiDAR sweeps per sample, 1 (the key frame alone) to 10.
+        voxel_size: x, y, z in metres.
+        point_cloud_range: minimum x, y, z and maximum x, y, z in metres, in the LiDAR frame.
+        max_points_per_voxel: further points of a voxel are dropped.
+        max_num_voxels_train: further voxels of a training sample are dropped.
+        max_num_voxels_eval: further voxels of a sample that is evaluated or calibrated with are dropped.
+        batch_size: samples per rank and step.
+        num_workers: loading processes per rank and loader; 0 loads in the main process.
+        seed: of the order of samples, the augmentation and the choice of calibration samples.
+        train_split: official split to train and calibrate on; "train" is mini_train in a mini version.
+        val_split: official split to validate on; "val" is mini_val in a mini version.
+        test_split: official split that the test and predict verbs run on.
+        sample_tokens: evaluate these samples only; all of them must belong to the split.
+        augmentation: what is drawn anew for each training sample; null for none.
+        num_calibration_samples: training samples that quantizers are calibrated with.
+        cache_dir: where the index is kept; null for the data root, or the user's cache if that is read-only.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        version: str = "v1.0-trainval",
+        num_sweeps: int = 10,
+        voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2),
+        point_cloud_range: tuple[float, float, float, float, float, float] = (
+            -51.2,
+            -51.2,
+            -5.0,
+            51.2,
+            51.2,
+            3.0,
+        ),
+        max_points_per_voxel: int = 10,
+        max_num_voxels_train: int = 60000,
+        max_num_voxels_eval: int = 60000,
+        batch_size: int = 4,
+        num_workers: int = 4,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str = "test",
+        sample_tokens: list[str] | None = None,
+        augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen, and shown in the command's help
+        num_calibration_samples: int = 256,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"data.{name} is {value}: expected {least} or more")
+        self.root, self.version, self.cache_dir = root, version, cache_dir
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
+        self.sample_tokens = sample_tokens
+        self.num_calibration_samples = num_calibration_samples
+        self._evaluation_config = SampleConfig(
+            num_sweeps=num_sweeps,
+            voxel_size=voxel_size,
+            point_cloud_range=point_cloud_range,
+            max_points_per_voxel=max_points_per_voxel,
+            max_num_voxels=max_num_voxels_eval,
+            seed=seed,
+        )
+        self._training_config = dataclasses.replace(
+            self._evaluation_config,
+            max_num_voxels=max_num_voxels_train,
+            augmentation=augmentation,
+            is_training=True,
+        )
+        self._index: NuScenesIndex | None = None
+
+    def prepare_data(self) -> None:
+        """Builds the index, once per node."""
+        open_index(self.root, self.version, self.cache_dir)
+
+    @property
+    def index(self) -> NuScenesIndex:
+        """The index of the data set.
+
+        Raises:
+            UserError: the root, the version or a table is missing or damaged.
+        """
+        if self._index is None:
+            self._index = open_index(self.root, self.version, self.cache_dir)
+        return self._index
+
+    @property
+    def eval_rows(self) -> Rows:
+        """Index rows (S,) of the samples that are validated on, over all ranks."""
+        return self.index.sample_rows(self.val_split, self.sample_tokens)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Augmented training samples, in an order and with draws of their own in every epoch."""
+        rows = self.index.sample_rows(self.train_split)
+        dataset = DetectionDataset(self.index, rows, self._training_config)
+        rank, world_size = self._place()
+        sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
+        if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
+            sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the validation samples."""
+        return self.evaluation_dataloader(*self._place())
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the test split."""
+        return self._evaluation_loader(
+            self.index.sample_rows(self.test_split, self.sample_tokens), *self._place()
+        )
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of `sample_tokens`, of whatever split, or of the test split where none are given."""
+        split = self.test_split if self.sample_tokens is None else None
+        return self._evaluation_loader(self.index.sample_rows(split, self.sample_tokens), *self._place())
+
+    def evaluation_dataloader(self, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+        """A rank's share of the validation samples: each sample on exactly one rank, without augmentation."""
+        return self._evaluation_loader(self.eval_rows, rank, world_size)
+
+    def calibration_dataloader(self) -> DataLoader[Batch]:
+        """Exactly `num_calibration_samples` training samples drawn by the seed, without augmentation.
+
+        Raises:
+            UserError: there are not so many, or none are asked for.
+        """
+        rows = self.index.sample_rows(self.train_split)
+        if not 1 <= self.num_calibration_samples <= len(rows):
+            raise UserError(
+                f"data.num_calibration_samples is {self.num_calibration_samples}: "
+                f"expected 1 to {len(rows)}, the samples of split {self.train_split!r}"
+            )
+        rng = np.random.default_rng(self.seed)
+        return self._evaluation_loader(
+            np.sort(rng.choice(rows, self.num_calibration_samples, replace=False)), 0, 1
+        )
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks; without a trainer there is one."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Batch]:
+        dataset = DetectionDataset(self.index, rows, self._evaluation_config)
+        return self._loader(dataset, EvaluationSampler(dataset, rank, world_size))
+
+    def _loader(self, dataset: DetectionDataset, sampler: Sampler[object]) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,201 @@
+"""Samples as network input: points, boxes, augmentation and voxels of one sample, and batches of them.
+
+Every random draw comes from a generator seeded by (seed, epoch, sample row), so that what is loaded does not
+depend on the number of workers or ranks. Shape letters: B batch, V voxels, N boxes of a sample, M boxes of
+the fullest sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.boxes import Float64
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
+from cpq_train.data.voxelization import Voxelizer, check_grid, mean_voxel_features
+from cpq_train.errors import UserError
+
+MIN_LIDAR_POINTS = 1
+"""Objects with fewer points are no targets (OpenPCDet's FILTER_MIN_POINTS_IN_GT)."""
+
+_EVALUATION_SEED = 0
+"""Evaluation shuffles like training does, always in the same way."""
+
+SampleKey = tuple[int, int]
+"""Epoch and position in the data set; what the sampler of the data module yields."""
+
+
+class Item(TypedDict):
+    """One sample."""
+
+    voxel_features: Tensor
+    """(V, 5) float32 means of x, y, z, intensity, time lag."""
+    voxel_coords: Tensor
+    """(V, 3) int32 z, y, x."""
+    gt_boxes: Tensor
+    """(N, 10) float32 x, y, z, l, w, h, yaw, vx, vy, label; label 1 is the first detection class."""
+    sample_row: int
+    token: str
+
+
+class Batch(TypedDict):
+    """Several samples."""
+
+    voxel_features: Tensor
+    """(V, 5) float32 over all samples."""
+    voxel_coords: Tensor
+    """(V, 4) int32 sample in the batch, z, y, x."""
+    batch_size: int
+    gt_boxes: Tensor
+    """(B, M, 10) float32, rows of zeros behind a sample's last box."""
+    sample_rows: Tensor
+    """(B,) int64 rows of the index."""
+    tokens: list[str]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How a sample is loaded, alike for training and evaluation except for `augmentation` and `max_num_voxels`.
+
+    Attributes:
+        num_sweeps: 1 (the key frame alone) to 10.
+        voxel_size: x, y, z in metres.
+        point_cloud_range: minimum x, y, z and maximum x, y, z in metres.
+        max_points_per_voxel: further points of a voxel are dropped.
+        max_num_voxels: further voxels of a sample are dropped.
+        seed: of all random draws in training.
+        augmentation: None for evaluation.
+        is_training: drop boxes outside the range, and replace samples without boxes.
+    """
+
+    num_sweeps: int
+    voxel_size: tuple[float, float, float]
+    point_cloud_range: tuple[float, float, float, float, float, float]
+    max_points_per_voxel: int
+    max_num_voxels: int
+    seed: int = 0
+    augmentation: Augmentation | None = None
+    is_training: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
+            raise UserError(f"num_sweeps is {self.num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
+        check_grid(self.voxel_size, self.point_cloud_range)
+
+
+class DetectionDataset(Dataset[Item]):
+    """Samples of an index by position.
+
+    Args:
+        index: the data set's index.
+        rows: (S,) rows of the samples, in the order of positions.
+        config: how to load them.
+    """
+
+    def __init__(self, index: NuScenesIndex, rows: NDArray[np.int64], config: SampleConfig) -> None:
+        self.index = index
+        self.rows = rows
+        self.config = config
+        self._voxelizer: Voxelizer | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: SampleKey | int) -> Item:
+        """Loads the sample at a position, in epoch 0 unless the key names another.
+
+        Raises:
+            CloudError: a cloud of it is missing, truncated or holds NaN or infinite values.
+        """
+        epoch, position = (0, key) if isinstance(key, int) else key
+        row = int(self.rows[position])
+        rng = self._generator(epoch, row)
+        for _ in range(len(self)):
+            points, boxes = self._scene(row, rng)
+            if len(boxes) or not self.config.is_training:
+                return self._item(row, points, boxes, rng)
+            row = int(rng.choice(self.rows))
+        raise UserError(
+            f"{len(self)} draws found no sample with an object inside point_cloud_range "
+            f"{list(self.config.point_cloud_range)}: training needs some"
+        )
+
+    def _generator(self, epoch: int, row: int) -> np.random.Generator:
+        if self.config.is_training:
+            return np.random.default_rng([self.config.seed, epoch, row])
+        return np.random.default_rng([_EVALUATION_SEED, row])
+
+    def _scene(self, row: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], Float64]:
+        """Points (P, 5) and labelled boxes (N, 10) of a sample, augmented."""
+        points = load_sweeps(self.index, row, self.config.num_sweeps)
+        boxes = target_boxes(self.index, row)
+        if self.config.augmentation is not None:
+            self.config.augmentation.apply(points, boxes[:, :9], rng)
+        if self.config.is_training:
+            boxes = boxes[is_inside(boxes, self.config.point_cloud_range)]
+        return points, boxes
+
+    def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
+        voxels, cells, num_points = self._voxelize(rng.permutation(points))
+        return {
+            "voxel_features": mean_voxel_features(voxels, num_points),
+            "voxel_coords": cells,
+            "gt_boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "sample_row": row,
+            "token": self.index.sample_token(row),
+        }
+
+    def _voxelize(self, points: NDArray[np.float32]) -> tuple[Tensor, Tensor, Tensor]:
+        if self._voxelizer is None:  # in the worker, not before it forks
+            config = self.config
+            self._voxelizer = Voxelizer(
+                config.voxel_size,
+                config.point_cloud_range,
+                config.max_points_per_voxel,
+                config.max_num_voxels,
+            )
+        return self._voxelizer(points)
+
+
+def target_boxes(index: NuScenesIndex, row: int) -> Float64:
+    """Boxes (N, 10) of a sample that a network can learn: of a detection class, with LiDAR points.
+
+    An unknown velocity becomes 0, as OpenPCDet has it. Column 9 is the label, 1 for the first class.
+    """
+    where = index.annotations(row)
+    classes = index.annotation_classes[where]
+    is_target = (classes >= 0) & (index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS)
+    boxes = np.nan_to_num(index.annotation_boxes[where][is_target], nan=0.0)
+    return np.column_stack([boxes, classes[is_target] + 1.0])
+
+
+def is_inside(boxes: Float64, point_cloud_range: Sequence[float]) -> NDArray[np.bool_]:
+    """Whether each box centre (N,) lies in the range, its faces included."""
+    low, high = np.asarray(point_cloud_range[:3]), np.asarray(point_cloud_range[3:])
+    inside: NDArray[np.bool_] = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(axis=1)
+    return inside
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Joins samples into a batch."""
+    num_voxels = torch.tensor([len(item["voxel_coords"]) for item in items])
+    batch_column = torch.repeat_interleave(torch.arange(len(items), dtype=torch.int32), num_voxels)
+    cells = torch.cat([item["voxel_coords"] for item in items])
+    boxes = [item["gt_boxes"] for item in items]
+    return {
+        "voxel_features": torch.cat([item["voxel_features"] for item in items]),
+        "voxel_coords": torch.cat([batch_column[:, None], cells], dim=1),
+        "batch_size": len(items),
+        "gt_boxes": torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True),
+        "sample_rows": torch.tensor([item["sample_row"] for item in items]),
+        "tokens": [item["token"] for item in items],
+    }

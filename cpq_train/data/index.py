@@ -1,0 +1,328 @@
+"""The index of a nuScenes data set: its tables as memory-mapped columns, built once and shared by all processes.
+
+`open_index` finds the index of a data root or builds it. It lies in `<root>/.cpq_train/<version>/`, or in the
+user's cache where the root cannot be written. A folder appears there under its final name only when it is
+complete, and the name depends on the size and the time of every table, so that neither a half-built nor an
+outdated one is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.data.tables import TABLES, TableReader
+from cpq_train.errors import UserError
+
+_SCHEMA = 1
+"""Counted up when the columns change, so that older indexes are built anew."""
+
+_PROGRESS_FROM_BYTES = 64 << 20
+"""Smaller tables are read within a few seconds and need no progress bar."""
+
+
+@dataclass(frozen=True)
+class NuScenesIndex:
+    """Columns over the samples, LiDAR frames, scenes and annotations of one version of a data set.
+
+    All arrays are memory-mapped and read-only. S samples in table order, F LIDAR_TOP frames (key frames and
+    sweeps), A annotations sorted by sample: those of sample `s` are rows `annotation_offsets[s] :
+    annotation_offsets[s + 1]`. Strings are UTF-8 bytes. Quaternions are `w x y z`, as in the tables; lengths
+    in metres, velocities in m/s.
+    """
+
+    folder: Path
+    """Where the columns lie."""
+    root: Path
+    """The data root; `frame_paths` are relative to it."""
+    version: str
+    fingerprint: str
+    """SHA-256 over the contents of the tables."""
+    splits: dict[str, list[str]]
+    """The official splits, each with those of its scene names that the data set holds."""
+
+    scene_names: NDArray[np.bytes_] = field(repr=False)
+    sample_tokens: NDArray[np.bytes_] = field(repr=False)
+    """(S,)"""
+    sample_times_us: NDArray[np.int64] = field(repr=False)
+    """(S,) timestamps of table `sample`, in microseconds."""
+    sample_scenes: NDArray[np.int32] = field(repr=False)
+    """(S,) rows of `scene_names`."""
+    sample_frames: NDArray[np.int32] = field(repr=False)
+    """(S,) frame row of the LiDAR key frame."""
+    sample_lidar_rotations: NDArray[np.float64] = field(repr=False)
+    """(S, 4) LiDAR to ego vehicle."""
+    sample_lidar_translations: NDArray[np.float64] = field(repr=False)
+    """(S, 3)"""
+    sample_ego_rotations: NDArray[np.float64] = field(repr=False)
+    """(S, 4) ego vehicle to global, at the time of the LiDAR key frame."""
+    sample_ego_translations: NDArray[np.float64] = field(repr=False)
+    """(S, 3)"""
+    sample_lidar_to_ego: NDArray[np.float64] = field(repr=False)
+    """(S, 4, 4) the same poses as matrices."""
+    sample_ego_to_global: NDArray[np.float64] = field(repr=False)
+    """(S, 4, 4)"""
+    frame_paths: NDArray[np.bytes_] = field(repr=False)
+    """(F,) cloud files relative to the root."""
+    frame_times_us: NDArray[np.int64] = field(repr=False)
+    """(F,) timestamps of table `sample_data`, in microseconds."""
+    frame_previous: NDArray[np.int32] = field(repr=False)
+    """(F,) frame row of the sweep before, -1 at a scene's start."""
+    frame_ego_rotations: NDArray[np.float64] = field(repr=False)
+    """(F, 4)"""
+    frame_ego_translations: NDArray[np.float64] = field(repr=False)
+    """(F, 3)"""
+    frame_lidar_rotations: NDArray[np.float64] = field(repr=False)
+    """(F, 4)"""
+    frame_lidar_translations: NDArray[np.float64] = field(repr=False)
+    """(F, 3)"""
+    annotation_offsets: NDArray[np.int64] = field(repr=False)
+    """(S + 1,)"""
+    annotation_tokens: NDArray[np.bytes_] = field(repr=False)
+    annotation_instances: NDArray[np.int32] = field(repr=False)
+    """(A,) row of table `instance`: the same number for the same object."""
+    annotation_classes: NDArray[np.int8] = field(repr=False)
+    """(A,) index into DETECTION_CLASSES, -1 for categories outside the detection task."""
+    annotation_is_bike_rack: NDArray[np.bool_] = field(repr=False)
+    annotation_attributes: NDArray[np.int8] = field(repr=False)
+    """(A,) index into ATTRIBUTES, -1 for none."""
+    annotation_num_lidar_pts: NDArray[np.int32] = field(repr=False)
+    annotation_num_radar_pts: NDArray[np.int32] = field(repr=False)
+    annotation_boxes: NDArray[np.float64] = field(repr=False)
+    """(A, 9) `x y z l w h yaw vx vy` in the LiDAR frame of the key frame; velocity over ground, NaN where unknown."""
+    annotation_translations: NDArray[np.float64] = field(repr=False)
+    """(A, 3) global frame, as are the following."""
+    annotation_sizes_wlh: NDArray[np.float64] = field(repr=False)
+    """(A, 3) width, length, height."""
+    annotation_rotations: NDArray[np.float64] = field(repr=False)
+    """(A, 4)"""
+    annotation_velocities: NDArray[np.float64] = field(repr=False)
+    """(A, 2) as nuscenes-devkit's `box_velocity` estimates them, NaN where it gives none."""
+
+    def __len__(self) -> int:
+        return len(self.sample_tokens)
+
+    def __reduce__(self) -> tuple[Callable[..., NuScenesIndex], tuple[Path, Path]]:
+        """Pickles as a path: another process maps the same files."""
+        return _load, (self.folder, self.root)
+
+    def sample_token(self, row: int) -> str:
+        """Token of the sample at a row."""
+        return str(self.sample_tokens[row], "utf-8")
+
+    def scene_name(self, row: int) -> str:
+        """Name of the scene that the sample at a row belongs to."""
+        return str(self.scene_names[self.sample_scenes[row]], "utf-8")
+
+    def frame_path(self, frame: int) -> Path:
+        """The cloud file of a frame row."""
+        return self.root / str(self.frame_paths[frame], "utf-8")
+
+    def annotations(self, row: int) -> slice:
+        """Where the annotations of the sample at a row lie in the annotation columns."""
+        return slice(int(self.annotation_offsets[row]), int(self.annotation_offsets[row + 1]))
+
+    def sample_rows(self, split: str | None = None, tokens: list[str] | None = None) -> NDArray[np.int64]:
+        """Rows of the samples of a split, or of the given tokens.
+
+        Args:
+            split: an official split. "train" and "val" stand for "mini_train" and "mini_val" in a mini
+                version. None is the whole data set.
+            tokens: sample tokens; only these, in this order. All must belong to the split.
+
+        Raises:
+            UserError: the split holds no sample here, or a token is unknown or outside the split.
+        """
+        rows = np.arange(len(self)) if split is None else self._split_rows(split)
+        if tokens is None:
+            return rows
+        within = f"{self.version} of {self.root}" if split is None else f"split {split!r} of {self.version}"
+        known = set(rows.tolist())
+        for token in tokens:
+            if self._rows_by_token.get(token) not in known:
+                raise UserError(f"sample token {token!r} is not one of the {len(rows)} samples in {within}")
+        return np.array([self._rows_by_token[token] for token in tokens], dtype=np.int64)
+
+    @cached_property
+    def _rows_by_token(self) -> dict[str, int]:
+        return {str(token, "utf-8"): row for row, token in enumerate(self.sample_tokens)}
+
+    def _split_rows(self, split: str) -> NDArray[np.int64]:
+        name = f"mini_{split}" if self.version.endswith("mini") and split in ("train", "val") else split
+        scenes = [scene.encode() for scene in self.splits.get(name, [])]
+        if not scenes:
+            held = ", ".join(
+                f"{name} ({len(scenes)} scenes)" for name, scenes in self.splits.items() if scenes
+            )
+            raise UserError(
+                f"split {split!r} holds no scene of {self.version} in {self.root}: "
+                f"the splits with scenes there are {held or 'none, its scene names are not official ones'}"
+            )
+        is_inside = np.isin(self.scene_names, np.array(scenes, dtype=np.bytes_))
+        return np.flatnonzero(is_inside[self.sample_scenes])
+
+    def dataset_info(self) -> dict[str, str]:
+        """What a report says of the data set: name of the root's folder, version, fingerprint."""
+        return {
+            "root_name": self.root.resolve().name,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+        }
+
+
+COLUMNS: tuple[str, ...] = tuple(
+    name
+    for name in NuScenesIndex.__annotations__
+    if name.startswith(("scene_", "sample_", "frame_", "annotation_"))
+)
+
+
+def open_index(
+    root: str | Path, version: str = "v1.0-trainval", cache_dir: str | Path | None = None
+) -> NuScenesIndex:
+    """Opens the index of a data set, building it first where there is none for the present tables.
+
+    Several processes may call this at once: each builds, the first to finish is kept.
+
+    Args:
+        root: the data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
+        version: name of the folder of tables.
+        cache_dir: where to keep the index. None means the root, or the user's cache if that is read-only.
+
+    Raises:
+        UserError: the root, the version or a table is missing or damaged, or no place for the index can be
+        written.
+    """
+    root = Path(root).expanduser()
+    stamps = _table_stamps(root, version)
+    key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
+    homes = _homes(root, version, cache_dir)
+    for home in homes:
+        if (home / key).is_dir():
+            return _load(home / key, root)
+    home, unfinished = _start_folder(homes, key)
+    try:
+        _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
+        _publish(unfinished, home / key)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _load(home / key, root)
+
+
+def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int]]:
+    """Name, bytes and modification time (ns) of each table.
+
+    Raises:
+        UserError: the root, the version or a table does not exist.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"data root {str(root)!r} is no folder: expected one that holds {version}/ and samples/"
+        )
+    if not version or not (root / version).is_dir():
+        versions = ", ".join(sorted(path.parent.name for path in root.glob("*/sample_annotation.json")))
+        raise UserError(
+            f"data version {version!r} is not in {root}: found {versions or 'no folder of tables'}"
+        )
+    stamps = []
+    for table in TABLES:
+        path = root / version / f"{table}.json"
+        if not path.is_file():
+            raise UserError(
+                f"table {path} is missing: a data set of version {version} has {', '.join(TABLES)}"
+            )
+        stamps.append((table, path.stat().st_size, path.stat().st_mtime_ns))
+    return stamps
+
+
+def _homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
+    """The folders that may hold indexes of this data set, in order of preference."""
+    unique = f"{root.resolve().name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}"
+    if cache_dir is not None:
+        return [Path(cache_dir).expanduser() / unique / version]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [root / ".cpq_train" / version, user_cache / "cpq_train" / unique / version]
+
+
+def _start_folder(homes: list[Path], key: str) -> tuple[Path, Path]:
+    """Makes an empty folder of a name of its own in the first home that can be written.
+
+    Raises:
+        UserError: none can.
+    """
+    refusals = []
+    for home in homes:
+        unfinished = home / f".unfinished-{key}-{uuid.uuid4().hex}"
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            refusals.append(f"{home} ({error.strerror})")
+        else:
+            return home, unfinished
+    raise UserError(f"no place for the index can be written: {', '.join(refusals)}; give data.cache_dir")
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    """Gives a complete folder its final name, and drops the indexes of earlier tables."""
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return  # another process was first, with the same content
+    for other in folder.parent.iterdir():
+        if other != folder and not other.name.startswith(".unfinished"):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
+    from nuscenes.utils.splits import create_splits_scenes
+
+    from cpq_train.data.index_builder import read_columns
+
+    with _progress(num_bytes, f"Indexing {version}") as advance:
+        reader = TableReader(root / version, advance)
+        columns = read_columns(reader)
+    assert set(columns) == set(COLUMNS)
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column, allow_pickle=False)
+    present = {str(name, "utf-8") for name in columns["scene_names"]}
+    splits = {
+        name: [scene for scene in scenes if scene in present]
+        for name, scenes in create_splits_scenes().items()
+    }
+    meta = {"version": version, "fingerprint": reader.fingerprint, "splits": splits}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@contextmanager
+def _progress(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes, where there are enough of them to wait for."""
+    if num_bytes < _PROGRESS_FROM_BYTES:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task(title, total=num_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+def _load(folder: Path, root: Path) -> NuScenesIndex:
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
+    return NuScenesIndex(folder=folder, root=root, **meta, **columns)

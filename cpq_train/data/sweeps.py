@@ -1,0 +1,134 @@
+"""Loads a sample's cloud: the key frame and the sweeps before it, moved into the key frame's LiDAR frame.
+
+Follows OpenPCDet's rules: sweeps, not the key frame, lose the returns from the vehicle itself; a scene's
+first samples, which have fewer sweeps behind them than asked for, repeat the oldest one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.data.boxes import Float64, invert_poses, pose_matrices
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
+
+MAX_NUM_SWEEPS = 10
+"""Key frames are 10 sweeps apart, so more would reach into the sample before."""
+
+_FILE_COLUMNS = 5  # x, y, z, intensity, ring
+_EGO_HALF_WIDTH_M = 1.0
+_DAMAGE = "CloudError: "
+
+
+class CloudError(UserError):
+    """A cloud that cannot be used; the message names the file and the sample.
+
+    A data loader's worker hands exceptions over as the text of their traceback; this one keeps only its own
+    message of it, so that the user reads the same whether the cloud was loaded in a worker or not.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(_DAMAGE)[2].strip())
+
+
+def load_sweeps(index: NuScenesIndex, row: int, num_sweeps: int = MAX_NUM_SWEEPS) -> NDArray[np.float32]:
+    """Loads the points of a sample.
+
+    Args:
+        index: the data set.
+        row: the sample.
+        num_sweeps: 1 (the key frame alone) to 10.
+
+    Returns:
+        (P, 5) x, y, z in metres in the LiDAR frame of the key frame, intensity 0 to 255, time lag in seconds
+        (0 for the key frame, positive for the past). Key frame first, then back in time.
+
+    Raises:
+        CloudError: a cloud is missing, truncated or holds NaN or infinite values.
+    """
+    key_frame = int(index.sample_frames[row])
+    frames = previous_frames(index, row, num_sweeps)
+    clouds = [load_cloud(index, key_frame, row)]
+    moved: dict[int, NDArray[np.float32]] = {}
+    for frame in frames:
+        if frame not in moved:
+            moved[frame] = _load_past_cloud(index, frame, row)
+        clouds.append(moved[frame])
+    return np.concatenate(clouds)
+
+
+def previous_frames(index: NuScenesIndex, row: int, num_sweeps: int) -> list[int]:
+    """Frame rows of the `num_sweeps - 1` sweeps before a sample's key frame, newest first.
+
+    Where the scene starts too early the oldest sweep is repeated; a scene's first frame repeats itself.
+    """
+    frames: list[int] = []
+    frame = int(index.sample_frames[row])
+    while len(frames) < num_sweeps - 1:
+        previous = int(index.frame_previous[frame])
+        frame = frame if previous < 0 else previous
+        frames.append(frame)
+    return frames
+
+
+def sweep_transform(index: NuScenesIndex, row: int, frame: int) -> Float64:
+    """Matrix (4, 4) from the LiDAR frame of a sweep to that of a sample's key frame, through the global frame."""
+    from_global = invert_poses(index.sample_ego_to_global[row])
+    lidar_from_ego = invert_poses(index.sample_lidar_to_ego[row])
+    to_global = pose_matrices(index.frame_ego_rotations[frame], index.frame_ego_translations[frame])
+    ego_from_lidar = pose_matrices(index.frame_lidar_rotations[frame], index.frame_lidar_translations[frame])
+    matrix: Float64 = lidar_from_ego @ from_global @ to_global @ ego_from_lidar
+    return matrix
+
+
+def time_lag_s(index: NuScenesIndex, row: int, frame: int) -> float:
+    """Seconds from a sweep to a sample's key frame."""
+    key_time_us = index.frame_times_us[index.sample_frames[row]]
+    return float(1e-6 * key_time_us - 1e-6 * index.frame_times_us[frame])
+
+
+def load_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32]:
+    """Loads one file as (P, 5) x, y, z, intensity, 0 in its own sensor frame.
+
+    Raises:
+        CloudError: the file is missing, truncated or holds NaN or infinite values.
+    """
+    path = index.frame_path(frame)
+    token = index.sample_token(row)
+    try:
+        values = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise CloudError(f"cloud {path} of sample {token} cannot be read: {error.strerror}") from error
+    point_bytes = _FILE_COLUMNS * 4
+    if len(values) == 0 or len(values) % point_bytes:
+        raise CloudError(
+            f"cloud {path} of sample {token} is truncated: {len(values)} bytes, expected a multiple of {point_bytes}"
+        )
+    points = values.view(np.float32).reshape(-1, _FILE_COLUMNS)
+    _check_finite(points, path, token)
+    points[:, 4] = 0.0
+    return points
+
+
+def _check_finite(points: NDArray[np.float32], path: Path, token: str) -> None:
+    is_finite = np.isfinite(points)
+    if not is_finite.all():
+        bad = ~is_finite.all(axis=1)
+        raise CloudError(
+            f"cloud {path} of sample {token} holds NaN or infinite values in {np.count_nonzero(bad)} of {len(points)} "
+            f"points, first in point {int(np.argmax(bad))}: expected finite x, y, z, intensity, ring"
+        )
+
+
+def _load_past_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32]:
+    points = load_cloud(index, frame, row)
+    is_ego = (np.abs(points[:, 0]) < _EGO_HALF_WIDTH_M) & (np.abs(points[:, 1]) < _EGO_HALF_WIDTH_M)
+    points = points[~is_ego]
+    if frame != index.sample_frames[row]:
+        matrix = sweep_transform(index, row, frame)
+        points[:, :3] = points[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
+        points[:, 4] = time_lag_s(index, row, frame)
+    return points
