@@ -1,1 +1,1 @@
-"""The nuScenes detection metric, the files of a run and the comparison of arms; import the modules you need."""
+"""The nuScenes detection metric, the files of a run, the comparison of arms: import the module you need."""

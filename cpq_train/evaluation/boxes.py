@@ -45,19 +45,12 @@ class Boxes:
     def __getitem__(self, rows: Ints | Bools) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    @classmethod
-    def empty(cls) -> Self:
-        """No boxes at all."""
-        widths = {"translation": (0, 3), "size": (0, 3), "rotation": (0, 4), "velocity": (0, 2)}
-        floats = {name: np.zeros(shape) for name, shape in widths.items()}
-        ints = {name: np.zeros(0, np.int64) for name in ("sample", "label", "attribute")}
-        return cls(**ints, **floats)
-
     @property
     def yaw(self) -> Floats:
         """(N,) heading in the global x-y plane, rad: where the rotated x axis points."""
         w, x, y, z = self.rotation.T
-        return np.arctan2(2 * (x * y + w * z), w * w + x * x - y * y - z * z)
+        yaw: Floats = np.arctan2(2 * (x * y + w * z), w * w + x * x - y * y - z * z)
+        return yaw
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from cpq_train.nuscenes import DETECTION_CLASSES
 def ego_distance(boxes: Boxes, samples: Samples) -> Floats:
     """(N,) distance of each box centre from the ego vehicle in the x-y plane, m."""
     offset: Floats = boxes.translation[:, :2] - samples.ego_xy[boxes.sample]
-    return np.sqrt(np.sum(offset**2, axis=1))
+    distance: Floats = np.sqrt(np.sum(offset**2, axis=1))
+    return distance
 
 
 def filter_ground_truth(ground_truth: GroundTruth) -> GroundTruth:
@@ -42,7 +43,9 @@ def _within_class_range(boxes: Boxes, samples: Samples) -> Bools:
 
 def _in_bike_rack(boxes: Boxes, racks: Boxes) -> Bools:
     inside = np.zeros(len(boxes), bool)
-    cycles = np.flatnonzero(np.isin(boxes.label, [DETECTION_CLASSES.index(name) for name in BIKE_RACK_CLASSES]))
+    cycles = np.flatnonzero(
+        np.isin(boxes.label, [DETECTION_CLASSES.index(name) for name in BIKE_RACK_CLASSES])
+    )
     cycles = cycles[np.isin(boxes.sample[cycles], racks.sample)]
     for rack in range(len(racks)):
         near = cycles[boxes.sample[cycles] == racks.sample[rack]]
@@ -57,4 +60,5 @@ def _points_in_box(points_N3: Floats, boxes: Boxes, row: int) -> Bools:
     edges = -axes * np.array([length, width, height])
     corner = boxes.translation[row] - edges.sum(axis=1) / 2
     along = (points_N3 - corner) @ edges
-    return np.all((along >= 0) & (along <= np.sum(edges**2, axis=0)), axis=1)
+    inside: Bools = np.all((along >= 0) & (along <= np.sum(edges**2, axis=0)), axis=1)
+    return inside

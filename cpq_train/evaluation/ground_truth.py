@@ -30,7 +30,9 @@ def ground_truth(index: NuScenesIndex, rows: Ints) -> GroundTruth:
     return GroundTruth(
         samples=samples,
         boxes=_boxes(index, annotations, sample, is_object),
-        num_points=(index.annotation_num_lidar_pts[objects] + index.annotation_num_radar_pts[objects]).astype(np.int64),
+        num_points=(index.annotation_num_lidar_pts[objects] + index.annotation_num_radar_pts[objects]).astype(
+            np.int64
+        ),
         tokens=np.char.decode(index.annotation_tokens[objects], "utf-8"),
         racks=_boxes(index, annotations, sample, is_rack),
     )
@@ -38,7 +40,9 @@ def ground_truth(index: NuScenesIndex, rows: Ints) -> GroundTruth:
 
 def _samples(index: NuScenesIndex, rows: Ints) -> Samples:
     if len(rows) == 0 or len(np.unique(rows)) < len(rows):
-        raise UserError(f"{len(rows)} samples, {len(np.unique(rows))} different ones, to score; accepted: each once")
+        raise UserError(
+            f"{len(rows)} samples, {len(np.unique(rows))} different ones, to score; accepted: each once"
+        )
     scenes, scene = np.unique(index.sample_scenes[rows], return_inverse=True)
     return Samples(
         tokens=np.char.decode(index.sample_tokens[rows], "utf-8"),

@@ -1,4 +1,4 @@
-"""What matching found, and its file `matches.npz`: scores, intervals and lost objects need neither data set nor boxes.
+"""What matching found, and its file `matches.npz`, from which scores and intervals can be computed again.
 
 Letters in shapes: N detections, G annotations, T thresholds, M matches, S samples.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
@@ -34,8 +33,8 @@ class Matches:
         pred_score: (N,) confidence.
         pred_range_m: (N,) distance from the ego vehicle.
         pred_row: (N,) row in the predictions before filtering.
-        pred_match: (T, N) row of the annotation matched at each distance threshold, -1 for a false positive.
-        match_errors: (M, 5) errors of `TP_ERRORS` of the matches, in the order of `np.nonzero(pred_match >= 0)`.
+        pred_match: (T, N) row of the annotation matched at each distance threshold, -1 for none.
+        match_errors: (M, 5) `TP_ERRORS` of the matches, in the order of `np.nonzero(pred_match >= 0)`.
         gt_sample: (G,) sample row of each annotation.
         gt_label: (G,) class id.
         gt_range_m: (G,) distance from the ego vehicle.
@@ -51,7 +50,7 @@ class Matches:
     pred_score: Floats
     pred_range_m: Floats
     pred_row: Ints
-    pred_match: NDArray[np.int32]
+    pred_match: Ints
     match_errors: Floats
     gt_sample: Ints
     gt_label: Ints
@@ -98,6 +97,7 @@ _COMPACT = {
     "pred_sample": np.int32,
     "pred_label": np.int8,
     "pred_row": np.int32,
+    "pred_match": np.int32,
     "gt_sample": np.int32,
     "gt_label": np.int8,
     "gt_num_points": np.int32,
@@ -105,7 +105,7 @@ _COMPACT = {
 
 
 def write_matches(path: Path, matches: Matches) -> None:
-    """Write `matches.npz`: the columns of `Matches` under their names, the thresholds and the schema number."""
+    """Write `matches.npz`: the columns of `Matches` under their names, thresholds and schema number."""
     columns = {field.name: getattr(matches, field.name) for field in fields(matches)}
     for name, dtype in _COMPACT.items():
         columns[name] = columns[name].astype(dtype)
@@ -127,7 +127,9 @@ def read_matches(path: Path) -> Matches:
     columns.pop("thresholds_m", None)
     missing = {field.name for field in fields(Matches)} - columns.keys()
     if schema != SCHEMA or missing:
-        raise UserError(f"{path}: schema {schema} without {sorted(missing)}; accepted: schema {SCHEMA}, all columns")
+        raise UserError(
+            f"{path}: schema {schema} without {sorted(missing)}; accepted: schema {SCHEMA}, all columns"
+        )
     for name in _COMPACT:
         columns[name] = columns[name].astype(np.int64)
     return Matches(**columns)

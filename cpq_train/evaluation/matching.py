@@ -1,9 +1,10 @@
 """Greedy matching of detections to ground truth, all classes, samples and thresholds at once.
 
-nuscenes-devkit walks over the detections of a class by falling score (of equal scores the later box first) and gives
-each the nearest annotation of its sample and class that is still free (of equal distances the earlier annotation), if
-that is closer than the threshold. Detections of different samples or classes do not compete, so here the first
-detections of all (sample, class) groups are matched together, then the second ones, and so on.
+nuscenes-devkit walks over the detections of a class by falling score (of equal scores the later box first)
+and gives each the nearest annotation of its sample and class that is still free (of equal distances the
+earlier annotation), if that is closer than the threshold. Detections of different samples or classes do not
+compete, so here the first detections of all (sample, class) groups are matched together, then the second
+ones, and so on.
 
 Letters in shapes: N detections, G annotations, T thresholds, P candidate pairs, M matches.
 """
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints, Predictions
 from cpq_train.evaluation.protocol import THRESHOLDS_M
@@ -26,10 +26,11 @@ _PAIRS_PER_CHUNK = 4_000_000
 def devkit_order(predictions: Predictions) -> Ints:
     """(N,) rows by class, then falling score, then falling row: the order in which detections are matched."""
     rows = np.arange(len(predictions.score))
-    return np.lexsort((-rows, -predictions.score, predictions.boxes.label))
+    order: Ints = np.lexsort((-rows, -predictions.score, predictions.boxes.label))
+    return order
 
 
-def match(ground_truth: Boxes, predictions: Boxes) -> NDArray[np.int32]:
+def match(ground_truth: Boxes, predictions: Boxes) -> Ints:
     """Match detections, given in `devkit_order`, to annotations.
 
     Args:
@@ -39,7 +40,7 @@ def match(ground_truth: Boxes, predictions: Boxes) -> NDArray[np.int32]:
     Returns:
         (T, N) row of the annotation that each detection matches at each threshold, -1 for a false positive.
     """
-    matched = np.full((len(THRESHOLDS_M), len(predictions)), -1, np.int32)
+    matched = np.full((len(THRESHOLDS_M), len(predictions)), -1, np.int64)
     taken = np.zeros((len(THRESHOLDS_M), len(ground_truth)), bool)
     thresholds = np.array(THRESHOLDS_M)[:, None]
     for candidates in _rounds(_candidates(ground_truth, predictions), predictions):
@@ -85,16 +86,21 @@ def _candidates(ground_truth: Boxes, predictions: Boxes) -> _Candidates:
     first = np.searchsorted(group, _group(predictions), side="left")
     count = np.searchsorted(group, _group(predictions), side="right") - first
     chunks = [
-        _close_pairs(rows, first[rows], count[rows], by_group, ground_truth.translation, predictions.translation)
+        _close_pairs(
+            rows, first[rows], count[rows], by_group, ground_truth.translation, predictions.translation
+        )
         for rows in _chunks(count)
     ]
     return _Candidates(
-        *(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _Candidates.__dataclass_fields__)
+        *(
+            np.concatenate([getattr(chunk, name) for chunk in chunks])
+            for name in _Candidates.__dataclass_fields__
+        )
     )
 
 
 def _chunks(count: Ints) -> list[Ints]:
-    """Rows with annotations in their group, cut so that no chunk makes many more than `_PAIRS_PER_CHUNK` pairs."""
+    """Rows with annotations in their group, cut so that a chunk makes about `_PAIRS_PER_CHUNK` pairs."""
     rows = np.flatnonzero(count)
     chunk = np.cumsum(count[rows]) // _PAIRS_PER_CHUNK
     return np.split(rows, np.flatnonzero(np.diff(chunk)) + 1)
@@ -113,7 +119,7 @@ def _close_pairs(
 
 
 def _rounds(candidates: _Candidates, predictions: Boxes) -> Iterator[_Candidates]:
-    """Candidates of the first detection of every group, then of the second ones, …"""
+    """Candidates of the first detection of every group, then of the second ones, and so on."""
     rows, pairs = np.unique(candidates.prediction, return_counts=True)
     group = _group(predictions)[rows]
     by_group = np.argsort(group, kind="stable")
@@ -131,8 +137,8 @@ def true_positive_errors(ground_truth: Boxes, predictions: Boxes) -> Floats:
     """Errors of M matched pairs of equal class, in the order of `TP_ERRORS`.
 
     Returns:
-        (M, 5) translation (m), scale (1 - IoU of the aligned boxes), orientation (rad; barriers modulo half a turn),
-        velocity (m/s; NaN where unknown) and attribute error (0 or 1; NaN where the annotation has none).
+        (M, 5) translation (m), scale (1 - IoU of the aligned boxes), orientation (rad; barriers modulo half a
+        turn), velocity (m/s; NaN where unknown) and attribute error (0 or 1; NaN where there is none).
     """
     offset = predictions.translation[:, :2] - ground_truth.translation[:, :2]
     velocity = predictions.velocity - ground_truth.velocity

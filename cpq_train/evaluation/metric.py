@@ -1,6 +1,6 @@
-"""AP, true-positive errors and NDS from matches, equal to nuscenes-devkit 1.2.0 (`accumulate`, `calc_ap`, `calc_tp`).
+"""AP, true-positive errors and NDS from matches, as nuscenes-devkit 1.2.0 computes them in `algo.py`.
 
-Letters in shapes: C classes, T thresholds, N detections, G annotations, M matches, R points of the recall grid.
+Letters in shapes: C classes, T thresholds, N detections, G annotations, M matches, R recall points.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def curves(matches: Matches, pred_keep: Bools | None = None, gt_keep: Bools | No
         np.ones((*shape, len(TP_ERRORS), len(RECALL_GRID))),
     )
     keep = np.ones(matches.pred_match.shape, bool) if pred_keep is None else pred_keep
-    num_gt = np.bincount(matches.gt_label if gt_keep is None else matches.gt_label[gt_keep], minlength=shape[0])
+    num_gt = np.bincount(
+        matches.gt_label if gt_keep is None else matches.gt_label[gt_keep], minlength=shape[0]
+    )
     errors_at = np.cumsum(matches.is_match).reshape(matches.pred_match.shape) - 1
     ends = np.searchsorted(matches.pred_label, np.arange(shape[0]), side="right")
     starts = np.searchsorted(matches.pred_label, np.arange(shape[0]), side="left")
@@ -147,7 +149,9 @@ def _mean_errors(confidence_R: Floats, errors_5R: Floats) -> Floats:
     return mean
 
 
-def _interpolated(score_N: Floats, is_match_N: Bools, errors_M5: Floats, num_gt: int) -> tuple[Floats, Floats, Floats]:
+def _interpolated(
+    score_N: Floats, is_match_N: Bools, errors_M5: Floats, num_gt: int
+) -> tuple[Floats, Floats, Floats]:
     true_positives = np.cumsum(is_match_N).astype(float)
     precision_N = true_positives / np.arange(1, len(score_N) + 1)
     recall_N = true_positives / num_gt
@@ -155,7 +159,8 @@ def _interpolated(score_N: Floats, is_match_N: Bools, errors_M5: Floats, num_gt:
     confidence = np.interp(RECALL_GRID, recall_N, score_N, right=0)
     rising_score = score_N[is_match_N][::-1]
     errors = [
-        np.interp(confidence[::-1], rising_score, _cumulative_mean(error)[::-1])[::-1] for error in errors_M5.T
+        np.interp(confidence[::-1], rising_score, _cumulative_mean(error)[::-1])[::-1]
+        for error in errors_M5.T
     ]
     return precision, confidence, np.stack(errors)
 

@@ -1,14 +1,14 @@
 """From a network's detections in the LiDAR frame to predictions in the global frame.
 
-Attributes follow OpenPCDet's rule (`nuscenes_utils.transform_det_annos_to_nusc_annos`): above 0.2 m/s a vehicle moves
-and a cycle has a rider; otherwise the most frequent attribute of the class. Barriers and cones have none: OpenPCDet
-writes "cycle.with_rider" there, which the metric ignores.
+Attributes follow OpenPCDet's rule (`nuscenes_utils.transform_det_annos_to_nusc_annos`): above 0.2 m/s a
+vehicle moves and a cycle has a rider; otherwise the most frequent attribute of the class. Barriers and
+cones have none: OpenPCDet writes "cycle.with_rider" there, which the metric ignores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,9 @@ _SLOW_FAST = {
 def _attribute_table() -> Ints:
     """(classes, 2) attribute of a slow and of a fast object."""
     names = [_SLOW_FAST.get(name) for name in DETECTION_CLASSES]
-    return np.array([[-1, -1] if pair is None else [ATTRIBUTES.index(name) for name in pair] for pair in names])
+    return np.array(
+        [[-1, -1] if pair is None else [ATTRIBUTES.index(name) for name in pair] for pair in names]
+    )
 
 
 _ATTRIBUTE_TABLE = _attribute_table()
@@ -52,9 +54,9 @@ class LidarDetections(NamedTuple):
         labels: (N,) class ids.
     """
 
-    boxes: NDArray[np.floating]
-    scores: NDArray[np.floating]
-    labels: NDArray[np.integer]
+    boxes: NDArray[np.floating[Any]]
+    scores: NDArray[np.floating[Any]]
+    labels: NDArray[np.integer[Any]]
 
 
 def assign_attributes(labels: Ints, velocity: Floats) -> Ints:
@@ -88,8 +90,9 @@ def predictions_from_detections(
     if detections.keys() != set(rows.tolist()):
         missing, foreign = set(rows.tolist()) - detections.keys(), detections.keys() - set(rows.tolist())
         raise UserError(
-            f"detections for {len(detections)} samples: {len(missing)} missing, {len(foreign)} unknown, such as "
-            f"{index.sample_token(sorted(missing or foreign)[0])}; accepted: the {len(rows)} samples that are scored"
+            f"detections for {len(detections)} samples: {len(missing)} missing, {len(foreign)} unknown, "
+            f"such as {index.sample_token(min(missing or foreign))}; "
+            f"accepted: the {len(rows)} samples that are scored"
         )
     best = [best_detections(LidarDetections(*detections[row])) for row in rows.tolist()]
     placed = [_in_global_frame(index, row, found) for row, found in zip(rows.tolist(), best, strict=True)]

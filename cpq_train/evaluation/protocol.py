@@ -1,4 +1,4 @@
-"""The constants of the nuScenes detection task (nuscenes-devkit 1.2.0, `detection_cvpr_2019.json` and `algo.py`)."""
+"""Constants of the nuScenes detection task (nuscenes-devkit 1.2.0: `detection_cvpr_2019.json`, `algo.py`)."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ Record = dict[str, Any]
 def write_submission(path: Path, predictions: Predictions, sample_tokens: Strings) -> None:
     """Write a submission that names every sample, those without detections too.
 
-    The detections of a sample keep their order, and the samples theirs, so that nuscenes-devkit breaks ties between
-    equal scores as `evaluate` does if detections are sorted by sample. The file appears only when it is whole.
+    Samples and their detections keep their order, so nuscenes-devkit breaks ties between equal scores as
+    `evaluate` does where detections are sorted by sample. The file appears only when it is whole.
 
     Args:
         path: the file to write.
@@ -44,7 +44,7 @@ def write_submission(path: Path, predictions: Predictions, sample_tokens: String
         sample_tokens: (S,) tokens of all samples of the split.
 
     Raises:
-        UserError: A sample with more than 500 boxes, a number that is not finite, or a size that is not positive.
+        UserError: The official server would refuse these detections (`check_predictions`).
     """
     check_predictions(predictions, sample_tokens)
     order = np.argsort(predictions.boxes.sample, kind="stable")
@@ -86,29 +86,44 @@ def check_predictions(predictions: Predictions, sample_tokens: Strings) -> None:
     """Check that the official server would take these detections.
 
     Raises:
-        UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not positive, or a
-            class id that does not exist.
+        UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not positive,
+            or a class id that does not exist.
     """
     boxes, counts = predictions.boxes, np.bincount(predictions.boxes.sample, minlength=len(sample_tokens))
     if len(boxes) and counts.max() > MAX_BOXES_PER_SAMPLE:
         token = sample_tokens[counts.argmax()]
-        raise UserError(f"sample {token}: {counts.max()} detections; at most {MAX_BOXES_PER_SAMPLE} are accepted")
-    columns = {name: getattr(boxes, name) for name in _NUMBERS} | {"detection_score": predictions.score[:, None]}
+        raise UserError(
+            f"sample {token}: {counts.max()} detections; at most {MAX_BOXES_PER_SAMPLE} are accepted"
+        )
+    columns = {name: getattr(boxes, name) for name in _NUMBERS} | {
+        "detection_score": predictions.score[:, None]
+    }
     for name, column in columns.items():
-        _check_column(name, "finite numbers", column, np.isfinite(column).all(axis=1), boxes.sample, sample_tokens)
+        _check_column(
+            name, "finite numbers", column, np.isfinite(column).all(axis=1), boxes.sample, sample_tokens
+        )
     positive = (boxes.size > 0).all(axis=1)
     _check_column("size", "numbers above 0", boxes.size, positive, boxes.sample, sample_tokens)
     known = (boxes.label >= 0) & (boxes.label < len(DETECTION_CLASSES))
-    _check_column("class id", f"0 to {len(DETECTION_CLASSES) - 1}", boxes.label, known, boxes.sample, sample_tokens)
+    _check_column(
+        "class id", f"0 to {len(DETECTION_CLASSES) - 1}", boxes.label, known, boxes.sample, sample_tokens
+    )
 
 
 def _check_column(
-    name: str, accepted: str, column: Floats | Ints, good: np.ndarray[Any, np.dtype[np.bool_]], sample: Ints, tokens: Strings
+    name: str,
+    accepted: str,
+    column: Floats | Ints,
+    good: np.ndarray[Any, np.dtype[np.bool_]],
+    sample: Ints,
+    tokens: Strings,
 ) -> None:
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
         value = np.array2string(column[row], separator=", ")
-        raise UserError(f"sample {tokens[sample[row]]}: {name} of a detection is {value}; accepted: {accepted}")
+        raise UserError(
+            f"sample {tokens[sample[row]]}: {name} of a detection is {value}; accepted: {accepted}"
+        )
 
 
 def check_sample_tokens(found: Iterable[str], expected: Strings) -> None:
@@ -154,7 +169,9 @@ def _load(path: Path) -> dict[str, list[Record]]:
         raise UserError(f"{path}: not a readable submission ({error})") from error
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not isinstance(document.get("meta"), dict):
-        raise UserError(f'{path}: no submission; accepted: {{"meta": {{…}}, "results": {{sample token: [box, …]}}}}')
+        raise UserError(
+            f'{path}: no submission; accepted: {{"meta": {{…}}, "results": {{sample token: [box, …]}}}}'
+        )
     return results
 
 
@@ -178,14 +195,18 @@ def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Pr
         attribute=_ids(records, "attribute_name", ATTRIBUTES, none=""),
         **{name: _numbers(records, name, width) for name, width in _NUMBERS.items()},
     )
-    return Predictions(boxes, _numbers([{"score": [r["detection_score"]]} for r in records], "score", 1)[:, 0])
+    return Predictions(
+        boxes, _numbers([{"score": [r["detection_score"]]} for r in records], "score", 1)[:, 0]
+    )
 
 
 def _check_records(records: list[Record], results: dict[str, list[Record]]) -> None:
     wanted = {"sample_token", "detection_name", "detection_score", "attribute_name", *_NUMBERS}
     for token, record in zip(_token_of_each(results), records, strict=True):
         if not isinstance(record, dict) or not wanted <= record.keys():
-            raise UserError(f"sample {token}: detection {str(record)[:80]} lacks a key; accepted: {sorted(wanted)}")
+            raise UserError(
+                f"sample {token}: detection {str(record)[:80]} lacks a key; accepted: {sorted(wanted)}"
+            )
         if record["sample_token"] != token:
             raise UserError(f"sample {token}: a detection says sample_token {record['sample_token']}")
 

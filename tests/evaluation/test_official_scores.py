@@ -1,4 +1,4 @@
-"""The metric against published scores: a real detector's submission, and OpenPCDet's on a synthetic data set."""
+"""The metric against published scores: a real detector's submission, and OpenPCDet's on synthetic data."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,16 @@ from cpq_train.nuscenes import DETECTION_CLASSES
 DEVKIT_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
 
 
-def assert_equals_summary(scores: Scores, summary: dict[str, dict[str, dict[str, float]]], atol: float) -> None:
-    ap = [[summary["label_aps"][name][str(threshold)] for threshold in THRESHOLDS_M] for name in DETECTION_CLASSES]
-    errors = [[summary["label_tp_errors"][name][error] for error in DEVKIT_ERRORS] for name in DETECTION_CLASSES]
+def assert_equals_summary(
+    scores: Scores, summary: dict[str, dict[str, dict[str, float]]], atol: float
+) -> None:
+    ap = [
+        [summary["label_aps"][name][str(threshold)] for threshold in THRESHOLDS_M]
+        for name in DETECTION_CLASSES
+    ]
+    errors = [
+        [summary["label_tp_errors"][name][error] for error in DEVKIT_ERRORS] for name in DETECTION_CLASSES
+    ]
     np.testing.assert_allclose(scores.ap, ap, rtol=0, atol=atol)
     np.testing.assert_allclose(scores.errors, errors, rtol=0, atol=atol)
     means = [summary["tp_errors"][error] for error in DEVKIT_ERRORS]

@@ -1,0 +1,110 @@
+"""The nuScenes metric as a torchmetrics `Metric`: collects detections on every rank, scores them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Ints
+from cpq_train.evaluation.ground_truth import ground_truth
+from cpq_train.evaluation.metric import evaluate
+from cpq_train.evaluation.predictions import LidarDetections, best_detections, predictions_from_detections
+from cpq_train.evaluation.run_files import ScoredSplit
+
+
+class DetectionsOfSample(Protocol):
+    """What a detector says of one sample: tensors on any device, boxes (N, 9) in the LiDAR frame."""
+
+    @property
+    def boxes(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def scores(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def labels(self) -> Tensor: ...  # noqa: D102
+
+
+class NuScenesDetectionMetric(Metric):
+    """NuScenes mAP, true-positive errors and NDS of all ranks' detections.
+
+    Detections are kept by sample row: a sample that a padded sampler gives twice counts once, and ranks may
+    hold different numbers of samples. `compute` gives the `ScoredSplit` that `write_run` takes, on every rank.
+
+    Args:
+        index: the data set.
+        rows: (S,) sample rows of the index that are scored, each once.
+        **kwargs: of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    num_updates: Tensor
+
+    def __init__(self, index: NuScenesIndex, rows: Ints, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._index = index
+        self._rows = np.asarray(rows, np.int64)
+        self._known = frozenset(self._rows.tolist())
+        self._detections: dict[int, LidarDetections] = {}
+        self._gathered: dict[int, LidarDetections] = {}
+        # A tensor state makes Metric synchronise at all; the detections travel with it in `_sync_dist`.
+        self.add_state("num_updates", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, sample_rows: Tensor | Sequence[int], detections: Sequence[DetectionsOfSample]) -> None:
+        """Add the detections of some samples; of a sample seen before, the first are kept.
+
+        Args:
+            sample_rows: (B,) sample rows of the index.
+            detections: those of each sample.
+
+        Raises:
+            UserError: A sample is not one of those that are scored.
+        """
+        for row, found in zip(map(int, sample_rows), detections, strict=True):
+            if row not in self._known:
+                raise UserError(
+                    f"detections for sample row {row}; accepted: the {len(self._rows)} rows that are scored"
+                )
+            self._detections.setdefault(row, _to_numpy(found))
+        self.num_updates += 1
+
+    def compute(self) -> ScoredSplit:
+        """Score the detections of all ranks.
+
+        Raises:
+            UserError: Samples are missing.
+        """
+        detections = self._gathered if self._is_synced else self._detections
+        predictions = predictions_from_detections(self._index, self._rows, detections)
+        annotations = ground_truth(self._index, self._rows)
+        return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        super().reset()
+        self._detections, self._gathered = {}, {}
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        super()._sync_dist(dist_sync_fn, process_group)
+        group = process_group or self.process_group
+        per_rank: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(per_rank, self._detections, group=group)
+        self._gathered = {row: found for rank in reversed(per_rank) for row, found in rank.items()}
+
+
+def _to_numpy(found: DetectionsOfSample) -> LidarDetections:
+    columns = (found.boxes, found.scores, found.labels)
+    return best_detections(LidarDetections(*(column.detach().cpu().numpy() for column in columns)))
