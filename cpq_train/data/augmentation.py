@@ -1,4 +1,4 @@
-"""Random flips, rotation, scaling and translation of a whole scene, in OpenPCDet's order and with its conventions."""
+"""Random flips, rotation, scaling and translation of a whole scene, in OpenPCDet's order and conventions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not 0 < self.min_scale <= self.max_scale:
             raise UserError(
-                f"augmentation scales {self.min_scale} to {self.max_scale}: expected 0 < min_scale <= max_scale"
+                f"augmentation min_scale is {self.min_scale}, max_scale {self.max_scale}: "
+                "expected 0 < min_scale <= max_scale"
             )
         for name in ("max_rotation_rad", "translation_std_m"):
             if getattr(self, name) < 0:
@@ -77,9 +78,8 @@ def flip_y(points: Points, boxes: Float) -> None:
 def rotate(points: Points, boxes: Float, angle_rad: float) -> None:
     """Rotates a scene around z in place, counter-clockwise."""
     cos, sin = np.cos(angle_rad), np.sin(angle_rad)
-    for rows, x, y in ((points, 0, 1), (boxes, 0, 1), (boxes, 7, 8)):
-        turn = np.array([[cos, sin], [-sin, cos]], dtype=rows.dtype)
-        rows[:, [x, y]] = rows[:, [x, y]] @ turn
+    for vectors in (points[:, :2], boxes[:, :2], boxes[:, 7:9]):
+        vectors[:] = vectors @ np.array([[cos, sin], [-sin, cos]], dtype=vectors.dtype)
     boxes[:, YAW] += angle_rad
 
 

@@ -1,4 +1,4 @@
-"""Rigid transforms and 3-D boxes: quaternions, poses, and the way from the LiDAR frame to the global frame and back.
+"""Rigid transforms and 3-D boxes: quaternions, poses, LiDAR frame to global frame and back.
 
 A box row has nine columns `x y z l w h yaw vx vy`: centre and extents in metres, yaw in radians
 (counter-clockwise around z, 0 along x), velocity in m/s over ground expressed in the box's frame of

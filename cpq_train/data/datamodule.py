@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
 from cpq_train.data.augmentation import Augmentation
-from cpq_train.data.dataset import Batch, DetectionDataset, SampleConfig, collate
+from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler
 from cpq_train.errors import UserError
@@ -116,7 +116,7 @@ class NuScenesDataModule(LightningDataModule):
         """Index rows (S,) of the samples that are validated on, over all ranks."""
         return self.index.sample_rows(self.val_split, self.sample_tokens)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Item]:
         """Augmented training samples, in an order and with draws of their own in every epoch."""
         rows = self.index.sample_rows(self.train_split)
         dataset = DetectionDataset(self.index, rows, self._training_config)
@@ -126,26 +126,26 @@ class NuScenesDataModule(LightningDataModule):
             sampler.set_epoch(self.trainer.current_epoch)
         return self._loader(dataset, sampler)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""
         return self.evaluation_dataloader(*self._place())
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the test split."""
         return self._evaluation_loader(
             self.index.sample_rows(self.test_split, self.sample_tokens), *self._place()
         )
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """This rank's share of `sample_tokens`, of whatever split, or of the test split where none are given."""
+    def predict_dataloader(self) -> DataLoader[Item]:
+        """This rank's share of `sample_tokens`, of whatever split; without any, of the test split."""
         split = self.test_split if self.sample_tokens is None else None
         return self._evaluation_loader(self.index.sample_rows(split, self.sample_tokens), *self._place())
 
-    def evaluation_dataloader(self, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+    def evaluation_dataloader(self, rank: int = 0, world_size: int = 1) -> DataLoader[Item]:
         """A rank's share of the validation samples: each sample on exactly one rank, without augmentation."""
         return self._evaluation_loader(self.eval_rows, rank, world_size)
 
-    def calibration_dataloader(self) -> DataLoader[Batch]:
+    def calibration_dataloader(self) -> DataLoader[Item]:
         """Exactly `num_calibration_samples` training samples drawn by the seed, without augmentation.
 
         Raises:
@@ -166,11 +166,11 @@ class NuScenesDataModule(LightningDataModule):
         """Rank and number of ranks; without a trainer there is one."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Batch]:
+    def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Item]:
         dataset = DetectionDataset(self.index, rows, self._evaluation_config)
         return self._loader(dataset, EvaluationSampler(dataset, rank, world_size))
 
-    def _loader(self, dataset: DetectionDataset, sampler: Sampler[object]) -> DataLoader[Batch]:
+    def _loader(self, dataset: DetectionDataset, sampler: Sampler[object]) -> DataLoader[Item]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

@@ -1,8 +1,8 @@
 """Samples as network input: points, boxes, augmentation and voxels of one sample, and batches of them.
 
-Every random draw comes from a generator seeded by (seed, epoch, sample row), so that what is loaded does not
-depend on the number of workers or ranks. Shape letters: B batch, V voxels, N boxes of a sample, M boxes of
-the fullest sample.
+Every random draw comes from a generator seeded by (seed, epoch, sample row), so that what is loaded does
+not depend on the number of workers or ranks. Shape letters: B batch, V voxels, N boxes of a sample, M boxes
+of the fullest sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.boxes import Float64
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
-from cpq_train.data.voxelization import Voxelizer, check_grid, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer, grid_cells, mean_voxel_features
 from cpq_train.errors import UserError
 
 MIN_LIDAR_POINTS = 1
@@ -64,7 +64,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How a sample is loaded, alike for training and evaluation except for `augmentation` and `max_num_voxels`.
+    """How a sample is loaded; training and evaluation differ in the last three and in `max_num_voxels`.
 
     Attributes:
         num_sweeps: 1 (the key frame alone) to 10.
@@ -89,7 +89,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
             raise UserError(f"num_sweeps is {self.num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
-        check_grid(self.voxel_size, self.point_cloud_range)
+        grid_cells(self.voxel_size, self.point_cloud_range)
 
 
 class DetectionDataset(Dataset[Item]):
@@ -145,7 +145,7 @@ class DetectionDataset(Dataset[Item]):
         return points, boxes
 
     def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
-        voxels, cells, num_points = self._voxelize(rng.permutation(points))
+        voxels, cells, num_points = self._voxelize(points.take(rng.permutation(len(points)), axis=0))
         return {
             "voxel_features": mean_voxel_features(voxels, num_points),
             "voxel_coords": cells,

@@ -1,9 +1,9 @@
-"""The index of a nuScenes data set: its tables as memory-mapped columns, built once and shared by all processes.
+"""The index of a nuScenes data set: its tables as memory-mapped columns, built once for all processes.
 
-`open_index` finds the index of a data root or builds it. It lies in `<root>/.cpq_train/<version>/`, or in the
-user's cache where the root cannot be written. A folder appears there under its final name only when it is
-complete, and the name depends on the size and the time of every table, so that neither a half-built nor an
-outdated one is ever read.
+`open_index` finds the index of a data root or builds it. It lies in `<root>/.cpq_train/<version>/`, or in
+the user's cache where the root cannot be written. A folder appears there under its final name only when it
+is complete, and the name depends on the size and the time of every table, so that neither a half-built nor
+an outdated one is ever read.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class NuScenesIndex:
     annotation_num_lidar_pts: NDArray[np.int32] = field(repr=False)
     annotation_num_radar_pts: NDArray[np.int32] = field(repr=False)
     annotation_boxes: NDArray[np.float64] = field(repr=False)
-    """(A, 9) `x y z l w h yaw vx vy` in the LiDAR frame of the key frame; velocity over ground, NaN where unknown."""
+    """(A, 9) `x y z l w h yaw vx vy` in the key frame's LiDAR frame; velocity over ground, else NaN."""
     annotation_translations: NDArray[np.float64] = field(repr=False)
     """(A, 3) global frame, as are the following."""
     annotation_sizes_wlh: NDArray[np.float64] = field(repr=False)

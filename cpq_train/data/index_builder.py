@@ -1,7 +1,7 @@
 """Turns nuScenes' tables into columns: one array per property, rows addressed by number instead of token.
 
-Row numbers: a sample is a row of table `sample`, a frame is a LIDAR_TOP row of `sample_data` (key frames and
-sweeps), a scene is a row of `scene`. Annotations are sorted by sample, in table order within it. Shape
+Row numbers: a sample is a row of table `sample`, a frame is a LIDAR_TOP row of `sample_data` (key frames
+and sweeps), a scene is a row of `scene`. Annotations are sorted by sample, in table order within it. Shape
 letters: S samples, F frames, A annotations.
 """
 
@@ -23,7 +23,7 @@ Columns = dict[str, NDArray[Any]]
 
 _LIDAR = "LIDAR_TOP"
 _MAX_VELOCITY_SPAN_S = 1.5
-"""Annotations further apart give no velocity (nuscenes-devkit, `NuScenes.box_velocity`); twice that if central."""
+"""Neighbours further apart give no velocity (nuscenes-devkit, `box_velocity`); twice that if central."""
 
 
 def read_columns(reader: TableReader) -> Columns:
@@ -192,7 +192,7 @@ class _Annotations:
         tokens = record["attribute_tokens"]
         if class_id >= 0 and len(tokens) > 1:
             raise UserError(
-                f"annotation {record['token']} has {len(tokens)} attributes; the detection task knows none or one"
+                f"annotation {record['token']} has {len(tokens)} attributes: expected none or one"
             )
         return self._attribute_ids.get(tokens[0], -1) if tokens else -1
 

@@ -25,7 +25,7 @@ class TrainingSampler(DistributedSampler[SampleKey]):
 
 
 class EvaluationSampler(DistributedSampler[int]):
-    """Every sample exactly once: rank r of n takes the samples r, r + n, r + 2 n, and ranks may differ by one."""
+    """Every sample exactly once: rank r of n takes r, r + n, r + 2 n, ..., and ranks may differ by one."""
 
     def __init__(self, dataset: DetectionDataset, rank: int, world_size: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)

@@ -75,7 +75,7 @@ def previous_frames(index: NuScenesIndex, row: int, num_sweeps: int) -> list[int
 
 
 def sweep_transform(index: NuScenesIndex, row: int, frame: int) -> Float64:
-    """Matrix (4, 4) from the LiDAR frame of a sweep to that of a sample's key frame, through the global frame."""
+    """Matrix (4, 4) from a sweep's LiDAR frame to that of a sample's key frame, by way of the global one."""
     from_global = invert_poses(index.sample_ego_to_global[row])
     lidar_from_ego = invert_poses(index.sample_lidar_to_ego[row])
     to_global = pose_matrices(index.frame_ego_rotations[frame], index.frame_ego_translations[frame])
@@ -105,7 +105,8 @@ def load_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32
     point_bytes = _FILE_COLUMNS * 4
     if len(values) == 0 or len(values) % point_bytes:
         raise CloudError(
-            f"cloud {path} of sample {token} is truncated: {len(values)} bytes, expected a multiple of {point_bytes}"
+            f"cloud {path} of sample {token} is truncated: {len(values)} bytes, "
+            f"expected a multiple of {point_bytes}"
         )
     points = values.view(np.float32).reshape(-1, _FILE_COLUMNS)
     _check_finite(points, path, token)
@@ -118,15 +119,15 @@ def _check_finite(points: NDArray[np.float32], path: Path, token: str) -> None:
     if not is_finite.all():
         bad = ~is_finite.all(axis=1)
         raise CloudError(
-            f"cloud {path} of sample {token} holds NaN or infinite values in {np.count_nonzero(bad)} of {len(points)} "
-            f"points, first in point {int(np.argmax(bad))}: expected finite x, y, z, intensity, ring"
+            f"cloud {path} of sample {token} holds NaN or infinite values in {np.count_nonzero(bad)} of "
+            f"{len(points)} points, first in point {int(np.argmax(bad))}: expected finite numbers"
         )
 
 
 def _load_past_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32]:
-    points = load_cloud(index, frame, row)
-    is_ego = (np.abs(points[:, 0]) < _EGO_HALF_WIDTH_M) & (np.abs(points[:, 1]) < _EGO_HALF_WIDTH_M)
-    points = points[~is_ego]
+    cloud = load_cloud(index, frame, row)
+    is_ego = (np.abs(cloud[:, 0]) < _EGO_HALF_WIDTH_M) & (np.abs(cloud[:, 1]) < _EGO_HALF_WIDTH_M)
+    points: NDArray[np.float32] = cloud[~is_ego]
     if frame != index.sample_frames[row]:
         matrix = sweep_transform(index, row, frame)
         points[:, :3] = points[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
