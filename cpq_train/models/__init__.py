@@ -3,5 +3,24 @@
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.config import BevGeometry, NetworkConfig
+from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.nms import rotated_iou_bev, rotated_nms
+from cpq_train.models.targets import HeadTargets, assign_targets
 
-__all__ = ["BOX_BRANCHES", "BevGeometry", "CenterPoint", "HeadOutput", "NetworkConfig"]
+__all__ = [
+    "BOX_BRANCHES",
+    "CODE_WEIGHTS",
+    "BevGeometry",
+    "CenterPoint",
+    "Detections",
+    "HeadOutput",
+    "HeadTargets",
+    "NetworkConfig",
+    "PostProcessing",
+    "assign_targets",
+    "center_loss",
+    "decode",
+    "rotated_iou_bev",
+    "rotated_nms",
+]

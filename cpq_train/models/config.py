@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cpq_train.errors import UserError
-from cpq_train.nuscenes import CLASS_GROUPS
+from cpq_train.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 
 BACKBONE_3D_STRIDE = 8
 """Downsampling of x and y by the sparse backbone: three strided convolutions."""
@@ -91,6 +92,11 @@ class NetworkConfig:
         stride = _level_strides(self)[0] // self.upsample_strides[0]
         x, y, _ = self.grid_size
         return BevGeometry(self.point_cloud_range, self.voxel_size, stride, x // stride, y // stride)
+
+
+def class_ids(class_groups: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Class ids (indices into `DETECTION_CLASSES`) by head."""
+    return [[DETECTION_CLASSES.index(name) for name in group] for group in class_groups]
 
 
 def _as_tuple(value: object) -> object:

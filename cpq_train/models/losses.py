@@ -1,0 +1,94 @@
+"""Losses of the centre head: penalty-reduced focal loss on the heat maps, weighted L1 on the box codes.
+
+Letters: B batch, K slots per sample, C channels, H W rows and columns of the map. The rules are
+OpenPCDet's; where it is odd the choice made here is:
+
+* the order of the box code is centre, z, size, rotation, velocity, so OpenPCDet's ten code weights put
+  their 0.2 on the cosine and sine of the yaw (tianweiy/CenterPoint has the velocity there, and 0.2 means
+  it). The default is OpenPCDet's; `code_weights` takes the other choice, e.g. (1, 1, 1, 1, 1, 1, 1, 1, 0.2,
+  0.2);
+* OpenPCDet masks unknown (NaN) targets by multiplying with 0, and NaN * 0 makes the loss NaN. Here they are
+  selected away, so that an unknown velocity costs nothing and its object still counts in the divisor;
+* the heat map is divided by the number of peak cells (two objects in one cell count once), the box loss by
+  the number of objects; with none of them there is no division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
+from cpq_train.models.targets import HeadTargets
+
+CODE_WEIGHTS: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2, 1.0, 1.0)
+"""OpenPCDet's weights of the box code: x, y, z, three log sizes, cosine, sine, two velocities."""
+
+_PROBABILITY_MARGIN = 1e-4
+
+
+def center_loss(
+    heads: Sequence[HeadOutput],
+    targets: Sequence[HeadTargets],
+    code_weights: Sequence[float] = CODE_WEIGHTS,
+    loc_weight: float = 0.25,
+) -> dict[str, Tensor]:
+    """Loss of all heads, computed in float32 whatever autocast left.
+
+    Args:
+        heads: raw outputs of the network by head.
+        targets: targets by head.
+        code_weights: weight of each of the ten numbers of a box code.
+        loc_weight: weight of the box losses against the heat-map losses.
+
+    Returns:
+        `loss`, the sum, and its parts `hm_loss_head_0`, `loc_loss_head_0` and so on; scalars, differentiable.
+    """
+    parts: dict[str, Tensor] = {}
+    for number, (head, target) in enumerate(zip(heads, targets, strict=True)):
+        error_10 = box_code_error(head, target)
+        parts[f"hm_loss_head_{number}"] = heatmap_loss(head["hm"], target.heatmap)
+        parts[f"loc_loss_head_{number}"] = loc_weight * (error_10 @ error_10.new_tensor(code_weights))
+    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+
+def heatmap_loss(logits_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Focal loss with fewer penalties around a peak (CornerNet, alpha 2, beta 4).
+
+    Args:
+        logits_BCHW: raw heat map.
+        target_BCHW: heat map with 1 exactly at the peaks.
+
+    Returns:
+        Sum over all cells divided by the number of peak cells, if there are any.
+    """
+    probability = logits_BCHW.float().sigmoid().clamp(_PROBABILITY_MARGIN, 1 - _PROBABILITY_MARGIN)
+    is_peak = target_BCHW == 1
+    # The published loss ignores cells above 1; there are none.
+    at_peaks = probability.log() * (1 - probability) ** 2
+    elsewhere = (1 - probability).log() * probability**2 * (1 - target_BCHW) ** 4
+    total = -torch.where(is_peak, at_peaks, elsewhere).sum()
+    return total / is_peak.sum().clamp(min=1)
+
+
+def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
+    """Mean absolute error of each number of the box code.
+
+    Args:
+        head: raw outputs of one head.
+        target: its targets.
+
+    Returns:
+        Errors summed over all objects and divided by their number, (10,).
+    """
+    code_BCHW = torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
+    cells_BCK = target.indices[:, None].expand(-1, code_BCHW.shape[1], -1)
+    predicted_BKC = code_BCHW.flatten(2).gather(2, cells_BCK).transpose(1, 2)
+    known_BKC = target.mask[..., None] & ~target.boxes.isnan()
+    # NaN is replaced before the subtraction: behind it, its gradient would be NaN even where it is not
+    # selected.
+    wanted_BKC = torch.where(known_BKC, target.boxes, 0.0)
+    error_BKC = torch.where(known_BKC, (predicted_BKC - wanted_BKC).abs(), 0.0)
+    return error_BKC.sum((0, 1)) / target.mask.sum().clamp(min=1)
