@@ -1,0 +1,5 @@
+"""A ray-casting simulator of the nuScenes LiDAR that writes data sets in the nuScenes format."""
+
+from cpq_train.data.simulator.simulate import simulate
+
+__all__ = ["simulate"]

@@ -1,0 +1,60 @@
+"""The ground: a gentle slope with long, shallow waves, and the ray's way to it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpq_train.data.simulator.geometry import Array
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Height z(x, y) = slope . (x, y) + sum over K waves of amplitude * sin(wave vector . (x, y) + phase)."""
+
+    slope_2: Array
+    amplitude_k: Array
+    wave_k2: Array
+    phase_k: Array
+
+    def height(self, x: Array, y: Array) -> Array:
+        """Height in metres at points given by two arrays of one shape."""
+        return self.height_and_gradient(x, y)[0]
+
+    def height_and_gradient(self, x: Array, y: Array) -> tuple[Array, Array, Array]:
+        """Height and its derivatives along x and y."""
+        height = self.slope_2[0] * x + self.slope_2[1] * y
+        along_x, along_y = np.full_like(height, self.slope_2[0]), np.full_like(height, self.slope_2[1])
+        for amplitude, (kx, ky), phase in zip(self.amplitude_k, self.wave_k2, self.phase_k, strict=True):
+            angle = kx * x + ky * y + phase
+            height += amplitude * np.sin(angle)
+            swing = amplitude * np.cos(angle)
+            along_x += swing * kx
+            along_y += swing * ky
+        return height, along_x, along_y
+
+    def cast(self, origin_3: Array, directions_r3: Array, max_range_m: float) -> Array:
+        """Range at which each ray meets the ground, inf where it does not. Two Newton steps from the tangent plane."""
+        range_r = np.full(len(directions_r3), np.inf)
+        height, gx, gy = (float(v[0]) for v in self.height_and_gradient(origin_3[:1], origin_3[1:2]))
+        sink = directions_r3[:, 2] - gx * directions_r3[:, 0] - gy * directions_r3[:, 1]
+        rows = np.flatnonzero(sink < -(origin_3[2] - height) / (1.5 * max_range_m))
+        dx, dy, dz = directions_r3[rows].T
+        t = -(origin_3[2] - height) / sink[rows]
+        for _ in range(2):
+            level, gx_t, gy_t = self.height_and_gradient(origin_3[0] + t * dx, origin_3[1] + t * dy)
+            t = t - (origin_3[2] + t * dz - level) / np.minimum(dz - gx_t * dx - gy_t * dy, -1e-3)
+        range_r[rows] = np.where((t > 0) & (t < max_range_m), t, np.inf)
+        return range_r
+
+
+def draw_ground(rng: np.random.Generator) -> Ground:
+    """A ground whose slope stays within about 3 %."""
+    num_waves = 3
+    length_m, heading = rng.uniform(45, 130, num_waves), rng.uniform(0, 2 * np.pi, num_waves)
+    wave = 2 * np.pi / length_m[:, None] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    return Ground(
+        slope_2=rng.normal(0, 0.006, 2),
+        amplitude_k=rng.uniform(0.02, 0.0016 * length_m),
+        wave_k2=wave,
+        phase_k=rng.uniform(0, 2 * np.pi, num_waves),
+    )

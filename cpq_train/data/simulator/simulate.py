@@ -1,0 +1,177 @@
+"""Writing a whole data set: which scenes, by which workers, and never half of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cpq_train.data.simulator.scene import SceneTask, simulate_scene
+from cpq_train.data.simulator.tables import CHANNEL, SCENE_TABLES, TABLE_NAMES, Tables, shared_tables
+from cpq_train.errors import UserError
+
+MINI, TRAINVAL = "v1.0-mini", "v1.0-trainval"
+MANIFEST = "simulation.json"
+WORLD_REVISION = 1
+"""Raised whenever the same seed makes other clouds or tables than before."""
+
+
+def simulate(
+    output: Path,
+    num_scenes: int = 10,
+    num_val_scenes: int | None = None,
+    num_samples_per_scene: int = 4,
+    version: Literal["v1.0-mini", "v1.0-trainval"] | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+) -> None:
+    """Writes a data set of simulated LiDAR in the nuScenes format, which nuscenes-devkit opens unmodified.
+
+    The root appears under its name only when it is whole. A whole one made by the same arguments is left as it is.
+    Files are the same for any number of workers. Worker processes import the caller's main module, so a script
+    calls this under `if __name__ == "__main__":`.
+
+    Args:
+        output: Data root to make.
+        num_scenes: Number of scenes, training and validation together.
+        num_val_scenes: How many of them carry the names of official validation scenes; a fifth by default.
+        num_samples_per_scene: Key frames per scene, half a second apart (real scenes have 40).
+        version: Version folder: v1.0-mini has up to 8 training and 2 validation scenes, v1.0-trainval up to 700 and 150.
+            By default the smallest that holds the scenes.
+        seed: Another seed is another data set.
+        num_workers: Processes; by default one per core.
+
+    Raises:
+        UserError: Numbers out of range, or something else lies at `output`.
+    """
+    num_val = _num_val(num_scenes, num_val_scenes)
+    folder: str = version or (MINI if num_scenes - num_val <= 8 and num_val <= 2 else TRAINVAL)
+    if num_samples_per_scene < 1:
+        raise UserError(f"num_samples_per_scene is {num_samples_per_scene}; it must be at least 1")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}; it must be at least 1")
+    manifest = {
+        "world_revision": WORLD_REVISION,
+        "version": folder,
+        "scenes": _scene_names(folder, num_scenes - num_val, num_val),
+        "num_samples_per_scene": num_samples_per_scene,
+        "seed": seed,
+    }
+    output = Path(output)
+    if _is_there(output, manifest):
+        return
+    with _whole_or_nothing(output) as root:
+        _write(root, manifest, num_workers or len(os.sched_getaffinity(0)))
+
+
+def _num_val(num_scenes: int, num_val_scenes: int | None) -> int:
+    if num_scenes < 1:
+        raise UserError(f"num_scenes is {num_scenes}; it must be at least 1")
+    if num_val_scenes is None:
+        return min(150, num_scenes // 2 if num_scenes < 4 else round(num_scenes / 5))
+    if not 0 <= num_val_scenes <= num_scenes:
+        raise UserError(
+            f"num_val_scenes is {num_val_scenes}; it must lie between 0 and num_scenes, {num_scenes}"
+        )
+    return num_val_scenes
+
+
+def _scene_names(version: str, num_train: int, num_val: int) -> list[str]:
+    """The first names of the official training and validation splits."""
+    from nuscenes.utils import splits  # takes seconds to import
+
+    names: list[str] = []
+    pools = (splits.mini_train, splits.mini_val) if version == MINI else (splits.train, splits.val)
+    for what, number, pool in zip(("training", "validation"), (num_train, num_val), pools, strict=True):
+        if number > len(pool):
+            raise UserError(f"{number} {what} scenes asked for; {version} has names for at most {len(pool)}")
+        names += pool[:number]
+    return names
+
+
+def _is_there(output: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the asked data set lies at `output` already.
+
+    Raises:
+        UserError: Something else does.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    found = output / MANIFEST
+    if found.is_file() and json.loads(found.read_text()) == manifest:
+        return True
+    raise UserError(
+        f"output {output} exists and is not the data set asked for; give a new or an empty directory"
+    )
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that takes its name when the block ends well and vanishes when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(root: Path, manifest: dict[str, Any], num_workers: int) -> None:
+    for folder in (f"samples/{CHANNEL}", f"sweeps/{CHANNEL}", "maps", manifest["version"]):
+        (root / folder).mkdir(parents=True)
+    tasks = [
+        SceneTask(root, name, manifest["seed"], manifest["num_samples_per_scene"])
+        for name in manifest["scenes"]
+    ]
+    tables: Tables = {name: [] for name in TABLE_NAMES}
+    for rows in _progress(_run(tasks, num_workers), len(tasks)):
+        for name in SCENE_TABLES:
+            tables[name] += rows[name]
+    tables.update(shared_tables(tables["log"]))
+    for name, table in tables.items():
+        (root / manifest["version"] / f"{name}.json").write_text(json.dumps(table, indent=0))
+    for place in tables["map"]:
+        (root / place["filename"]).write_bytes(_blank_png(64, 64))
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _run(tasks: list[SceneTask], num_workers: int) -> Iterator[Tables]:
+    """Rows of each scene, in order."""
+    if min(num_workers, len(tasks)) == 1:
+        yield from map(simulate_scene, tasks)
+        return
+    # Spawned: a fork would copy whatever threads and locks the caller has.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
+        yield from pool.map(simulate_scene, tasks)
+
+
+def _progress(scenes: Iterator[Tables], total: int) -> Iterator[Tables]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        yield from bar.track(scenes, total=total, description="Simulating scenes")
+
+
+def _blank_png(width: int, height: int) -> bytes:
+    """A grey-scale image of one shade: maps are not simulated, but the devkit wants a mask per log."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(1 + width) * height)
+    chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
