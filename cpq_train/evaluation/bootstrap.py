@@ -84,6 +84,7 @@ def resample(matches: Matches, weights_BS: Floats) -> Resampled:
         matches: what matching found.
         weights_BS: (B, S) weight of each scene of `matches.scene_name`, from `scene_weights`.
     """
+    weights_BS = np.concatenate([np.ones((1, weights_BS.shape[1])), weights_BS])
     ap = np.zeros((len(DETECTION_CLASSES), len(THRESHOLDS_M), len(weights_BS)))
     errors = np.ones((len(DETECTION_CLASSES), len(weights_BS), len(TP_ERRORS)))
     for label in np.unique(matches.gt_label):
@@ -96,9 +97,12 @@ def resample(matches: Matches, weights_BS: Floats) -> Resampled:
             ap[label, threshold] = average_precision(curve.precision_on_grid())
             if threshold == TP_THRESHOLD_INDEX:
                 errors[label] = curve.mean_errors(runs, weights_BS)
+        # What a resample holds no annotation of says nothing: such a class keeps its value over all scenes.
+        ap[label, :, num_gt == 0], errors[label, num_gt == 0] = ap[label, :, 0], errors[label, 0]
     mean_ap = ap.mean(axis=(0, 1))
-    undefined = np.where(DEFINED_ERRORS[:, None, :], errors, np.nan)
-    return Resampled(mean_ap, nuscenes_detection_score(mean_ap, np.nanmean(undefined, axis=0)))
+    defined = np.where(DEFINED_ERRORS[:, None, :], errors, np.nan)
+    nds = nuscenes_detection_score(mean_ap, np.nanmean(defined, axis=0))
+    return Resampled(mean_ap[1:], nds[1:])
 
 
 def _per_scene(matches: Matches, label: int) -> Ints:

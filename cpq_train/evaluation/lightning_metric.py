@@ -37,8 +37,8 @@ class DetectionsOfSample(Protocol):
 class NuScenesDetectionMetric(Metric):
     """NuScenes mAP, true-positive errors and NDS of all ranks' detections.
 
-    Detections are kept by sample row: a sample that a padded sampler gives twice counts once, and ranks may
-    hold different numbers of samples. `compute` gives the `ScoredSplit` that `write_run` takes, on every rank.
+    Detections are kept by sample row: a sample that a padded sampler gives twice counts once, and ranks
+    may hold different numbers of samples. `compute` gives the `ScoredSplit` for `write_run`, on every rank.
 
     Args:
         index: the data set.

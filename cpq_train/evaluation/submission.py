@@ -86,7 +86,7 @@ def check_predictions(predictions: Predictions, sample_tokens: Strings) -> None:
     """Check that the official server would take these detections.
 
     Raises:
-        UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not positive,
+        UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not above 0,
             or a class id that does not exist.
     """
     boxes, counts = predictions.boxes, np.bincount(predictions.boxes.sample, minlength=len(sample_tokens))
@@ -186,7 +186,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> Record:
 
 def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Predictions:
     row_of = {token: row for row, token in enumerate(sample_tokens.tolist())}
-    records = [record for boxes in results.values() for record in boxes]
+    for token, found in results.items():
+        if not isinstance(found, list):
+            raise UserError(f"sample {token}: detections are {found!r}; accepted: a list of boxes")
+    records = [record for found in results.values() for record in found]
     sample = np.repeat([row_of[token] for token in results], [len(boxes) for boxes in results.values()])
     _check_records(records, results)
     boxes = Boxes(
