@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message names the thing, the value seen and the values accepted."""
+    """A mistake in what the user gave; names the thing, the value seen and the values accepted."""

@@ -1,6 +1,7 @@
 """The terms of the nuScenes detection task that every room shares: classes, categories, attributes.
 
-Sources: nuscenes-devkit 1.2.0 (`eval/detection/constants.py`, `eval/detection/utils.py`) and OpenPCDet's class order.
+Sources: nuscenes-devkit 1.2.0 (`eval/detection/constants.py`, `eval/detection/utils.py`) and OpenPCDet's
+class order.
 """
 
 DETECTION_CLASSES: tuple[str, ...] = (

@@ -1,1 +1,1 @@
-"""Fake quantization of PyTorch networks with dense and sparse convolutions, in the arithmetic that is deployed."""
+"""Fake quantization of PyTorch networks, dense and sparse, in the arithmetic that is deployed."""

@@ -76,9 +76,11 @@ class QuantizedConvolution(nn.Module):
             x: Features.
             convolve: The convolution of features with a weight, without bias; linear in both.
         """
-        if self.is_integer:
-            return self._integer(x, convolve)
-        x = x if self._input_quantizer is None else self._input_quantizer(x)
+        with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
+            return self._integer(x.float(), convolve) if self.is_integer else self._simulated(x, convolve)
+
+    def _simulated(self, x: Tensor, convolve: Convolve) -> Tensor:
+        x = x.float() if self._input_quantizer is None else self._input_quantizer(x)
         weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
         out = convolve(x, weight)
         return out if self.bias is None else out + self._per_channel(self.bias, out)

@@ -135,13 +135,13 @@ def _forget_codes(network: nn.Module, inputs: Any, output: Any) -> None:
         quantizer.forget()
 
 
-def coverage(prepared: Prepared) -> dict[str, list[int]]:
-    """Kind -> [layers quantized, all layers]; the two sparse kinds count as `sparse`."""
-    counts: dict[str, list[int]] = {}
+def coverage(prepared: Prepared) -> dict[str, tuple[int, int]]:
+    """Kind -> (layers quantized, all layers); the two sparse kinds count as `sparse`."""
+    counts: dict[str, tuple[int, int]] = {}
     for name, kind in prepared.layers.items():
-        row = counts.setdefault("sparse" if kind in ("SubMConv3d", "SparseConv3d") else kind, [0, 0])
-        row[0] += not prepared.schemes[name].is_float
-        row[1] += 1
+        kind = "sparse" if kind in ("SubMConv3d", "SparseConv3d") else kind
+        quantized, total = counts.get(kind, (0, 0))
+        counts[kind] = (quantized + int(not prepared.schemes[name].is_float), total + 1)
     return counts
 
 

@@ -1,0 +1,191 @@
+"""Where the network and quantization meet: the structure of each arm, and how a checkpoint becomes one.
+
+float BatchNorm trains, nothing is quantized. float_tuned BatchNorm folded as in qat, no quantizers: the
+control that says what more training alone brings. ptq, qat BatchNorm folded, layers quantized as the scheme
+says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from cpq_train.errors import UserError
+from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization.calibration import check_ranges, is_calibrated
+from cpq_train.quantization.prepare import RESIDUAL, Prepared, fold_batchnorm, prepare
+from cpq_train.quantization.recipe import recipe, same_scheme
+from cpq_train.quantization.scheme import Scheme
+
+Arm = Literal["float", "float_tuned", "ptq", "qat"]
+
+
+@dataclass
+class Subject:
+    """A network as one of the arms, with what its checkpoint says of it.
+
+    Args:
+        network: The network in the structure of `arm`.
+        arm: Which arm it is.
+        scheme: How it is quantized, None where it is not.
+        prepared: What was quantized, None where nothing was.
+        calibration: How its ranges were found.
+        parents: Arm -> SHA-256 of the checkpoints it came from.
+    """
+
+    network: CenterPoint
+    arm: Arm
+    scheme: Scheme | None = None
+    prepared: Prepared | None = None
+    calibration: dict[str, Any] | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The `quantization` entry of its checkpoint."""
+        batchnorm = "trained" if self.arm == "float" else "folded"
+        return recipe(self.arm, self.scheme, self.prepared, batchnorm, self.calibration, self.parents)
+
+
+def build(config: NetworkConfig, arm: Arm, scheme: Scheme | None) -> Subject:
+    """A network with fresh weights in the structure of `arm`; activation ranges are NaN.
+
+    Raises:
+        UserError: A quantized arm without a scheme.
+    """
+    return _restructure(CenterPoint(config), arm, scheme)
+
+
+def from_description(config: NetworkConfig, description: Mapping[str, Any]) -> Subject:
+    """The structure that a checkpoint's `quantization` entry describes, its state not loaded yet."""
+    scheme = None if description["scheme"] is None else Scheme.from_dict(description["scheme"], "checkpoint")
+    subject = build(config, description["arm"], scheme)
+    subject.calibration = description["calibration"]
+    subject.parents = dict(description["parents"])
+    return subject
+
+
+def from_weights(config: NetworkConfig, path: str | Path, arm: Arm | None, scheme: Scheme | None) -> Subject:
+    """Start from a checkpoint's weights.
+
+    Args:
+        config: Sizes of the network; those of the checkpoint must agree.
+        path: A float checkpoint for any arm; a ptq or qat one for ptq, qat and, ranges left aside,
+            float_tuned.
+        arm: What to become; None stays what the checkpoint is.
+        scheme: How to quantize; None takes the checkpoint's.
+
+    Raises:
+        UserError: The checkpoint is unreadable, of another architecture, of an arm that cannot become `arm`,
+            or its scheme differs from `scheme`.
+    """
+    checkpoint = read_checkpoint(path)
+    description = checkpoint["quantization"]
+    source: Arm = description["arm"]
+    target: Arm = arm or source
+    _check_descent(source, target, path)
+    state = network_state(checkpoint)
+    quantized_source = source in ("ptq", "qat")
+    if source == target or (quantized_source and target in ("ptq", "qat")):
+        subject = from_description(config, description)
+        _check_scheme(subject.scheme, scheme, path)
+        _load(subject.network, state, path)
+        subject.arm = target
+    elif quantized_source:
+        subject = build(config, target, None)
+        _load(subject.network, {k: v for k, v in state.items() if not k.endswith("_amax")}, path)
+    else:
+        network = CenterPoint(config)
+        _load(network, state, path)
+        subject = _restructure(network, target, scheme)
+    if is_quantized(subject) and quantized_source:
+        check_ranges(subject.network)
+    subject.parents = {**description["parents"]}
+    if source != target:
+        subject.parents[source] = sha256_of(path)
+    return subject
+
+
+def is_quantized(subject: Subject) -> bool:
+    """Whether the subject has quantizers."""
+    return subject.prepared is not None
+
+
+def needs_calibration(subject: Subject) -> bool:
+    """Whether activation ranges are still missing."""
+    return is_quantized(subject) and not is_calibrated(subject.network)
+
+
+def _restructure(network: CenterPoint, arm: Arm, scheme: Scheme | None) -> Subject:
+    if arm in ("float", "float_tuned"):
+        if arm == "float_tuned":
+            fold_batchnorm(network)
+        return Subject(network, arm)
+    if scheme is None:
+        raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
+    return Subject(network, arm, scheme, prepare(network, scheme, tensors_read_together(network)))
+
+
+def tensors_read_together(network: nn.Module) -> list[list[str]]:
+    """Names of the layers that read one tensor of CenterPoint, a group per tensor.
+
+    The hidden convolutions of the head read the shared convolution's output; the input of a residual block
+    feeds its first convolution and its add; the output of a BEV level feeds the next level and its own
+    upsampling.
+    """
+    names = [name for name, _ in network.named_modules()]
+    head = [n for n in names if n.startswith("dense_head.heads_list.") and n.endswith(".0.0")]
+    blocks = [n.removesuffix(".quant_add") for n in names if n.endswith(".quant_add")]
+    levels = [n for n in names if n.startswith("backbone_2d.deblocks.") and n.count(".") == 2]
+    bev = [[f"backbone_2d.blocks.{i + 1}.1", f"backbone_2d.deblocks.{i}.0"] for i in range(len(levels) - 1)]
+    return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
+
+
+def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:
+    allowed: dict[Arm, tuple[Arm, ...]] = {
+        "float": ("float", "float_tuned", "ptq", "qat"),
+        "float_tuned": ("float_tuned",),
+        "ptq": ("ptq", "qat", "float_tuned"),
+        "qat": ("qat",),
+    }
+    if target not in allowed[source]:
+        raise UserError(
+            f"model.arm {target!r} cannot start from {str(path)!r}, which is {source!r}; "
+            f"from there: {', '.join(allowed[source])}"
+        )
+
+
+def _check_scheme(of_checkpoint: Scheme | None, asked: Scheme | None, path: str | Path) -> None:
+    if asked is None or of_checkpoint is None or same_scheme(asked, of_checkpoint):
+        return
+    mine, theirs = asked.to_dict(), of_checkpoint.to_dict()
+    lines = [
+        f"  {key}: checkpoint {theirs[key]!r}, model.scheme {mine[key]!r}"
+        for key in mine
+        if mine[key] != theirs[key]
+    ]
+    raise UserError(f"checkpoint {str(path)!r} was calibrated with another scheme:\n" + "\n".join(lines))
+
+
+def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    own = network.state_dict()
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(set(own) & set(state))
+        if state[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
+        text = "; ".join(f"{len(names)} {what} ({_some(names)})" for names, what in parts if names)
+        raise UserError(f"checkpoint {str(path)!r} is of another architecture than model.network: {text}")
+    network.load_state_dict(dict(state))
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")

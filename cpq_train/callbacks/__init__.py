@@ -1,0 +1,1 @@
+"""Callbacks: scoring with the nuScenes metric, baselines of a tuned arm."""

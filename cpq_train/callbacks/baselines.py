@@ -1,0 +1,129 @@
+"""Scores the arms that a tuned network is measured against, once, and logs the gap at every validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from rich.progress import track
+from typing_extensions import override
+
+from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, postprocessing_sha256
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.detector import CenterPointDetector
+from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
+from cpq_train.quantization.calibration import quantizers_off
+
+Score = dict[str, float]
+
+METRICS = ("mAP", "NDS")
+
+
+class Baselines(Callback):
+    """Float and PTQ scores of the network that is being tuned, and how far it is from them.
+
+    Before the first step of a `qat` fit the network *is* the PTQ one, and with its quantizers off the float
+    one, so both are scored there; `float_tuned` has the float baseline alone. Scores are kept by source
+    checkpoint, scheme, data and post-processing, and read back by every later run that shares them.
+
+    Logs `val/<metric>_minus_float`, `val/<metric>_minus_ptq` and, where PTQ lost something,
+    `val/<metric>_ptq_loss_won_back` for mAP and NDS.
+
+    Args:
+        cache_dir: Where scores are kept; null is `~/.cache/cpq_train/baselines`.
+    """
+
+    def __init__(self, cache_dir: str | None = None) -> None:
+        self.cache_dir = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "cpq_train" / "baselines"
+        self.scores: dict[str, Score] = {}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, CenterPointDetector)
+        assert pl_module.subject is not None
+        for arm in {"qat": ("float", "ptq"), "float_tuned": ("float",)}.get(pl_module.subject.arm, ()):
+            score = self._score(arm, trainer, pl_module)
+            if score is not None:
+                self.scores[arm] = score
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scored = next(c.scored for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
+        if self.scores and scored is not None and not trainer.sanity_checking:
+            now = {"mAP": scored.scores.mean_ap, "NDS": scored.scores.nds}
+            pl_module.log_dict(gaps(now, self.scores), rank_zero_only=True)
+
+    def _score(self, arm: str, trainer: Trainer, module: CenterPointDetector) -> Score | None:
+        data = datamodule_of(trainer)
+        file = self.cache_dir / f"{baseline_key(arm, module, data)}.json"
+        if file.is_file():
+            cached: Score = json.loads(file.read_text())
+            return cached
+        if trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"the {arm} baseline was never scored, and a resumed run has other weights by now"
+            )
+            return None
+        score = _evaluate(arm, trainer, module, data)
+        if trainer.is_global_zero:
+            _write(file, score)
+        return score
+
+
+def gaps(now: Score, baselines: dict[str, Score]) -> Score:
+    """Differences to the baselines, and the share of the PTQ loss won back (1 is float, 0 is PTQ)."""
+    logs: Score = {}
+    for metric in METRICS:
+        for arm, score in baselines.items():
+            logs[f"val/{metric}_minus_{arm}"] = now[metric] - score[metric]
+        if "ptq" in baselines:
+            loss = baselines["float"][metric] - baselines["ptq"][metric]
+            if loss > 0:
+                logs[f"val/{metric}_ptq_loss_won_back"] = (now[metric] - baselines["ptq"][metric]) / loss
+    return logs
+
+
+def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule) -> str:
+    """Hash of all that the score of a baseline depends on."""
+    subject = module.subject
+    assert subject is not None
+    depends_on: dict[str, Any] = {
+        "arm": arm,
+        "parents": subject.parents,
+        "scheme": subject.scheme.to_dict() if arm == "ptq" and subject.scheme else None,
+        "calibration": subject.calibration if arm == "ptq" else None,
+        "network": module.hparams["network"],
+        "dataset": data.index.dataset_info(),
+        "samples": [data.index.sample_token(row) for row in data.eval_rows.tolist()],
+        "data": asdict(data.evaluation_config),
+        "postprocessing": postprocessing_sha256(module.post_processing),
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> Score:
+    metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(module.device)
+    loader = data.evaluation_dataloader(trainer.global_rank, trainer.world_size)
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), quantizers_off(module.network) if arm == "float" else nullcontext():
+        for batch in track(loader, f"Scoring the {arm} baseline", disable=not trainer.is_global_zero):
+            metric.update(batch["sample_rows"], module.detect(module.to_device(batch)))
+    module.train(was_training)
+    scores = metric.compute().scores
+    return {"mAP": scores.mean_ap, "NDS": scores.nds}
+
+
+def _write(file: Path, score: Score) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(score))
+    partial.replace(file)

@@ -1,0 +1,119 @@
+"""Scores every validation with the nuScenes metric and writes the files of a run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.detector import CenterPointDetector
+from cpq_train.errors import UserError
+from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
+from cpq_train.evaluation.metrics_file import RunInfo
+from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
+from cpq_train.interop.checkpoint import sha256_of
+from cpq_train.models.decode import PostProcessing
+from cpq_train.quantization.prepare import coverage
+
+
+class Evaluation(Callback):
+    """nuScenes mAP, NDS and true-positive errors of every validation.
+
+    Logs `val/mAP`, `val/NDS` and the five mean errors. `validate`, and `fit` at its end, write
+    `metrics.json`, `results_nusc.json` (the submission) and `matches.npz` into `trainer.default_root_dir`.
+
+    Args:
+        engine: Who computes the numbers of `metrics.json`: vectorised (this project) or devkit
+            (nuscenes-devkit).
+    """
+
+    def __init__(self, engine: Engine = "vectorised") -> None:
+        self.engine: Engine = engine
+        self.scored: ScoredSplit | None = None
+        self._metric: NuScenesDetectionMetric | None = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = datamodule_of(trainer)
+        self._metric = NuScenesDetectionMetric(data.index, data.eval_rows)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._metric is not None
+        self._metric.update(batch["sample_rows"], outputs["detections"])
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._metric is not None
+        if trainer.sanity_checking:
+            return
+        self.scored = self._metric.compute()
+        scores = self.scored.scores
+        pl_module.log_dict(
+            {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True, rank_zero_only=True
+        )
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, CenterPointDetector)
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            checkpoint = trainer.ckpt_path or pl_module.weights
+            if checkpoint is None:
+                raise UserError("validate needs a checkpoint: model.weights or --ckpt_path")
+            self._write(trainer, pl_module, Path(checkpoint))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        if self.scored is not None and last and trainer.is_global_zero:
+            self._write(trainer, pl_module, Path(last))
+
+    def _write(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> None:
+        assert isinstance(module, CenterPointDetector)
+        assert self.scored is not None
+        data = datamodule_of(trainer)
+        run = run_info(module, data, checkpoint)
+        write_run(Path(trainer.default_root_dir), self.scored, run, data.index, self.engine)
+
+
+def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
+    """What `metrics.json` says of a run beside its scores."""
+    subject = module.subject
+    assert subject is not None
+    return RunInfo(
+        arm=subject.arm,
+        checkpoint_path=str(checkpoint),
+        checkpoint_sha256=sha256_of(checkpoint),
+        dataset=data.index.dataset_info(),
+        split=data.val_split,
+        postprocessing_sha256=postprocessing_sha256(module.post_processing),
+        parents=subject.parents,
+        coverage=coverage(subject.prepared) if subject.prepared else {},
+        config=dict(module.hparams),
+    )
+
+
+def postprocessing_sha256(config: PostProcessing) -> str:
+    """Hash of the settings from heat maps to boxes: arms that differ in them are not compared."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def datamodule_of(trainer: Trainer) -> NuScenesDataModule:
+    """The data module of a run."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, NuScenesDataModule)
+    return data

@@ -1,0 +1,65 @@
+"""`describe CHECKPOINT`: what a checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
+
+
+def describe(checkpoint: Path) -> None:
+    """Print what a checkpoint is: arm, scheme, coverage, provenance, and how every layer is quantized.
+
+    Args:
+        checkpoint: A checkpoint of this project.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    content = read_checkpoint(checkpoint)
+    description = content["quantization"]
+    console = Console()
+    console.print(_summary(checkpoint, content, description))
+    if description["layers"]:
+        console.print(_layers(description["layers"]))
+
+
+def _summary(path: Path, content: dict[str, Any], description: dict[str, Any]) -> Table:
+    table = Table(show_header=False, title=str(path), title_justify="left")
+    scheme = description["scheme"]
+    rows = {
+        "arm": description["arm"],
+        "scheme": scheme["name"] if scheme else "none",
+        "batchnorm": description["batchnorm"],
+        "numbers": f"{sum(t.numel() for t in network_state(content).values()):,}",
+        "epoch, step": f"{content.get('epoch')}, {content.get('global_step')}",
+        "calibration": description["calibration"] or "none",
+        "parents": description["parents"] or "none",
+        "sha256": sha256_of(path),
+    }
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def _layers(layers: dict[str, Any]) -> Table:
+    table = Table(title="Layers", title_justify="left")
+    for header in ("layer", "kind", "arithmetic", "weight", "input", "shares its input with"):
+        table.add_column(header)
+    for name, layer in layers.items():
+        weight, input_ = _quantizer(layer["weight"]), _quantizer(layer["input"])
+        table.add_row(
+            name, layer["kind"], layer["arithmetic"], weight, input_, layer["shares_input_with"] or ""
+        )
+    return table
+
+
+def _quantizer(q: dict[str, Any]) -> str:
+    if q["mode"] == "off":
+        return "float"
+    axis = "per tensor" if q["axis"] is None else f"axis {q['axis']}"
+    return f"{q['bits']} bit, {axis}, {q['method']}, {q['mode']}"

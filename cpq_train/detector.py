@@ -1,0 +1,192 @@
+"""The LightningModule: CenterPoint in one of the four arms, its training step and its detections."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from cpq_train.arms import Arm, Subject, build, from_description, from_weights, needs_calibration
+from cpq_train.errors import UserError
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.targets import assign_targets
+from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.quantization.calibration import check_ranges, collecting_ranges
+from cpq_train.quantization.recipe import coverage_table
+from cpq_train.quantization.scheme import Scheme
+
+Batch = dict[str, Any]
+
+
+class CenterPointDetector(LightningModule):
+    """CenterPoint-Voxel, float or quantized.
+
+    Args:
+        network: Sizes of the network.
+        weights: Checkpoint to start from (its weights, and its ranges where it is quantized). To resume a
+            run, or to load a finished one, use `--ckpt_path` instead.
+        arm: float, float_tuned, ptq or qat; null is what `weights` is, or float without weights.
+        scheme: YAML file that says what to quantize how; null takes that of `weights`.
+        code_weights: Loss weight of each of the ten numbers of a box code.
+        loc_weight: Weight of the box losses against the heat-map losses.
+        post_processing: From heat maps to boxes; the same for every arm that is compared.
+        optimizer: Learning rate and schedule.
+    """
+
+    network: CenterPoint  # built by `configure_model`
+
+    def __init__(
+        self,
+        network: NetworkConfig = NetworkConfig(),  # noqa: B008 - frozen, and shown in the command's help
+        weights: str | None = None,
+        arm: Arm | None = None,
+        scheme: str | None = None,
+        code_weights: tuple[float, ...] = CODE_WEIGHTS,
+        loc_weight: float = 0.25,
+        post_processing: PostProcessing = PostProcessing(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {
+                "network": asdict(network),
+                "weights": weights,
+                "arm": arm,
+                "scheme": scheme,
+                "code_weights": list(code_weights),
+                "loc_weight": loc_weight,
+                "post_processing": asdict(post_processing),
+                "optimizer": asdict(optimizer),
+            },
+            logger=False,
+        )
+        self.network_config = network
+        self.weights, self.arm, self.scheme_file = weights, arm, scheme
+        self.code_weights, self.loc_weight = code_weights, loc_weight
+        self.post_processing, self.optimizer = post_processing, optimizer
+        self.subject: Subject | None = None
+
+    def configure_model(self) -> None:
+        """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
+        if self.subject is not None:
+            return
+        scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+        if self.weights is not None and not self._is_resuming():
+            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme))
+        else:
+            self._adopt(build(self.network_config, self.arm or "float", scheme))
+
+    def _is_resuming(self) -> bool:
+        return self._trainer is not None and self._trainer.ckpt_path is not None
+
+    def _adopt(self, subject: Subject) -> None:
+        self.subject = subject
+        for dense in (subject.network.backbone_2d, subject.network.dense_head):
+            dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
+        self.network = subject.network
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say what it is."""
+        assert self.subject is not None
+        checkpoint["quantization"] = self.subject.describe()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take on the structure that the checkpoint describes, before its tensors are loaded."""
+        if "quantization" not in checkpoint:
+            raise UserError(
+                "--ckpt_path: the file does not say what it is (no 'quantization'); use model.weights"
+            )
+        self._adopt(from_description(self.network_config, checkpoint["quantization"]))
+        self.to(self.device)
+
+    def forward(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Raw outputs of every head for a batch of voxels."""
+        heads: list[dict[str, Tensor]] = self.network(
+            batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
+        )
+        return heads
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch; logs it with its parts."""
+        config = self.network_config
+        targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
+        losses = center_loss(self(batch), targets, self.code_weights, self.loc_weight)
+        size = batch["batch_size"]
+        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
+        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
+        self.log_dict(parts, batch_size=size)
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
+        """Detections of each sample, for the evaluation callback."""
+        return {"detections": self.detect(batch)}
+
+    def detect(self, batch: Batch) -> list[Detections]:
+        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame."""
+        config = self.network_config
+        return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+
+    def on_fit_start(self) -> None:
+        """Calibrate if the arm is quantized and started from float weights."""
+        assert self.subject is not None
+        if needs_calibration(self.subject):
+            self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
+        else:
+            self.print_coverage()
+
+    def on_validation_start(self) -> None:
+        """Refuse to score a network whose ranges were never found."""
+        assert self.subject is not None
+        if needs_calibration(self.subject):
+            raise UserError(
+                f"model.weights {self.weights!r} has no activation ranges: run calibrate first, "
+                "or set model.arm to float"
+            )
+
+    def calibrate(self, datamodule: LightningDataModule) -> None:
+        """Find the activation ranges on the data module's calibration samples; every rank sees all of them.
+
+        Raises:
+            UserError: There are no such samples, or a range came out unfit.
+        """
+        assert self.subject is not None
+        loader = datamodule.calibration_dataloader()  # type: ignore[attr-defined]
+        self.print_coverage()
+        with collecting_ranges(self.network):
+            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
+                self(self.to_device(batch))
+        check_ranges(self.network)
+        self.subject.calibration = {
+            "method": self.subject.scheme.input.method if self.subject.scheme else None,
+            "num_samples": datamodule.num_calibration_samples,  # type: ignore[attr-defined]
+            "split": datamodule.train_split,  # type: ignore[attr-defined]
+            "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
+            "seed": datamodule.seed,  # type: ignore[attr-defined]
+            "source_sha256": self.subject.parents.get("float"),
+        }
+
+    def print_coverage(self) -> None:
+        """Print how many layers of each kind are quantized, at what bits, and which stay float."""
+        if self.subject is not None and self.subject.prepared is not None and self._is_global_zero():
+            Console().print(coverage_table(self.subject.prepared))
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch with its tensors on the device of the network."""
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _is_global_zero(self) -> bool:
+        return self._trainer is None or self._trainer.is_global_zero
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its schedule over the whole run, stepped once per batch."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = new_optimizer(list(self.parameters()), self.optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

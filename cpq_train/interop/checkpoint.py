@@ -1,0 +1,70 @@
+"""Reading checkpoints safely: tensors and plain values only, on a machine without CUDA."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpq_train.errors import UserError
+
+NETWORK_PREFIX = "network."
+"""The detector keeps its network under this name."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this project on the CPU, with `weights_only=True`.
+
+    Returns:
+        Lightning's dictionary, with at least `state_dict` and `quantization`.
+
+    Raises:
+        UserError: The file is missing, corrupt, holds pickled code, or is no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist")
+    checkpoint = _load(path)
+    if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
+        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise UserError(
+            f"checkpoint {str(path)!r} is none of this project's: it holds {keys}; "
+            "expected state_dict and quantization"
+        )
+    return checkpoint
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported" in text and ("global" in text.lower() or "class" in text.lower()):
+            reason = next((line for line in text.splitlines() if "GLOBAL" in line or "class" in line), text)
+            raise UserError(
+                f"checkpoint {str(path)!r} holds pickled code and is refused; "
+                f"accepted: tensors and plain values ({reason.strip()[:160]})"
+            ) from error
+        raise UserError(f"checkpoint {str(path)!r} is corrupt: {text.splitlines()[0]}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {str(path)!r} is corrupt: {first}") from error
+
+
+def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The network's part of the state dict, under the network's own names."""
+    state = checkpoint["state_dict"]
+    return {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""LightningCLI over the detector and the nuScenes data module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+from cpq_train.callbacks.baselines import Baselines
+from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.detector import CenterPointDetector
+from cpq_train.trainer import QuantTrainer
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run directory: a fit always, other verbs where there is none."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See SaveConfigCallback; called on rank 0."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        if stage == "fit" or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(
+                self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile
+            )
+
+
+class QuantCLI(LightningCLI):
+    """The verbs that run a network."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verb -> the arguments that the CLI itself provides."""
+        theirs = LightningCLI.subcommands()
+        return {"fit": theirs["fit"], "validate": theirs["validate"], "calibrate": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks every run has, and what the data shares with the network."""
+        parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(Baselines, "baselines")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "checkpoint.filename": "epoch{epoch:02d}-NDS{val/NDS:.3f}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.monitor": "val/NDS",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+            }
+        )
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_dir)
+        for name in ("voxel_size", "point_cloud_range"):
+            parser.link_arguments(f"model.network.{name}", f"data.{name}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A CSV log in the run directory where the configuration names no logger."""
+        config = self.config_init[self.subcommand].trainer
+        if config.logger is None:
+            kwargs["logger"] = CSVLogger(config.default_root_dir, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def _checkpoint_dir(default_root_dir: str) -> str:
+    return str(Path(default_root_dir) / "checkpoints")
+
+
+def run(args: list[str]) -> None:
+    """Parse the arguments and run the verb.
+
+    Raises:
+        UserError: What the user gave does not work out.
+    """
+    QuantCLI(
+        CenterPointDetector,
+        NuScenesDataModule,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_class=QuantTrainer,
+        trainer_defaults={"callbacks": [RichProgressBar(), LearningRateMonitor("step")]},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=args,
+        parser_kwargs={"prog": "cpq_train"},
+    )

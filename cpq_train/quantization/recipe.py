@@ -1,0 +1,106 @@
+"""What a checkpoint says of itself, and the tables that a person reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rich.table import Table
+
+from cpq_train.quantization.prepare import RESIDUAL, Prepared, coverage
+from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, QuantizerScheme, Scheme
+
+SCHEMA = 1
+ARMS = ("float", "float_tuned", "ptq", "qat")
+KIND_LABELS = {"sparse": "sparse convolutions", "ResidualAdd": "residual adds"}
+
+
+def recipe(
+    arm: str,
+    scheme: Scheme | None,
+    prepared: Prepared | None,
+    batchnorm: str,
+    calibration: Mapping[str, Any] | None,
+    parents: Mapping[str, str],
+) -> dict[str, Any]:
+    """The `quantization` entry of a checkpoint (plain values only).
+
+    Args:
+        arm: One of `ARMS`.
+        scheme: The scheme, None for a float network.
+        prepared: What `prepare` returned, None for a float network.
+        batchnorm: "folded", "frozen" or "trained".
+        calibration: How the ranges were found, None where none were.
+        parents: Arm -> SHA-256 of the checkpoints this one came from.
+    """
+    return {
+        "schema": SCHEMA,
+        "arm": arm,
+        "scheme": None if scheme is None else scheme.to_dict(),
+        "batchnorm": batchnorm,
+        "layers": {} if prepared is None else _layers(prepared),
+        "calibration": None if calibration is None else dict(calibration),
+        "parents": dict(parents),
+    }
+
+
+def _layers(prepared: Prepared) -> dict[str, Any]:
+    rows = {}
+    for name, chosen in prepared.schemes.items():
+        kind = prepared.layers[name]
+        shared = prepared.shares_input_with.get(name) or prepared.shares_input_with.get(name + RESIDUAL)
+        rows[name] = {
+            "kind": kind,
+            "arithmetic": "float" if chosen.is_float else _arithmetic(kind, chosen.arithmetic),
+            "weight": _quantizer(chosen.weight, OUTPUT_CHANNEL_AXIS.get(kind)),
+            "input": _quantizer(chosen.input, None),
+            "shares_input_with": shared,
+        }
+    return rows
+
+
+def _arithmetic(kind: str, of_product: str) -> str:
+    return "integer" if kind == "ResidualAdd" else of_product
+
+
+def _quantizer(chosen: QuantizerScheme, axis: int | None) -> dict[str, Any]:
+    return {
+        "format": "int",
+        "bits": chosen.bits,
+        "signed": chosen.signed,
+        "narrow_range": chosen.narrow_range,
+        "axis": axis if chosen.granularity == "per_channel" else None,
+        "method": chosen.method,
+        "mode": chosen.mode,
+        "amax": "frozen",
+    }
+
+
+def coverage_table(prepared: Prepared) -> Table:
+    """Kind, layers quantized of all, and at what bits; the last row names the layers left in float."""
+    table = Table(title="Quantization coverage", title_justify="left")
+    for header in ("layers", "quantized", "bits (weight / input)", "left in float"):
+        table.add_column(header)
+    for kind, (quantized, total) in coverage(prepared).items():
+        names = [n for n, k in prepared.layers.items() if _label(k) == _label(kind)]
+        left = [n for n in names if prepared.schemes[n].is_float]
+        bits = sorted({_bits(prepared, n) for n in names if n not in left})
+        table.add_row(_label(kind), f"{quantized} of {total}", ", ".join(bits), ", ".join(left) or "none")
+    return table
+
+
+def _label(kind: str) -> str:
+    kind = "sparse" if kind in ("SubMConv3d", "SparseConv3d") else kind
+    return KIND_LABELS.get(kind, kind)
+
+
+def _bits(prepared: Prepared, name: str) -> str:
+    chosen = prepared.schemes[name]
+    weight, input_ = ("-" if q.is_off else str(q.bits) for q in (chosen.weight, chosen.input))
+    return f"{weight} / {input_}{'' if chosen.input.mode != 'dynamic' else ' dynamic'}"
+
+
+def same_scheme(a: Scheme, b: Scheme) -> bool:
+    """Whether two schemes quantize alike, whatever they are called."""
+    return replace(a, name="") == replace(b, name="")
