@@ -80,7 +80,7 @@ class NuScenesDataModule(LightningDataModule):
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.sample_tokens = sample_tokens
         self.num_calibration_samples = num_calibration_samples
-        self._evaluation_config = SampleConfig(
+        self.evaluation_config = SampleConfig(
             num_sweeps=num_sweeps,
             voxel_size=voxel_size,
             point_cloud_range=point_cloud_range,
@@ -89,7 +89,7 @@ class NuScenesDataModule(LightningDataModule):
             seed=seed,
         )
         self._training_config = dataclasses.replace(
-            self._evaluation_config,
+            self.evaluation_config,
             max_num_voxels=max_num_voxels_train,
             augmentation=augmentation,
             is_training=True,
@@ -167,7 +167,7 @@ class NuScenesDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Item]:
-        dataset = DetectionDataset(self.index, rows, self._evaluation_config)
+        dataset = DetectionDataset(self.index, rows, self.evaluation_config)
         return self._loader(dataset, EvaluationSampler(dataset, rank, world_size))
 
     def _loader(self, dataset: DetectionDataset, sampler: Sampler[object]) -> DataLoader[Item]:

@@ -209,9 +209,8 @@ def open_index(
     stamps = _table_stamps(root, version)
     key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
     homes = _homes(root, version, cache_dir)
-    for home in homes:
-        if (home / key).is_dir():
-            return _load(home / key, root)
+    if (folder := _find(homes, key)) is not None:
+        return _load(folder, root)
     home, unfinished = _start_folder(homes, key)
     try:
         _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
@@ -254,6 +253,10 @@ def _homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]
         return [Path(cache_dir).expanduser() / unique / version]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [root / ".cpq_train" / version, user_cache / "cpq_train" / unique / version]
+
+
+def _find(homes: list[Path], key: str) -> Path | None:
+    return next((home / key for home in homes if (home / key).is_dir()), None)
 
 
 def _start_folder(homes: list[Path], key: str) -> tuple[Path, Path]:
