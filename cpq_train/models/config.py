@@ -133,9 +133,11 @@ def _check_lengths(config: NetworkConfig) -> None:
 def _check_class_groups(class_groups: tuple[tuple[str, ...], ...]) -> None:
     names = [name for group in class_groups for name in group]
     if not names or not all(class_groups) or len(set(names)) != len(names):
-        raise UserError(
-            f"class_groups is {class_groups}: expected non-empty groups, each class in exactly one"
-        )
+        raise UserError(f"class_groups is {class_groups}: expected non-empty groups, no class in two of them")
+    unknown = sorted(set(names) - set(DETECTION_CLASSES))
+    if unknown:
+        accepted = ", ".join(DETECTION_CLASSES)
+        raise UserError(f"class_groups names {', '.join(unknown)}: accepted are {accepted}")
 
 
 def _check_grid(config: NetworkConfig) -> None:
