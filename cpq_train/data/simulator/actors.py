@@ -23,8 +23,8 @@ class Actor:
         category: nuScenes category.
         size_m: Length, width, height of its box.
         poses_t3: (T, 3) x, y, yaw at every sweep.
-        state: Attribute when it stands still ("parked", "stopped", "standing", "sitting_lying_down", "with_rider",
-            "without_rider") or "" for objects without attributes.
+        state: Attribute when it stands still: parked, stopped, standing, sitting_lying_down, with_rider or
+            without_rider; of no meaning for categories without attributes.
         parts: Its body in its own frame.
     """
 
@@ -58,7 +58,7 @@ class Occupancy:
     tall_n: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def is_free(self, poses_k3: Array, half_2: Array, margin_m: float) -> bool:
-        """Whether a footprint moving along `poses_k3` keeps `margin_m` from all others at all coarse times."""
+        """Whether a footprint moving along `poses_k3` stays `margin_m` away from all others."""
         half = half_2 + margin_m
         reach = np.hypot(*half) + np.hypot(self.halves_n2[:, 0], self.halves_n2[:, 1])
         delta = self.poses_nk3[:, :, :2] - poses_k3[None, :, :2]

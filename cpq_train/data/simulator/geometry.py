@@ -86,6 +86,11 @@ def segment_crosses(start_xy: Array, end_xy: Array, poses_n3: Array, halves_n2: 
     return enter < leave
 
 
+def turned(poses_xyyaw: Array, angle_rad: float) -> Array:
+    """Poses (..., 3) with the angle added to their heading."""
+    return np.asarray(poses_xyyaw + np.array([0.0, 0.0, angle_rad]))
+
+
 def wrap_angle(angle_rad: Array) -> Array:
     """Angle brought to [-pi, pi)."""
     return (angle_rad + np.pi) % (2 * np.pi) - np.pi

@@ -33,7 +33,7 @@ class Ground:
         return height, along_x, along_y
 
     def cast(self, origin_3: Array, directions_r3: Array, max_range_m: float) -> Array:
-        """Range at which each ray meets the ground, inf where it does not. Two Newton steps from the tangent plane."""
+        """Range at which each ray meets the ground, inf for none; two Newton steps from the tangent plane."""
         range_r = np.full(len(directions_r3), np.inf)
         height, gx, gy = (float(v[0]) for v in self.height_and_gradient(origin_3[:1], origin_3[1:2]))
         sink = directions_r3[:, 2] - gx * directions_r3[:, 0] - gy * directions_r3[:, 1]

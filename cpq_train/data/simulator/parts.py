@@ -1,7 +1,8 @@
 """Parts: the convex solids that everything but the ground is made of, and the materials they are made of.
 
 A part is upright (it turns about z only) and is the image of a unit solid scaled by half extents:
-BOX |x|, |y|, |z| <= 1; FRUSTUM x^2 + y^2 <= r(z)^2, |z| <= 1, r falling linearly from 1 to `taper`; ELLIPSOID |p| <= 1.
+BOX |x|, |y|, |z| <= 1; FRUSTUM x^2 + y^2 <= r(z)^2, |z| <= 1, r falling linearly from 1 to `taper`;
+ELLIPSOID |p| <= 1.
 Letters: M parts.
 """
 

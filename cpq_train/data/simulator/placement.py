@@ -1,34 +1,25 @@
 """Where the objects of a scene stand and go: lanes, kerbs, sidewalks, crossings, lots, rows.
 
-A site proposes a way through the scene; it is taken when the object stays clear of everything placed before, is within
-the annotated range and, nearly always, can be seen from the ego vehicle.
+A site proposes a way through the scene; it is taken when the object stays clear of everything placed before,
+is near enough and, nearly always, can be seen from the ego vehicle.
 Letters: T sweep times, K coarse times.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 
-from cpq_train.data.simulator.actors import COARSE, Actor, Occupancy, draw_travel, footprint
-from cpq_train.data.simulator.geometry import Array
-from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M, Lane, Road
-from cpq_train.data.simulator.shapes import Model, Size, draw_model
+from cpq_train.data.simulator.actors import COARSE, Actor, Occupancy, footprint
+from cpq_train.data.simulator.catalogue import Model, draw_model
+from cpq_train.data.simulator.geometry import Array, turned
+from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M
+from cpq_train.data.simulator.shapes import Size
+from cpq_train.data.simulator.sites import Sites, Stage, reach
 
 NUM_TRIES = 40
+NUM_MORE_TRIES = 8
+"""So often more is a kind tried of which nothing found a place, so that no class is missing from a scene."""
 HIDDEN_SHARE = 0.1
 BESIDE_M = 9.0
 """A large vehicle this close to the ego vehicle takes half the view; four of five such places are refused."""
-FAR_REACH_M = 54.0
-REACH_M = {
-    "barrier": 33.0,
-    "traffic_cone": 33.0,
-    "motorcycle": 44.0,
-    "bicycle": 44.0,
-    "pedestrian": 44.0,
-    "rack": 40.0,
-}
-"""How far from the ego vehicle a kind is placed; somewhat beyond the range at which its class is scored."""
 
 COUNTS: dict[str, tuple[int, int]] = {
     "bus": (2, 4),
@@ -38,7 +29,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "construction_vehicle": (2, 4),
     "car": (9, 17),
     "rack": (0, 1),
-    "barrier": (1, 3),
+    "barrier": (2, 3),
     "traffic_cone": (2, 4),
     "motorcycle": (3, 5),
     "bicycle": (3, 5),
@@ -47,7 +38,7 @@ COUNTS: dict[str, tuple[int, int]] = {
 }
 """How many to place within reach of one ego position, least and most, largest kinds first.
 
-A rig is a tractor with its trailer, a rack one with its bicycles; barriers and cones count rows of several."""
+A rig is a tractor with its trailer, a rack has its bicycles; barriers and cones count rows of several."""
 
 SITES: dict[str, dict[str, float]] = {
     "car": {"lane": 0.5, "kerb": 0.25, "lot": 0.25},
@@ -72,62 +63,36 @@ ROWS: dict[str, tuple[int, int, float, float]] = {
 """Least and most in a row, and the gap between two of them in metres."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The empty scene that objects enter.
-
-    Attributes:
-        roads: Main road first.
-        times_s: (T,) sweep times from 0.
-        ego_poses_t3: (T, 3) of the ego vehicle.
-        ego_travel_t: (T,) metres it has driven along the main road.
-    """
-
-    roads: list[Road]
-    times_s: Array
-    ego_poses_t3: Array
-    ego_travel_t: Array
-
-
-def _reach(kind: str) -> float:
-    return REACH_M.get(kind, FAR_REACH_M)
-
-
 class Placer:
     """Fills a stage with actors."""
 
     def __init__(self, stage: Stage, occupancy: Occupancy, rng: np.random.Generator) -> None:
         self.stage, self.occupancy, self.rng = stage, occupancy, rng
         self.actors: list[Actor] = []
-        self._lane_travel: dict[Lane, Array] = {}
-        self._sites: dict[str, Callable[[str, Size], tuple[Array, str]]] = {
-            "lane": self._lane,
-            "kerb": self._kerb,
-            "edge": self._edge,
-            "sidewalk": self._sidewalk,
-            "crossing": self._crossing,
-            "lot": self._lot,
-            "border": self._border,
-        }
+        self.sites = Sites(stage, rng)
 
     def fill(self) -> None:
         """Places all kinds, largest first, in numbers that grow with the length of the ego vehicle's way."""
         for kind, (least, most) in COUNTS.items():
-            crowd = 1.0 + float(self.stage.ego_travel_t[-1]) / (2 * _reach(kind))
-            for _ in range(round(float(self.rng.integers(least, most + 1)) * crowd)):
-                self._place(kind)
+            crowd = 1.0 + float(self.stage.ego_travel_t[-1]) / (2 * reach(kind))
+            wanted = round(float(self.rng.integers(least, most + 1)) * crowd)
+            placed = sum(self._place(kind) for _ in range(wanted))
+            for _ in range(NUM_MORE_TRIES if wanted and not placed else 0):
+                if self._place(kind):
+                    break
 
-    def _place(self, kind: str) -> None:
+    def _place(self, kind: str) -> bool:
         model, ridden = self._model(kind)
         size = model.draw_size(self.rng)
         site = self._draw_site(kind, ridden)
         for attempt in range(NUM_TRIES):
             if attempt == NUM_TRIES // 2 and not ridden:
                 site = "lot"
-            poses, state = self._sites[site](kind, size)
+            poses, state = self.sites.propose(site, kind, size)
             if self._is_good(kind, poses, size, site):
                 self._enter(kind, model, size, poses, state, ridden)
-                return
+                return True
+        return False
 
     def _draw_site(self, kind: str, ridden: bool) -> str:
         sites = dict(SITES[kind])
@@ -147,7 +112,7 @@ class Placer:
         middle = int(self.rng.integers(len(poses) // COARSE)) * COARSE
         eye, spot = self.stage.ego_poses_t3[middle, :2], poses[middle, :2]
         away = np.hypot(*(spot - eye))
-        if away > _reach(kind) or (kind in VIEW_BLOCKERS and away < BESIDE_M and self.rng.random() < 0.8):
+        if away > reach(kind) or (kind in VIEW_BLOCKERS and away < BESIDE_M and self.rng.random() < 0.8):
             return False
         if site == "lot" and not self._is_off_road(spot, 0.5 * max(size[:2])):
             return False
@@ -193,134 +158,21 @@ class Placer:
         for _ in range(int(self.rng.integers(least, most + 1)) - 1):
             # The row runs along the width of its members, as barriers are annotated.
             step = size[1] + gap
-            pose = pose + [-step * np.sin(pose[2]), step * np.cos(pose[2]), self.rng.normal(0, 0.04)]
+            shift = step * np.array([-np.sin(pose[2]), np.cos(pose[2]), 0.0])
+            pose = turned(pose + shift, self.rng.normal(0, 0.04))
             member = model.draw_size(self.rng) if kind == "traffic_cone" else size
-            poses = self._still(pose)
+            poses = self.sites.still(pose)
             if not self.occupancy.is_free(poses[::COARSE], footprint(member), 0.03):
                 return
             self._add(model, member, poses, "", False)
 
     def _fill_rack(self, rack: Array, rack_size: Size) -> None:
         """Bicycles side by side along the rack's length."""
-        across = rack + [0, 0, np.pi / 2 * self.rng.choice([-1, 1])]
+        across = turned(rack, np.pi / 2 * self.rng.choice([-1, 1]))
         for offset in np.arange(-rack_size[0] / 2 + 0.45, rack_size[0] / 2 - 0.4, 0.75):
             model = draw_model("bicycle", self.rng)
             size = model.draw_size(self.rng)
             if self.rng.random() < 0.7 and size[0] < rack_size[1]:
-                pose = across + [offset * np.cos(rack[2]), offset * np.sin(rack[2]), self.rng.normal(0, 0.04)]
-                self._add(model, size, self._still(pose), "without_rider", False)
-
-    # Sites: each proposes poses (T, 3) and the state at rest.
-
-    def _still(self, pose: Array) -> Array:
-        return np.repeat(pose[None], len(self.stage.times_s), axis=0)
-
-    def _s_near_ego(self, kind: str, travel: Array, direction: int) -> float:
-        """A start on the main road from which the object is within reach of the ego vehicle at a random time."""
-        t = int(self.rng.integers(len(self.stage.times_s)))
-        return float(
-            self.stage.ego_travel_t[t] + self.rng.uniform(-1, 1) * _reach(kind) - direction * travel[t]
-        )
-
-    def _draw_road(self) -> Road:
-        roads = self.stage.roads
-        return roads[1] if len(roads) > 1 and self.rng.random() < 0.25 else roads[0]
-
-    def _travel(self, lane: Lane, own_lane: bool) -> Array:
-        """All traffic of a lane keeps one pace, so that nobody runs into another."""
-        if own_lane:
-            return self.stage.ego_travel_t
-        if lane not in self._lane_travel:
-            pace = 0.0 if self.rng.random() < 0.25 else self.rng.uniform(2.5, 11.0)
-            self._lane_travel[lane] = draw_travel(self.rng, self.stage.times_s, pace)
-        return self._lane_travel[lane]
-
-    def _lane(self, kind: str, size: Size) -> tuple[Array, str]:
-        road = self._draw_road()
-        lane = road.lanes[int(self.rng.integers(len(road.lanes)))]
-        main = road is self.stage.roads[0]
-        travel = self._travel(lane, main and lane.d == 0.0)
-        start = (
-            self._s_near_ego(kind, travel, lane.direction)
-            if main
-            else self.rng.uniform(-FAR_REACH_M, FAR_REACH_M)
-        )
-        d = lane.d + self.rng.normal(0, 0.2)
-        return road.pose(start + lane.direction * travel, d, lane.direction), "stopped"
-
-    def _side(self, road: Road) -> tuple[float, int]:
-        """A side of the road: its sign in d and the direction of the traffic there."""
-        side = int(self.rng.choice([-1, 1]))
-        return float(side), -side
-
-    def _kerb(self, kind: str, size: Size) -> tuple[Array, str]:
-        road = self.stage.roads[0]
-        side, direction = self._side(road)
-        width = road.left_m if side > 0 else road.right_m
-        d = side * (width - size[1] / 2 - self.rng.uniform(0.05, 0.25))
-        s = self._s_near_ego(kind, 0 * self.stage.times_s, 1)
-        pose = road.pose(np.array(s), d, direction)
-        return self._still(pose + [0, 0, self.rng.normal(0, 0.03)]), "parked"
-
-    def _edge(self, kind: str, size: Size) -> tuple[Array, str]:
-        road = self.stage.roads[0]
-        side, direction = self._side(road)
-        travel = draw_travel(self.rng, self.stage.times_s, self.rng.uniform(2.0, 6.5))
-        d = side * ((road.left_m if side > 0 else road.right_m) - self.rng.uniform(0.5, 1.0))
-        return road.pose(self._s_near_ego(kind, travel, direction) + direction * travel, d, direction), ""
-
-    def _walk(self) -> tuple[Array, str]:
-        """Metres walked (T,) and the state at rest."""
-        if self.rng.random() < 0.3:
-            return 0 * self.stage.times_s, str(
-                self.rng.choice(["standing", "sitting_lying_down"], p=[0.9, 0.1])
-            )
-        return draw_travel(self.rng, self.stage.times_s, self.rng.uniform(0.7, 1.8)), "standing"
-
-    def _sidewalk(self, kind: str, size: Size) -> tuple[Array, str]:
-        road = self._draw_road()
-        side, direction = self._side(road)
-        direction *= int(self.rng.choice([-1, 1]))
-        d = side * ((road.left_m if side > 0 else road.right_m) + self.rng.uniform(0.6, SIDEWALK_WIDTH_M))
-        walks = kind == "pedestrian"
-        travel, state = self._walk() if walks else (0 * self.stage.times_s, "")
-        main = road is self.stage.roads[0]
-        start = (
-            self._s_near_ego(kind, travel, direction) if main else self.rng.uniform(-FAR_REACH_M, FAR_REACH_M)
-        )
-        poses = road.pose(start + direction * travel, d, direction)
-        if not walks or travel[-1] == 0:
-            poses = poses + [0, 0, self.rng.uniform(-np.pi, np.pi)]
-        return poses, state
-
-    def _crossing(self, kind: str, size: Size) -> tuple[Array, str]:
-        road = self.stage.roads[0]
-        travel, state = self._walk()
-        side = int(self.rng.choice([-1, 1]))
-        d = self.rng.uniform(-road.right_m, road.left_m) - side * travel[-1] / 2 + side * travel
-        s = self._s_near_ego(kind, 0 * travel, 1)
-        return road.pose(np.full(len(d), s), d) + [0, 0, side * np.pi / 2], state
-
-    def _lot(self, kind: str, size: Size) -> tuple[Array, str]:
-        ego = self.stage.ego_poses_t3[int(self.rng.integers(len(self.stage.times_s)))]
-        angle, range_m = self.rng.uniform(-np.pi, np.pi), self.rng.uniform(6.0, _reach(kind) - 1)
-        xy = ego[:2] + range_m * np.array([np.cos(angle), np.sin(angle)])
-        turn = self.rng.choice([0, 0.5, 1.0, 1.5]) * np.pi + self.rng.normal(0, 0.08)
-        yaw = ego[2] + turn if self.rng.random() < 0.6 else self.rng.uniform(-np.pi, np.pi)
-        poses = self._still(np.array([*xy, yaw]))
-        if kind == "pedestrian":
-            travel, state = self._walk()
-            poses[:, :2] += travel[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
-            return poses, state
-        if kind == "construction_vehicle" and self.rng.random() < 0.3:
-            travel = draw_travel(self.rng, self.stage.times_s, self.rng.uniform(0.5, 2.5))
-            poses[:, :2] += travel[:, None] * np.array([np.cos(yaw), np.sin(yaw)])
-        return poses, "" if kind in (*ROWS, "other", "rack") else "parked"
-
-    def _border(self, kind: str, size: Size) -> tuple[Array, str]:
-        """On the line between the road and its sidewalk, or off a lane's edge; the row runs along the road."""
-        road = self.stage.roads[0]
-        side, _ = self._side(road)
-        d = side * ((road.left_m if side > 0 else road.right_m) + self.rng.uniform(-0.6, 0.6))
-        pose = road.pose(np.array(self._s_near_ego(kind, 0 * self.stage.times_s, 1)), d)
-        return self._still(pose - [0, 0, np.pi / 2]), ""
+                shift = offset * np.array([np.cos(rack[2]), np.sin(rack[2]), 0.0])
+                pose = turned(across + shift, self.rng.normal(0, 0.04))
+                self._add(model, size, self.sites.still(pose), "without_rider", False)

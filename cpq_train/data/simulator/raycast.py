@@ -1,7 +1,7 @@
 """Casting a whole sweep at all parts at once.
 
-Each part is tested only against the rays of its angular window, a block of columns and rings; the windows of all parts
-are laid out as one flat list of (part, ray) pairs, so that the cost is a few passes over arrays.
+Each part is tested only against the rays of its angular window, a block of columns and rings; the windows of
+all parts are laid out as one flat list of (part, ray) pairs, so that the cost is a few passes over arrays.
 Letters: M parts, R rays, Q pairs.
 """
 
@@ -208,7 +208,7 @@ def _quadric(
 
 
 def surface_rays(hits: Hits, owner_m: IntArray, num_owners: int) -> tuple[IntArray, IntArray]:
-    """Rays per object (num_owners,) that would meet it alone, and that meet it first: the measure of occlusion."""
+    """Rays per object (num_owners,) that would meet it alone, and rays that meet it first."""
     owner_q = owner_m[hits.pair_part]
     rows: BoolArray = owner_q >= 0
     num_rays = len(hits.range_r)

@@ -1,6 +1,6 @@
 """Roads: a centre line with lanes beside it, and the streets of one scene.
 
-Positions along a road are (s, d): metres along the centre line and metres to its left. Traffic keeps to the right.
+Positions are (s, d): metres along the centre line and metres to its left. Traffic keeps to the right.
 Letters: P points, T times.
 """
 
@@ -47,6 +47,10 @@ class Road:
     def corridor_m(self) -> float:
         """Half width that holds the road and both sidewalks."""
         return max(self.left_m, self.right_m) + SIDEWALK_WIDTH_M
+
+    def kerb_m(self, side: float) -> float:
+        """Width from the centre line to the kerb on the left (side 1) or the right (side -1)."""
+        return self.left_m if side > 0 else self.right_m
 
     def pose(self, s: Array, d: Array | float, direction: int = 1) -> Array:
         """Poses (..., 3) at (s, d); heading against the line for direction -1."""

@@ -1,8 +1,8 @@
 """One sweep: from rays to the cloud that the sensor's file would hold.
 
-Every ray makes a point, as in nuScenes' files: a ray that comes back empty is a point at range 0, which the motion
-compensation of the real files spreads along the way of the car. Apart from that the sweep is taken at one instant, as
-if motion compensation were perfect.
+Every ray makes a point, as in nuScenes' files: a ray that comes back empty is a point at range 0, which the
+motion compensation of the real files spreads along the way of the car. Apart from that the sweep is taken at
+one instant, as if motion compensation were perfect.
 Letters: R rays.
 """
 

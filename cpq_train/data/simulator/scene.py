@@ -52,7 +52,10 @@ class SceneTask:
 
 
 def simulate_scene(task: SceneTask) -> Tables:
-    """Writes a scene's clouds and returns its table rows. The outcome depends on name, seed and number of samples."""
+    """Writes a scene's clouds and returns its table rows.
+
+    The outcome depends on the scene's name, the seed and the number of samples alone.
+    """
     return _SceneWriter(task).run()
 
 

@@ -1,6 +1,6 @@
 """The LiDAR of the nuScenes car: rays, mounting, and the part of the car that it sees.
 
-Sensor frame: x right, y forward, z up. Ego frame: x forward, y left, origin on the ground below the rear axle.
+Sensor frame: x right, y forward, z up. Ego frame: x forward, y left, origin on the ground, rear axle.
 Numbers of rays, order of the points, mounting and ego returns were read from real nuScenes clouds.
 """
 
@@ -75,7 +75,7 @@ def ego_returns(directions_r3: Array) -> tuple[BoolArray, Array]:
 
 
 def draw_mounting(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Sensor-to-ego translation (3,) and quaternion (4,) of one car: the real calibration, slightly varied."""
-    translation = np.array(MOUNT_TRANSLATION_M) + [rng.normal(0, 0.02), 0.0, rng.normal(0, 0.002)]
+    """Sensor-to-ego translation (3,) and quaternion (4,): the real calibration, slightly varied."""
+    translation = np.array(MOUNT_TRANSLATION_M) + rng.normal(0, (0.02, 0.0, 0.002))
     wobble = yaw_pitch_roll_quaternion(*(float(v) for v in rng.normal(0, np.radians(0.3), 3)))
     return translation, multiply_quaternions(wobble, np.array(MOUNT_ROTATION_WXYZ))

@@ -18,12 +18,12 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cpq_train.data.simulator.scene import SceneTask, simulate_scene
-from cpq_train.data.simulator.tables import CHANNEL, SCENE_TABLES, TABLE_NAMES, Tables, shared_tables
+from cpq_train.data.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
 from cpq_train.errors import UserError
 
 MINI, TRAINVAL = "v1.0-mini", "v1.0-trainval"
 MANIFEST = "simulation.json"
-WORLD_REVISION = 1
+WORLD_REVISION = 2
 """Raised whenever the same seed makes other clouds or tables than before."""
 
 
@@ -38,17 +38,17 @@ def simulate(
 ) -> None:
     """Writes a data set of simulated LiDAR in the nuScenes format, which nuscenes-devkit opens unmodified.
 
-    The root appears under its name only when it is whole. A whole one made by the same arguments is left as it is.
-    Files are the same for any number of workers. Worker processes import the caller's main module, so a script
-    calls this under `if __name__ == "__main__":`.
+    The root appears under its name only when it is whole. A whole one made by the same arguments is left as
+    it is. Files are the same for any number of workers. Workers import the caller's main module, so a
+    script calls this under `if __name__ == "__main__":`.
 
     Args:
         output: Data root to make.
         num_scenes: Number of scenes, training and validation together.
         num_val_scenes: How many of them carry the names of official validation scenes; a fifth by default.
         num_samples_per_scene: Key frames per scene, half a second apart (real scenes have 40).
-        version: Version folder: v1.0-mini has up to 8 training and 2 validation scenes, v1.0-trainval up to 700 and 150.
-            By default the smallest that holds the scenes.
+        version: Version folder: v1.0-mini has up to 8 training and 2 validation scenes, v1.0-trainval up to
+            700 and 150. By default the smaller one that holds the scenes.
         seed: Another seed is another data set.
         num_workers: Processes; by default one per core.
 
@@ -72,7 +72,11 @@ def simulate(
     if _is_there(output, manifest):
         return
     with _whole_or_nothing(output) as root:
-        _write(root, manifest, num_workers or len(os.sched_getaffinity(0)))
+        _write(root, manifest, num_workers or _num_cores())
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _num_val(num_scenes: int, num_val_scenes: int | None) -> int:
@@ -118,7 +122,7 @@ def _is_there(output: Path, manifest: dict[str, Any]) -> bool:
 
 @contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name when the block ends well and vanishes when it does not."""
+    """A directory beside `output` that takes its name when the block ends well and else vanishes."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     try:
@@ -137,7 +141,7 @@ def _write(root: Path, manifest: dict[str, Any], num_workers: int) -> None:
         SceneTask(root, name, manifest["seed"], manifest["num_samples_per_scene"])
         for name in manifest["scenes"]
     ]
-    tables: Tables = {name: [] for name in TABLE_NAMES}
+    tables: Tables = {name: [] for name in SCENE_TABLES}
     for rows in _progress(_run(tasks, num_workers), len(tasks)):
         for name in SCENE_TABLES:
             tables[name] += rows[name]

@@ -13,11 +13,11 @@ from cpq_train.data.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part
 from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M, Road
 
 STYLES: dict[str, tuple[float, float, float, float]] = {
-    "urban": (0.3, 6.0, 0.75, 14.0),
-    "suburban": (5.0, 22.0, 0.55, 8.0),
-    "industrial": (10.0, 34.0, 0.6, 9.0),
+    "urban": (0.3, 6.0, 0.75, 16.0),
+    "suburban": (5.0, 22.0, 0.55, 9.0),
+    "industrial": (10.0, 34.0, 0.6, 10.0),
 }
-"""Per style: least and most setback of buildings from the sidewalk, share of the front built up, mean height; metres."""
+"""Per style: least and most setback (m) of buildings, share of the front built up, mean height (m)."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def draw_buildings(rng: np.random.Generator, roads: list[Road], length_m: float)
 def _building(rng: np.random.Generator, road: Road, side: float, s: float, front: float, setback: float,
               mean_height: float) -> Thing:  # fmt: skip
     depth, height = rng.uniform(8, 16), max(3.5, rng.normal(mean_height, 0.35 * mean_height))
-    width = road.left_m if side > 0 else road.right_m
-    pose = road.pose(np.array(s), side * (width + SIDEWALK_WIDTH_M + setback + depth / 2))
+    pose = road.pose(np.array(s), side * (road.kerb_m(side) + SIDEWALK_WIDTH_M + setback + depth / 2))
     half = np.array([front / 2, depth / 2])
     parts = [_box((0, 0), (*half, height), "facade")]
     for _ in range(int(rng.integers(1, 5))):
@@ -128,7 +127,7 @@ def _cabinet(rng: np.random.Generator) -> tuple[Array, list[Part]]:
 
 SMALL = {
     # Name: maker, number within reach of one ego position, share at the roadside (the rest stands in lots).
-    "tree": (_tree, 16, 0.5),
+    "tree": (_tree, 20, 0.5),
     "pole": (_pole, 12, 0.85),
     "bush": (_bush, 14, 0.3),
     "hedge": (_hedge, 5, 0.3),
@@ -163,8 +162,7 @@ def draw_small_things(rng: np.random.Generator, roads: list[Road], occupancy: Oc
 
 def _by_road(rng: np.random.Generator, roads: list[Road], length_m: float) -> Array:
     road, side = roads[int(rng.integers(len(roads)))], float(rng.choice([-1, 1]))
-    width = road.left_m if side > 0 else road.right_m
-    d = side * (width + rng.choice([0.5, SIDEWALK_WIDTH_M + 0.6]) + rng.normal(0, 0.1))
+    d = side * (road.kerb_m(side) + rng.choice([0.5, SIDEWALK_WIDTH_M + 0.6]) + rng.normal(0, 0.1))
     return road.pose(np.array(rng.uniform(-60, length_m + 60)), d)
 
 

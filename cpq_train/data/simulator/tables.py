@@ -7,39 +7,41 @@ Letters: P points, N actors, T sweep times.
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cpq_train.data.simulator.actors import Actor
-from cpq_train.data.simulator.geometry import Array, IntArray, quaternion_to_matrix, yaw_pitch_roll_quaternion
+from cpq_train.data.simulator.geometry import (
+    Array,
+    IntArray,
+    quaternion_to_matrix,
+    rotate,
+    yaw_pitch_roll_quaternion,
+)
 from cpq_train.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
-TABLE_NAMES = (
-    "category", "attribute", "visibility", "instance", "sensor", "calibrated_sensor", "ego_pose", "log", "scene",
-    "sample", "sample_data", "sample_annotation", "map",
-)  # fmt: skip
 SCENE_TABLES = (
-    "log",
-    "calibrated_sensor",
-    "ego_pose",
-    "scene",
-    "sample",
-    "sample_data",
-    "sample_annotation",
-    "instance",
-)
+    "log", "calibrated_sensor", "ego_pose", "scene", "sample", "sample_data", "sample_annotation", "instance",
+)  # fmt: skip
 LOCATIONS = ("boston-seaport", "singapore-onenorth", "singapore-queenstown", "singapore-hollandvillage")
 CHANNEL = "LIDAR_TOP"
 IGNORED_CATEGORIES = (
-    "animal", "human.pedestrian.personal_mobility", "human.pedestrian.stroller", "human.pedestrian.wheelchair",
-    "movable_object.debris", "movable_object.pushable_pullable", "vehicle.emergency.ambulance",
-    "vehicle.emergency.police", BIKE_RACK_CATEGORY,
-)  # fmt: skip
+    "animal",
+    "human.pedestrian.personal_mobility",
+    "human.pedestrian.stroller",
+    "human.pedestrian.wheelchair",
+    "movable_object.debris",
+    "movable_object.pushable_pullable",
+    "vehicle.emergency.ambulance",
+    "vehicle.emergency.police",
+    BIKE_RACK_CATEGORY,
+)
 CATEGORIES = (*sorted(CATEGORY_TO_CLASS), *IGNORED_CATEGORIES)
 VISIBILITY_LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 VISIBILITY_EDGES = (0.4, 0.6, 0.8)
@@ -80,7 +82,7 @@ def shared_tables(logs: list[Row]) -> Tables:
 
 
 def attribute_name(category: str, state: str, speed_mps: float) -> str | None:
-    """nuScenes attribute from motion: `state` names what the object does when it does not move."""
+    """The attribute that follows from motion: `state` names what the object does when it does not move."""
     moves = speed_mps > MOVING_MPS
     if category in ("vehicle.bicycle", "vehicle.motorcycle"):
         return f"cycle.{state}"
@@ -161,7 +163,7 @@ class Annotator:
 
 def link(rows: list[Row]) -> None:
     """Fills prev and next of rows in order."""
-    for before, after in zip(rows[:-1], rows[1:], strict=True):
+    for before, after in pairwise(rows):
         before["next"], after["prev"] = after["token"], before["token"]
 
 
@@ -179,13 +181,13 @@ def count_points(
     xyz = points_p5[:, :3].astype(np.float64) - center_3
     half = size_lwh / 2
     rows = np.flatnonzero((np.abs(xyz) <= np.linalg.norm(half)).all(axis=1))
-    local = xyz[rows] @ box_to_sensor_33
+    local = rotate(xyz[rows], box_to_sensor_33.T)
     return int((np.abs(local) <= half).all(axis=1).sum())
 
 
 def points_in_boxes(points_p5: npt.NDArray[np.float32], centers_n3: Array, sizes_n3: Array, yaws_n: Array,
                     origin_3: Array, to_world_33: Array) -> IntArray:  # fmt: skip
-    """Number of points inside each upright box of the world, (N,), for a sensor at `origin_3` turned by `to_world_33`."""
+    """Points inside each upright box of the world, (N,), of a cloud taken by a sensor at the given pose."""
     counts = np.zeros(len(centers_n3), dtype=np.int64)
     for n, (center, size, yaw) in enumerate(zip(centers_n3, sizes_n3, yaws_n, strict=True)):
         turn = to_world_33.T @ quaternion_to_matrix(yaw_pitch_roll_quaternion(float(yaw)))

@@ -13,9 +13,10 @@ from cpq_train.data.simulator.actors import COARSE, Actor, Occupancy, draw_trave
 from cpq_train.data.simulator.geometry import Array, quaternion_to_matrix, yaw_pitch_roll_quaternion
 from cpq_train.data.simulator.ground import Ground, draw_ground
 from cpq_train.data.simulator.parts import Parts, collect, concatenate
-from cpq_train.data.simulator.placement import Placer, Stage
+from cpq_train.data.simulator.placement import Placer
 from cpq_train.data.simulator.road import draw_roads
 from cpq_train.data.simulator.sensor import MAX_RANGE_M, draw_mounting
+from cpq_train.data.simulator.sites import Stage
 from cpq_train.data.simulator.surroundings import Thing, draw_buildings, draw_small_things
 
 EGO_HALF_M = np.array([2.1, 0.95])
