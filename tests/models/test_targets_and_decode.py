@@ -1,0 +1,191 @@
+"""Targets and decoding without golden data: edge cases, and that they are inverse to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpq_train.errors import UserError
+from cpq_train.models import (
+    BOX_BRANCHES,
+    BevGeometry,
+    HeadTargets,
+    NetworkConfig,
+    PostProcessing,
+    assign_targets,
+    center_loss,
+    decode,
+)
+from cpq_train.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
+
+GEOMETRY = NetworkConfig(point_cloud_range=(-6.4, -12.8, -5.0, 19.2, 25.6, 3.0)).geometry
+POST = PostProcessing()
+
+
+def some_boxes(num_boxes: int = 12, batch_size: int = 2) -> Tensor:
+    """Boxes of all classes, well apart so that none suppresses another."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand((batch_size, num_boxes, 10), generator=generator)
+    place = torch.randperm(6 * 9, generator=generator)[:num_boxes]
+    boxes[..., 0] = -5.5 + 4 * (place % 6) + boxes[..., 0]
+    boxes[..., 1] = -12.0 + 4 * (place // 6) + boxes[..., 1]
+    boxes[..., 3:6] = 0.5 + 1.5 * boxes[..., 3:6]
+    boxes[..., 6] = 6 * boxes[..., 6] - 3
+    boxes[..., 9] = torch.arange(num_boxes) % 10 + 1
+    return boxes
+
+
+def perfect_heads(targets: Sequence[HeadTargets]) -> list[dict[str, Tensor]]:
+    """Raw outputs that say exactly what the targets want."""
+    heads = []
+    for target in targets:
+        batch_size, _, height, width = target.heatmap.shape
+        code = torch.zeros(batch_size, 10, height * width)
+        for sample, slot in target.mask.nonzero().tolist():
+            code[sample, :, target.indices[sample, slot]] = target.boxes[sample, slot]
+        parts = code.view(batch_size, 10, height, width).split(list(BOX_BRANCHES.values()), dim=1)
+        peaks = torch.where(target.heatmap == 1, 0.9, 0.01).logit()
+        heads.append({**dict(zip(BOX_BRANCHES, parts, strict=True)), "hm": peaks})
+    return heads
+
+
+@pytest.mark.parametrize("groups", [CLASS_GROUPS, (("pedestrian", "car"), ("bus", "bicycle", "truck"))])
+def test_decoding_inverts_the_targets(groups: tuple[tuple[str, ...], ...]) -> None:
+    gt_boxes = some_boxes()
+    found = decode(perfect_heads(assign_targets(gt_boxes, groups, GEOMETRY)), groups, GEOMETRY, POST)
+    wanted_ids = {DETECTION_CLASSES.index(name) for group in groups for name in group}
+    for sample, detections in enumerate(found):
+        expected = {int(row[9]) - 1: [] for row in gt_boxes[sample] if int(row[9]) - 1 in wanted_ids}
+        for row in gt_boxes[sample]:
+            if int(row[9]) - 1 in wanted_ids:
+                expected[int(row[9]) - 1].append(row[:9])
+        assert sorted(detections.labels.tolist()) == sorted(i for i, rows in expected.items() for _ in rows)
+        for class_id, rows in expected.items():
+            boxes = detections.boxes[detections.labels == class_id]
+            for row in rows:
+                assert (boxes - row).abs().max(1).values.min() < 1e-4
+
+
+def test_foreign_classes_and_padding_have_no_target() -> None:
+    gt_boxes = some_boxes()
+    gt_boxes[..., 9] = torch.tensor([0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    (target,) = assign_targets(gt_boxes, [["car"]], GEOMETRY)
+    assert target.heatmap.max() == 0
+    assert not target.mask.any()
+
+
+def test_no_boxes() -> None:
+    targets = assign_targets(torch.zeros(2, 0, 10), CLASS_GROUPS, GEOMETRY)
+    assert targets[0].boxes.shape == (2, 500, 10)
+    heads = [
+        {**{k: torch.zeros(2, c, 48, 32) for k, c in BOX_BRANCHES.items()}, "hm": target.heatmap - 2.19}
+        for target in targets
+    ]
+    losses = center_loss(heads, targets)
+    assert losses["loss"] > 0
+    assert losses["loc_loss_head_0"] == 0
+
+
+def test_only_the_first_boxes_of_a_head_and_skipped_ones_keep_their_slot() -> None:
+    gt_boxes = some_boxes()[:1]
+    gt_boxes[..., 9] = 1
+    gt_boxes[0, 1, 3] = 0
+    gt_boxes[0, 2, 0] = torch.nan
+    gt_boxes[0, 3, 4] = torch.inf
+    target = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY, max_objects=6)[0]
+    assert target.mask[0].tolist() == [True, False, False, False, True, True]
+    assert int((target.heatmap == 1).sum()) == 3
+    assert bool(target.heatmap.isfinite().all())
+
+
+def test_a_box_outside_the_range_is_clamped_to_the_border_cell() -> None:
+    gt_boxes = some_boxes(1, 1)
+    gt_boxes[0, 0, :2] = torch.tensor([100.0, -100.0])
+    gt_boxes[0, 0, 9] = 1
+    target = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY)[0]
+    assert int(target.indices[0, 0]) == GEOMETRY.width - 1
+    assert target.boxes[0, 0, :2].tolist() == [0.5, 0.0]
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    targets = assign_targets(some_boxes(), CLASS_GROUPS, GEOMETRY)
+    heads = [{k: v.bfloat16() for k, v in head.items()} for head in perfect_heads(targets)]
+    losses = center_loss(heads, targets)
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    parts = sum(value for name, value in losses.items() if name != "loss")
+    torch.testing.assert_close(losses["loss"], parts)
+
+
+def flat_heads(logit: float, height: int = 4, width: int = 3) -> list[dict[str, Tensor]]:
+    shape = {**BOX_BRANCHES, "hm": 2}
+    heads = {name: torch.zeros(1, channels, height, width) for name, channels in shape.items()}
+    heads["dim"] -= 3  # 5 cm: nothing overlaps
+    heads["hm"] += logit
+    return [heads]
+
+
+SMALL_MAP = BevGeometry((0, 0, -5, 2.4, 3.2, 3), (0.1, 0.1, 0.2), 8, 3, 4)
+GROUP = (("truck", "construction_vehicle"),)
+
+
+def test_a_map_smaller_than_k_and_the_order_of_equal_scores() -> None:
+    heads = flat_heads(2.0)
+    (found,) = decode(heads, GROUP, SMALL_MAP, PostProcessing(nms_iou=1.0))
+    assert found.labels.tolist() == [1] * 12 + [2] * 12
+    torch.testing.assert_close(found.boxes[:3, 0], torch.tensor([0.0, 0.8, 1.6]))
+    assert (
+        len(decode(heads, GROUP, SMALL_MAP, PostProcessing())[0].scores) == 12
+    )  # one class suppresses the other
+    assert len(decode(heads, GROUP, SMALL_MAP, PostProcessing(max_objects_per_head=5))[0].scores) == 5
+    assert len(decode(heads, GROUP, SMALL_MAP, PostProcessing(nms_post=7))[0].scores) == 7
+
+
+def test_no_detections() -> None:
+    (found,) = decode(flat_heads(-5.0), GROUP, SMALL_MAP, POST)
+    assert found.boxes.shape == (0, 9)
+    assert found.scores.shape == (0,)
+    assert found.labels.dtype == torch.int64
+
+
+def test_the_score_threshold_is_strict_and_the_range_inclusive() -> None:
+    score = torch.tensor(0.0).sigmoid().item()
+    assert (
+        len(decode(flat_heads(0.0), GROUP, SMALL_MAP, PostProcessing(score_threshold=score))[0].scores) == 0
+    )
+    narrow = PostProcessing(center_range=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), nms_iou=1.0)
+    assert len(decode(flat_heads(0.0), GROUP, SMALL_MAP, narrow)[0].scores) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nms_pre": 0}, "nms_pre is 0: expected 1 or more"),
+        ({"score_threshold": 1.5}, "score_threshold is 1.5"),
+        ({"center_range": (0.0, 1.0)}, "center_range .* 6 values"),
+    ],
+)
+def test_mistakes_in_post_processing(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PostProcessing(**fields)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_gives_the_same_targets_and_detections() -> None:
+    gt_boxes = some_boxes()
+    targets = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY)
+    for on_cuda, on_cpu in zip(assign_targets(gt_boxes.cuda(), CLASS_GROUPS, GEOMETRY), targets, strict=True):
+        assert torch.equal(on_cuda.mask.cpu(), on_cpu.mask)
+        assert torch.equal(on_cuda.indices.cpu(), on_cpu.indices)
+        torch.testing.assert_close(on_cuda.heatmap.cpu(), on_cpu.heatmap)
+        torch.testing.assert_close(on_cuda.boxes.cpu(), on_cpu.boxes)
+    heads = perfect_heads(targets)
+    moved = [{name: value.cuda() for name, value in head.items()} for head in heads]
+    for here, there in zip(
+        decode(heads, CLASS_GROUPS, GEOMETRY, POST), decode(moved, CLASS_GROUPS, GEOMETRY, POST), strict=True
+    ):
+        assert torch.equal(here.labels, there.labels.cpu())
+        torch.testing.assert_close(here.boxes, there.boxes.cpu())
