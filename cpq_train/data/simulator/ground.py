@@ -6,6 +6,8 @@ import numpy as np
 
 from cpq_train.data.simulator.geometry import Array
 
+LONGEST_LAST_STEP_M = 2.0
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -33,17 +35,22 @@ class Ground:
         return height, along_x, along_y
 
     def cast(self, origin_3: Array, directions_r3: Array, max_range_m: float) -> Array:
-        """Range at which each ray meets the ground, inf for none; two Newton steps from the tangent plane."""
+        """Range at which each ray meets the ground, inf for none.
+
+        Two Newton steps from the tangent plane; grazing rays whose second step is still long are lost.
+        """
         range_r = np.full(len(directions_r3), np.inf)
         height, gx, gy = (float(v[0]) for v in self.height_and_gradient(origin_3[:1], origin_3[1:2]))
         sink = directions_r3[:, 2] - gx * directions_r3[:, 0] - gy * directions_r3[:, 1]
         rows = np.flatnonzero(sink < -(origin_3[2] - height) / (1.5 * max_range_m))
         dx, dy, dz = directions_r3[rows].T
-        t = -(origin_3[2] - height) / sink[rows]
+        t, step = -(origin_3[2] - height) / sink[rows], np.zeros(len(rows))
         for _ in range(2):
             level, gx_t, gy_t = self.height_and_gradient(origin_3[0] + t * dx, origin_3[1] + t * dy)
-            t = t - (origin_3[2] + t * dz - level) / np.minimum(dz - gx_t * dx - gy_t * dy, -1e-3)
-        range_r[rows] = np.where((t > 0) & (t < max_range_m), t, np.inf)
+            step = (origin_3[2] + t * dz - level) / np.minimum(dz - gx_t * dx - gy_t * dy, -1e-3)
+            t = t - step
+        met = (t > 0) & (t < max_range_m) & (np.abs(step) < LONGEST_LAST_STEP_M)
+        range_r[rows] = np.where(met, t, np.inf)
         return range_r
 
 

@@ -23,7 +23,7 @@ from cpq_train.errors import UserError
 
 MINI, TRAINVAL = "v1.0-mini", "v1.0-trainval"
 MANIFEST = "simulation.json"
-WORLD_REVISION = 2
+WORLD_REVISION = 3
 """Raised whenever the same seed makes other clouds or tables than before."""
 
 
@@ -56,6 +56,8 @@ def simulate(
         UserError: Numbers out of range, or something else lies at `output`.
     """
     num_val = _num_val(num_scenes, num_val_scenes)
+    if version not in (None, MINI, TRAINVAL):
+        raise UserError(f"version is {version}; accepted: {MINI}, {TRAINVAL}")
     folder: str = version or (MINI if num_scenes - num_val <= 8 and num_val <= 2 else TRAINVAL)
     if num_samples_per_scene < 1:
         raise UserError(f"num_samples_per_scene is {num_samples_per_scene}; it must be at least 1")

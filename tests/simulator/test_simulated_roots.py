@@ -1,0 +1,110 @@
+"""Whole or not at all, and the same whoever makes it."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from cpq_train.data.simulator import simulate
+from cpq_train.errors import UserError
+
+
+def _hashes(root: Path) -> dict[str, str]:
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_workers_write_the_same_bits(mini_root: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    simulate(again, num_scenes=3, num_val_scenes=1, num_samples_per_scene=3, seed=5, num_workers=2)
+    assert _hashes(again) == _hashes(mini_root)
+
+
+def test_a_scene_does_not_depend_on_the_others(mini_root: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    simulate(alone, num_scenes=1, num_val_scenes=1, num_samples_per_scene=3, seed=5, num_workers=1)
+    clouds = {name: code for name, code in _hashes(alone).items() if name.endswith(".bin")}
+    assert len(clouds) == 31
+    assert clouds.items() <= _hashes(mini_root).items()
+
+
+def test_another_seed_is_another_set(mini_root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    simulate(other, num_scenes=1, num_val_scenes=1, num_samples_per_scene=1, seed=6, num_workers=1)
+    clouds = {code for name, code in _hashes(other).items() if name.endswith(".bin")}
+    assert not clouds & set(_hashes(mini_root).values())
+
+
+def test_a_half_written_root_never_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpq_train.data.simulator.scene as scene
+
+    original, taken = scene.scan, []
+
+    def failing_scan(*args: object, **kwargs: object) -> object:
+        taken.append(1)
+        if len(taken) > 15:
+            raise OSError("No space left on device")
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scene, "scan", failing_scan)
+    with pytest.raises(OSError, match="No space left"):
+        simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
+    assert len(taken) == 16
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_at_the_output_is_kept(mini_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"output .* exists and is not the data set asked for"):
+        simulate(tmp_path, num_scenes=1)
+    with pytest.raises(UserError, match="exists and is not the data set asked for"):
+        simulate(mini_root, num_scenes=3, num_val_scenes=1, num_samples_per_scene=3, seed=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_whole_root_is_not_made_again(mini_root: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in mini_root.rglob("*")}
+    simulate(mini_root, num_scenes=3, num_val_scenes=1, num_samples_per_scene=3, seed=5)
+    assert before == {path: path.stat().st_mtime_ns for path in mini_root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_scenes": 0}, "num_scenes is 0"),
+        ({"num_scenes": 3, "num_val_scenes": 4}, "num_val_scenes is 4"),
+        ({"num_samples_per_scene": 0}, "num_samples_per_scene is 0"),
+        ({"num_workers": 0}, "num_workers is 0"),
+        ({"num_scenes": 9, "num_val_scenes": 0, "version": "v1.0-mini"}, "9 training scenes .* at most 8"),
+        ({"num_scenes": 851}, "701 training scenes .* at most 700"),
+        ({"version": "v1.0-test"}, "version is v1.0-test; accepted: v1.0-mini, v1.0-trainval"),
+    ],
+)
+def test_numbers_out_of_range_are_the_users_mistake(
+    tmp_path: Path, arguments: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        simulate(tmp_path / "root", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_scenes", "version", "num_val"),
+    [(1, "v1.0-mini", 0), (10, "v1.0-mini", 2), (20, "v1.0-trainval", 4), (850, "v1.0-trainval", 150)],
+)
+def test_a_sensible_share_of_the_scenes_is_for_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_scenes: int, version: str, num_val: int
+) -> None:
+    import importlib
+
+    from nuscenes.utils import splits
+
+    asked: dict[str, object] = {}
+    module = importlib.import_module("cpq_train.data.simulator.simulate")
+    monkeypatch.setattr(module, "_write", lambda root, manifest, num_workers: asked.update(manifest))
+    simulate(tmp_path / "root", num_scenes=num_scenes)
+    assert asked["version"] == version
+    names = asked["scenes"]
+    assert isinstance(names, list)
+    assert len(set(names)) == num_scenes
+    assert len(set(names) & set(splits.mini_val if version == "v1.0-mini" else splits.val)) == num_val
