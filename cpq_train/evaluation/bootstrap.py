@@ -94,7 +94,7 @@ def resample(matches: Matches, weights_BS: Floats) -> Resampled:
             if not runs.is_hit.any():
                 continue
             curve = _WeightedCurve.of(runs, weights_BS, num_gt)
-            ap[label, threshold] = average_precision(curve.precision_on_grid())
+            ap[label, threshold] = average_precision(curve.precision_on_grid(runs))
             if threshold == TP_THRESHOLD_INDEX:
                 errors[label] = curve.mean_errors(runs, weights_BS)
         # What a resample holds no annotation of says nothing: such a class keeps its value over all scenes.
@@ -141,6 +141,11 @@ class _Runs:
             num_scenes=len(matches.scene_name),
         )
 
+    @property
+    def num_hits(self) -> Ints:
+        """(K + 1,) true positives of each run, at least 1."""
+        return np.maximum(np.bincount(self.run[self.is_hit], minlength=self.num_runs + 1), 1)
+
     def sums(self, rows: Bools, values: Floats | None = None) -> Floats:
         """(S, K + 1) counts, or sums of values, of the chosen detections by scene and run."""
         cell = self.scene[rows] * (self.num_runs + 1) + self.run[rows]
@@ -177,14 +182,20 @@ class _WeightedCurve:
         is_reached = (_LEVELS * num_gt[:, None] <= hits[:, -1:] + 1e-9) & (hits[:, -1:] > 0)
         return cls(hits, misses, num_gt, np.minimum(at, hits.shape[1] - 1), is_reached)
 
-    def precision_on_grid(self) -> Floats:
-        """(B, 101) precision, right at the counted points of the recall grid."""
+    def precision_on_grid(self, runs: _Runs) -> Floats:
+        """(B, 101) precision at the counted points of the recall grid, 0 at the others.
+
+        It is interpolated from just before a run's first hit, with a share of the run's misses, to its end.
+        """
         precision = np.zeros((len(self.hits), len(RECALL_GRID)))
         before, after = self._ends()
         hits_before, hits_after = (np.take_along_axis(self.hits, end, axis=1) for end in (before, after))
-        misses = np.take_along_axis(self.misses, after, axis=1)
+        misses_before, misses = (np.take_along_axis(self.misses, end, axis=1) for end in (before, after))
+        misses_before = (
+            misses_before + (misses - misses_before) / runs.num_hits[np.minimum(before, runs.num_runs)]
+        )
         at_end = hits_after / np.maximum(hits_after + misses, 1)
-        at_start = np.where(hits_before > 0, hits_before / np.maximum(hits_before + misses, 1), at_end)
+        at_start = np.where(hits_before > 0, hits_before / np.maximum(hits_before + misses_before, 1), at_end)
         level = at_start + self._fraction(hits_before, hits_after) * (at_end - at_start)
         precision[:, FIRST_RECALL_INDEX:] = np.where(self.is_reached, level, 0)
         return precision

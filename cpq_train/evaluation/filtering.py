@@ -17,23 +17,18 @@ def ego_distance(boxes: Boxes, samples: Samples) -> Floats:
     return distance
 
 
-def filter_ground_truth(ground_truth: GroundTruth) -> GroundTruth:
-    """Keep annotations inside their class range, with at least one point, outside bicycle racks."""
-    keep = _within_class_range(ground_truth.boxes, ground_truth.samples) & (ground_truth.num_points != 0)
-    kept = ground_truth[keep]
-    return kept[~_in_bike_rack(kept.boxes, kept.racks)]
+def counts_as_ground_truth(ground_truth: GroundTruth) -> Bools:
+    """(N,) annotations inside their class range, with at least one point, outside bicycle racks."""
+    boxes = ground_truth.boxes
+    has_points: Bools = ground_truth.num_points != 0
+    in_range = _within_class_range(boxes, ground_truth.samples)
+    return has_points & in_range & ~_in_bike_rack(boxes, ground_truth.racks)
 
 
-def filter_predictions(predictions: Predictions, ground_truth: GroundTruth) -> tuple[Predictions, Bools]:
-    """Keep detections inside their class range and outside bicycle racks.
-
-    Returns:
-        The detections kept, and the (N,) mask of which they are.
-    """
+def counts_as_detection(predictions: Predictions, ground_truth: GroundTruth) -> Bools:
+    """(N,) detections inside their class range, outside bicycle racks."""
     boxes = predictions.boxes
-    keep = _within_class_range(boxes, ground_truth.samples)
-    keep[keep] = ~_in_bike_rack(boxes[keep], ground_truth.racks)
-    return predictions[keep], keep
+    return _within_class_range(boxes, ground_truth.samples) & ~_in_bike_rack(boxes, ground_truth.racks)
 
 
 def _within_class_range(boxes: Boxes, samples: Samples) -> Bools:
@@ -43,12 +38,13 @@ def _within_class_range(boxes: Boxes, samples: Samples) -> Bools:
 
 def _in_bike_rack(boxes: Boxes, racks: Boxes) -> Bools:
     inside = np.zeros(len(boxes), bool)
-    cycles = np.flatnonzero(
-        np.isin(boxes.label, [DETECTION_CLASSES.index(name) for name in BIKE_RACK_CLASSES])
-    )
-    cycles = cycles[np.isin(boxes.sample[cycles], racks.sample)]
-    for rack in range(len(racks)):
-        near = cycles[boxes.sample[cycles] == racks.sample[rack]]
+    labels = [DETECTION_CLASSES.index(name) for name in BIKE_RACK_CLASSES]
+    cycles = np.flatnonzero(np.isin(boxes.label, labels))
+    cycles = cycles[np.argsort(boxes.sample[cycles])]
+    first = np.searchsorted(boxes.sample[cycles], racks.sample, side="left")
+    last = np.searchsorted(boxes.sample[cycles], racks.sample, side="right")
+    for rack, (start, end) in enumerate(zip(first, last, strict=True)):
+        near = cycles[start:end]
         inside[near] |= _points_in_box(boxes.translation[near], racks, rack)
     return inside
 

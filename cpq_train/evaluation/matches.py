@@ -13,7 +13,7 @@ import numpy as np
 
 from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
-from cpq_train.evaluation.filtering import ego_distance, filter_ground_truth, filter_predictions
+from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
 from cpq_train.evaluation.protocol import THRESHOLDS_M
 
@@ -66,10 +66,10 @@ class Matches:
 
 def find_matches(ground_truth: GroundTruth, predictions: Predictions) -> Matches:
     """Filter annotations and detections as nuscenes-devkit does, and match them."""
-    samples, annotations = ground_truth.samples, filter_ground_truth(ground_truth)
-    kept, keep = filter_predictions(predictions, ground_truth)
-    order = devkit_order(kept)
-    detections = kept[order]
+    samples, annotations = ground_truth.samples, ground_truth[counts_as_ground_truth(ground_truth)]
+    rows = np.flatnonzero(counts_as_detection(predictions, ground_truth))
+    rows = rows[devkit_order(predictions.boxes.label[rows], predictions.score[rows])]
+    detections = predictions[rows]
     pred_match = match(annotations.boxes, detections.boxes)
     _, pred = np.nonzero(pred_match >= 0)
     pairs = annotations.boxes[pred_match[pred_match >= 0]], detections.boxes[pred]
@@ -81,7 +81,7 @@ def find_matches(ground_truth: GroundTruth, predictions: Predictions) -> Matches
         pred_label=detections.boxes.label,
         pred_score=detections.score,
         pred_range_m=ego_distance(detections.boxes, samples),
-        pred_row=np.flatnonzero(keep)[order],
+        pred_row=rows,
         pred_match=pred_match,
         match_errors=true_positive_errors(*pairs),
         gt_sample=annotations.boxes.sample,

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints, Predictions
+from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints
 from cpq_train.evaluation.protocol import THRESHOLDS_M
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 _PAIRS_PER_CHUNK = 4_000_000
 
 
-def devkit_order(predictions: Predictions) -> Ints:
+def devkit_order(label: Ints, score: Floats) -> Ints:
     """(N,) rows by class, then falling score, then falling row: the order in which detections are matched."""
-    rows = np.arange(len(predictions.score))
-    order: Ints = np.lexsort((-rows, -predictions.score, predictions.boxes.label))
+    order: Ints = np.lexsort((-np.arange(len(score)), -score, label))
     return order
 
 
@@ -80,23 +79,16 @@ def _group(boxes: Boxes) -> Ints:
 
 
 def _candidates(ground_truth: Boxes, predictions: Boxes) -> _Candidates:
-    group = _group(ground_truth)
-    by_group = np.argsort(group, kind="stable")
-    group = group[by_group]
-    first = np.searchsorted(group, _group(predictions), side="left")
-    count = np.searchsorted(group, _group(predictions), side="right") - first
+    gt_group, group = _group(ground_truth), _group(predictions)
+    by_group = np.argsort(gt_group, kind="stable")
+    size = np.bincount(gt_group, minlength=group.max(initial=0) + 1)
+    first, count = (np.cumsum(size) - size)[group], size[group]
+    gt_xy, xy = (np.ascontiguousarray(boxes.translation[:, :2].T) for boxes in (ground_truth, predictions))
     chunks = [
-        _close_pairs(
-            rows, first[rows], count[rows], by_group, ground_truth.translation, predictions.translation
-        )
-        for rows in _chunks(count)
+        _close_pairs(rows, first[rows], count[rows], by_group, gt_xy, xy[:, rows]) for rows in _chunks(count)
     ]
-    return _Candidates(
-        *(
-            np.concatenate([getattr(chunk, name) for chunk in chunks])
-            for name in _Candidates.__dataclass_fields__
-        )
-    )
+    names = _Candidates.__dataclass_fields__
+    return _Candidates(*(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names))
 
 
 def _chunks(count: Ints) -> list[Ints]:
@@ -107,13 +99,16 @@ def _chunks(count: Ints) -> list[Ints]:
 
 
 def _close_pairs(
-    rows: Ints, first: Ints, count: Ints, by_group: Ints, ground_truth_G3: Floats, predictions_N3: Floats
+    rows: Ints, first: Ints, count: Ints, by_group: Ints, gt_xy_2G: Floats, xy_2N: Floats
 ) -> _Candidates:
     prediction = np.repeat(rows, count)
     within = np.arange(len(prediction)) - np.repeat(np.cumsum(count) - count, count)
     annotation = by_group[np.repeat(first, count) + within]
-    offset = predictions_N3[prediction, :2] - ground_truth_G3[annotation, :2]
-    distance = np.sqrt(offset[:, 0] ** 2 + offset[:, 1] ** 2)
+    offset_x, offset_y = (
+        np.repeat(of_prediction, count) - of_annotation[annotation]
+        for of_prediction, of_annotation in zip(xy_2N, gt_xy_2G, strict=True)
+    )
+    distance = np.sqrt(offset_x**2 + offset_y**2)
     close = distance < max(THRESHOLDS_M)
     return _Candidates(prediction[close], annotation[close], distance[close])
 

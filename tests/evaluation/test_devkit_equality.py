@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from evaluation_problems import devkit_boxes, devkit_filter, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nuscenes.eval.common.config import config_factory
@@ -11,10 +12,9 @@ from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
 from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionMetrics
-from evaluation_problems import devkit_boxes, devkit_filter, random_problem
 
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
-from cpq_train.evaluation.filtering import filter_ground_truth, filter_predictions
+from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth
 from cpq_train.evaluation.metric import evaluate
 from cpq_train.evaluation.protocol import (
     CLASS_RANGE_M,
@@ -88,12 +88,15 @@ def test_filters_keep_the_same_boxes(seed: int) -> None:
     for boxes in (annotations.boxes, predictions.boxes):
         boxes.translation[::6], boxes.sample[::6] = near[::6], annotations.racks.sample[0]
     gt_boxes, pred_boxes = both_filtered(annotations, predictions)
-    kept = filter_ground_truth(annotations).boxes, filter_predictions(predictions, annotations)[0].boxes
+    kept = (
+        annotations.boxes[counts_as_ground_truth(annotations)],
+        predictions.boxes[counts_as_detection(predictions, annotations)],
+    )
     for ours, theirs in zip(kept, (gt_boxes, pred_boxes), strict=True):
         mine = sorted(map(tuple, ours.translation.tolist()))
         assert mine == sorted(box.translation for box in theirs.all)
     without_racks = replace(annotations, racks=annotations.racks[np.zeros(0, int)])
-    assert len(filter_predictions(predictions, without_racks)[0].boxes) > len(kept[1])
+    assert counts_as_detection(predictions, without_racks).sum() > len(kept[1])
 
 
 def test_boxes_on_the_class_range_do_not_count() -> None:
@@ -103,7 +106,7 @@ def test_boxes_on_the_class_range_do_not_count() -> None:
         for distance, num_kept in ((CLASS_RANGE_M[name], 0), (np.nextafter(CLASS_RANGE_M[name], 0), 1)):
             annotations.samples.ego_xy[:] = 0
             annotations.boxes.translation[:] = [0, distance, 0]
-            assert len(filter_ground_truth(annotations).boxes) == num_kept
+            assert counts_as_ground_truth(annotations).sum() == num_kept
 
 
 def test_constants_are_those_of_the_devkit() -> None:

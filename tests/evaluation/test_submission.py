@@ -187,7 +187,7 @@ def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_absent_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="absent.json: not a readable submission"):
+    with pytest.raises(UserError, match=r"absent\.json: not a readable submission"):
         read_submission(tmp_path / "absent.json", TOKENS)
 
 

@@ -1,0 +1,236 @@
+"""The comparison of arms: its numbers, its files, and what it refuses to compare."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluation_problems import random_boxes, random_problem
+
+from cpq_train.errors import UserError
+from cpq_train.evaluation import bootstrap
+from cpq_train.evaluation.bev import BEV_FILE, BevSample, write_bev_sample
+from cpq_train.evaluation.boxes import GroundTruth, Predictions
+from cpq_train.evaluation.compare import compare, share_won_back
+from cpq_train.evaluation.matches import write_matches
+from cpq_train.evaluation.metric import Evaluation, evaluate
+from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
+
+DATASET = {"root_name": "data", "version": "v1.0-trainval", "fingerprint": "f" * 64}
+NOISE_M = {"float": 0.3, "float_tuned": 0.28, "ptq": 0.8, "qat": 0.4}
+
+
+def noisy(annotations: GroundTruth, noise_m: float) -> Predictions:
+    """All annotations as detections, displaced; the better the arm, the less."""
+    generator = np.random.default_rng(0)
+    boxes = annotations.boxes[np.arange(len(annotations.boxes))]
+    boxes.translation[:, :2] += generator.normal(0, noise_m, (len(boxes), 2))
+    return Predictions(boxes, generator.random(len(boxes)))
+
+
+def write_arm(folder: Path, arm: str, noise_m: float, parents: dict[str, str] | None = None) -> Evaluation:
+    annotations = random_problem(4, 1200, 0, num_classes=10, num_samples=40, num_scenes=10)[0]
+    found = evaluate(annotations, noisy(annotations, noise_m))
+    folder.mkdir(parents=True)
+    coverage = {"sparse": (20, 21), "conv2d": (85, 85)} if arm in ("ptq", "qat") else {}
+    run = RunInfo(arm, f"{arm}.ckpt", folder.name, DATASET, "val", "nms", parents or {}, coverage)
+    write_metrics(folder / "metrics.json", build_metrics(run, found.scores, found.matches))
+    write_matches(folder / "matches.npz", found.matches)
+    return found
+
+
+def write_bev(folder: Path) -> None:
+    samples = random_problem(0, 1, 0)[0].samples
+    boxes = random_boxes(8, samples, np.arange(10), np.random.default_rng(0))
+    lidar = np.column_stack([boxes.translation, boxes.size, boxes.yaw, np.zeros((8, 2))])
+    points = np.random.default_rng(0).uniform(-50, 50, (2000, 3))
+    sample = BevSample(
+        "token", points, lidar, boxes.label, lidar + 0.5, np.linspace(0.1, 0.9, 8), boxes.label
+    )
+    write_bev_sample(folder / BEV_FILE, sample)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples() -> Iterator[None]:
+    draw = bootstrap.scene_weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "scene_weights", lambda num_scenes: draw(num_scenes, num_resamples=100))
+        yield
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    for arm, noise_m in NOISE_M.items():
+        write_arm(root / arm, arm, noise_m)
+        write_bev(root / arm)
+    return {arm: root / arm for arm in NOISE_M}
+
+
+def test_report(arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = compare([arms["qat"], arms["ptq"], arms["float_tuned"], arms["float"]], tmp_path / "report")
+    assert json.loads((tmp_path / "report/report.json").read_text()) == report
+    runs = {run["arm"]: run for run in report["runs"]}
+    assert list(runs) == ["float", "float_tuned", "ptq", "qat"]
+    scores = {arm: read_metrics(folder / "metrics.json")["metrics"] for arm, folder in arms.items()}
+    for metric in ("mAP", "NDS"):
+        gap = runs["ptq"]["gap_to_float"][metric]
+        assert gap["value"] == scores["ptq"][metric] - scores["float"][metric] < 0
+        assert gap["interval"][0] < gap["value"] < gap["interval"][1] < 0
+        share = (scores["qat"][metric] - scores["ptq"][metric]) / (
+            scores["float"][metric] - scores["ptq"][metric]
+        )
+        assert runs["qat"]["ptq_loss_won_back"][metric] == {"value": share, "reason": None}
+        assert 0.5 < share < 1
+        assert runs["float_tuned"]["ptq_loss_won_back"][metric]["value"] is None
+        assert runs["float"]["gap_to_float"][metric]["value"] is None
+    text, console = (tmp_path / "report/report.md").read_text(), capsys.readouterr().out
+    for line in (f"| float | {scores['float']['mAP']:.4f} [", "| qat | 20/21 | 85/85 |", "| pedestrian |"):
+        assert line in text
+    for arm in NOISE_M:
+        assert f"{scores[arm]['NDS']:.4f}" in text
+        assert f"{scores[arm]['NDS']:.4f}" in console
+    assert report["pictures"] == ["pictures/bev_token.png"]
+    assert "![Detections from above](pictures/bev_token.png)" in text
+    assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 800)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_differences_are_paired(arms: dict[str, Path], tmp_path: Path) -> None:
+    """Two arms that differ little: their own intervals overlap widely, that of the difference is narrow."""
+    write_arm(tmp_path / "close", "qat", NOISE_M["float"] + 0.02)
+    report = compare([arms["float"], tmp_path / "close"], tmp_path / "report")
+    gap = report["runs"][1]["gap_to_float"]["mAP"]["interval"]
+    own = report["runs"][1]["confidence"]["mAP"]
+    assert gap[1] - gap[0] < (own[1] - own[0]) / 2
+
+
+def test_scenes_in_another_order_are_paired_all_the_same(arms: dict[str, Path], tmp_path: Path) -> None:
+    found = write_arm(tmp_path / "reordered", "qat", NOISE_M["qat"]).matches
+    order = np.arange(len(found.scene_name))[::-1]
+    reordered = found.__class__(
+        **{name: getattr(found, name) for name in found.__dataclass_fields__}
+        | {"scene_name": found.scene_name[order], "sample_scene": order[found.sample_scene]}
+    )
+    write_matches(tmp_path / "reordered/matches.npz", reordered)
+    one = compare([arms["float"], arms["qat"]], tmp_path / "one")["runs"][1]
+    other = compare([arms["float"], tmp_path / "reordered"], tmp_path / "other")["runs"][1]
+    for metric in ("mAP", "NDS"):
+        intervals = [run["gap_to_float"][metric]["interval"] for run in (one, other)]
+        np.testing.assert_allclose(*intervals, rtol=0, atol=1e-12)
+
+
+def test_no_share_where_ptq_lost_nothing(arms: dict[str, Path], tmp_path: Path) -> None:
+    write_arm(tmp_path / "ptq", "ptq", 0.2)
+    shares = compare([arms["float"], tmp_path / "ptq", arms["qat"]], tmp_path)["runs"][2]["ptq_loss_won_back"]
+    assert shares["mAP"]["value"] is None
+    assert "PTQ lost no mAP" in shares["mAP"]["reason"]
+    assert "qat, PTQ loss in mAP won back: PTQ lost no mAP" in (tmp_path / "report.md").read_text()
+
+
+def test_no_share_where_the_loss_may_be_chance(
+    arms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "interval", lambda distribution: (-1.0, 1.0))
+    run = compare([arms["float"], arms["ptq"], arms["qat"]], tmp_path)["runs"][2]
+    assert run["ptq_loss_won_back"]["mAP"]["value"] is None
+    assert "95% interval [-1.0000, 1.0000] with 0 inside" in run["ptq_loss_won_back"]["mAP"]["reason"]
+
+
+def test_without_matches_there_is_a_share_but_no_interval(arms: dict[str, Path], tmp_path: Path) -> None:
+    folders = []
+    for arm in ("float", "ptq", "qat"):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "metrics.json").write_bytes((arms[arm] / "metrics.json").read_bytes())
+        folders.append(tmp_path / arm)
+    qat = compare(folders, tmp_path / "report")["runs"][2]
+    assert qat["ptq_loss_won_back"]["mAP"]["value"] is not None
+    assert "no interval" in qat["ptq_loss_won_back"]["mAP"]["reason"]
+    assert qat["gap_to_float"]["mAP"]["interval"] is None
+
+
+def test_parents_decide_between_several_baselines(arms: dict[str, Path], tmp_path: Path) -> None:
+    write_arm(tmp_path / "other_float", "float", 0.5)
+    write_arm(tmp_path / "child", "qat", 0.4, parents={"float": "other_float"})
+    runs = compare([arms["float"], tmp_path / "other_float", tmp_path / "child", arms["qat"]], tmp_path)[
+        "runs"
+    ]
+    child, orphan = runs[2], runs[3]
+    other = next(run for run in runs if run["name"] == "other_float")
+    assert child["gap_to_float"]["mAP"]["value"] == child["metrics"]["mAP"] - other["metrics"]["mAP"]
+    assert orphan["gap_to_float"]["mAP"]["value"] is None
+    assert "2 float runs" in orphan["gap_to_float"]["mAP"]["reason"]
+
+
+def _change(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            document = document[key]
+        document[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change("dataset", "fingerprint", value="e" * 64), r"dataset\.fingerprint is 'f+' and 'e+'"),
+        (_change("dataset", "split", value="train"), r"dataset\.split is 'val' and 'train'"),
+        (
+            _change("dataset", "version", value="v1.0-mini"),
+            "version is 'v1.0-trainval' and 'v1.0-mini'",
+        ),
+        (_change("dataset", "num_samples", value=3), r"dataset\.num_samples is 40 and 3"),
+        (_change("postprocessing_sha256", value="other"), "postprocessing_sha256 is 'nms' and 'other'"),
+    ],
+)
+def test_refuses_different_data(
+    arms: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    document = read_metrics(arms["qat"] / "metrics.json")
+    change(document)
+    (tmp_path / "changed").mkdir()
+    write_metrics(tmp_path / "changed/metrics.json", document)
+    with pytest.raises(UserError, match=message) as error:
+        compare([arms["float"], tmp_path / "changed"], tmp_path / "report")
+    assert str(arms["float"]) in str(error.value)
+    assert str(tmp_path / "changed") in str(error.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_refuses_other_samples(arms: dict[str, Path], tmp_path: Path) -> None:
+    found = write_arm(tmp_path / "other", "qat", 0.4)
+    found.matches.sample_token[3] = "elsewhere"
+    write_matches(tmp_path / "other/matches.npz", found.matches)
+    with pytest.raises(UserError, match="hold different samples"):
+        compare([arms["float"], tmp_path / "other"], tmp_path / "report")
+
+
+def test_refuses_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory to compare"):
+        compare([], tmp_path)
+    with pytest.raises(UserError, match=r"absent.metrics\.json: not a readable"):
+        compare([tmp_path / "absent"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [((0.5, 0.4, 0.45), 0.5), ((0.5, 0.4, 0.6), 2), ((0.5, 0.4, 0.3), -1), ((0.4, 0.4, 0.5), None)],
+)
+def test_share_won_back(scores: tuple[float, float, float], share: float | None) -> None:
+    assert share_won_back(*scores) == (None if share is None else pytest.approx(share))
+
+
+def test_starts_without_torch() -> None:
+    heavy = {"torch", "lightning", "nuscenes", "matplotlib"}
+    code = f"import sys, cpq_train.evaluation.compare; print({heavy} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"

@@ -1,0 +1,73 @@
+"""Pictures from above: what stands where, told from the pixels."""
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
+from cpq_train.evaluation.bev import BevSample, bev_sample, busiest_sample, read_bev_sample, write_bev_sample
+from cpq_train.evaluation.boxes import GroundTruth, Predictions
+from cpq_train.evaluation.metric import evaluate
+from cpq_train.evaluation.plots import DETECTION_COLOUR, draw_bev
+from cpq_train.evaluation.predictions import LidarDetections
+
+
+def sample_with(boxes: list[list[float]], scores: list[float]) -> BevSample:
+    none = np.zeros((0, 9))
+    detections = np.array(boxes), np.array(scores), np.zeros(len(boxes), int)
+    return BevSample("token", np.zeros((1, 3)), none, np.zeros(0, int), *detections)
+
+
+def coloured(path: Path, colour: str) -> NDArray[np.int64]:
+    """(N, 2) column and row of the pixels of a colour, above the legend."""
+    pixels = matplotlib.image.imread(path)[:740, :, :3]
+    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.argwhere(np.abs(pixels - wanted).max(axis=2) < 0.02)[:, ::-1]
+
+
+def test_boxes_stand_where_they_are_and_point_ahead(tmp_path: Path) -> None:
+    """A car 30 m to the right that looks up: the heading line sticks out over its top edge only."""
+    car = [30.0, 0.0, 0.0, 4.0, 2.0, 1.5, np.pi / 2, 0.0, 0.0]
+    weak = [-30.0, 0.0, 0.0, 4.0, 2.0, 1.5, 0.0, 0.0, 0.0]
+    draw_bev(tmp_path / "bev.png", {"float": sample_with([car, weak], [0.9, 0.1])}, min_score=0.3)
+    found = coloured(tmp_path / "bev.png", DETECTION_COLOUR)
+    assert len(found) > 50
+    assert (found[:, 0] > 500).all()
+    rows = found[:, 1]
+    widest = np.bincount(rows).argsort()[-6:]  # front and rear edge
+    assert widest.min() - rows.min() > 3 * (rows.max() - widest.max()) + 2
+
+
+def test_panels_stand_side_by_side(tmp_path: Path) -> None:
+    sample = sample_with([[0.0, 20.0, 0.0, 4.0, 2.0, 1.5, 0.0, 0.0, 0.0]], [0.9])
+    draw_bev(tmp_path / "bev.png", {"float": sample, "qat": sample})
+    columns = coloured(tmp_path / "bev.png", DETECTION_COLOUR)[:, 0]
+    assert (columns < 800).sum() == pytest.approx((columns >= 800).sum(), rel=0.1)
+
+
+def test_round_trip(mini_index: NuScenesIndex, tmp_path: Path) -> None:
+    row = int(mini_index.sample_rows("val")[0])
+    points = np.random.default_rng(0).uniform(-50, 50, (150_000, 5)).astype(np.float32)
+    detections = LidarDetections(np.ones((3, 9)), np.ones(3), np.arange(3))
+    sample = bev_sample(mini_index, row, points, detections)
+    assert len(sample.points) == 50_000
+    write_bev_sample(tmp_path / "bev.npz", sample)
+    read = read_bev_sample(tmp_path / "bev.npz")
+    assert read.token == mini_index.sample_token(row)
+    np.testing.assert_allclose(read.points, sample.points, atol=0.02)
+    np.testing.assert_allclose(read.gt_boxes, sample.gt_boxes, rtol=1e-6)
+    np.testing.assert_array_equal(read.labels, [0, 1, 2])
+    (tmp_path / "bev.npz").write_text("other")
+    with pytest.raises(UserError, match="not a readable"):
+        read_bev_sample(tmp_path / "bev.npz")
+
+
+def test_the_busiest_sample_does_not_depend_on_detections(mini_gt: GroundTruth) -> None:
+    nothing = Predictions(mini_gt.boxes[np.zeros(0, int)], np.zeros(0))
+    everything = Predictions(mini_gt.boxes, np.ones(len(mini_gt.boxes)))
+    tokens = {busiest_sample(evaluate(mini_gt, found).matches) for found in (nothing, everything)}
+    assert len(tokens) == 1
