@@ -86,6 +86,22 @@ def test_real_columns_equal_the_devkit(real_index: NuScenesIndex) -> None:
     assert np.isnan(real_index.annotation_velocities).any()
 
 
+@pytest.mark.parametrize("stretch", [1, 2, 3, 7])
+def test_velocities_equal_the_devkit_however_far_apart_samples_are(root: Path, stretch: int) -> None:
+    from nuscenes import NuScenes
+
+    table = root / "v1.0-mini" / "sample.json"
+    records = json.loads(table.read_text())
+    start = records[0]["timestamp"]
+    for record in records:
+        record["timestamp"] = start + stretch * (record["timestamp"] - start)
+    table.write_text(json.dumps(records))
+    index, nusc = open_index(root, "v1.0-mini"), NuScenes("v1.0-mini", str(root), verbose=False)
+    expected = [nusc.box_velocity(str(token, "utf-8"))[:2] for token in index.annotation_tokens]
+    np.testing.assert_array_equal(index.annotation_velocities, expected)
+    assert 0 < np.isnan(expected).sum() <= 2 * len(expected)
+
+
 def test_real_tables(real_index: NuScenesIndex) -> None:
     assert len(real_index.sample_rows("val")) == len(real_index.sample_rows("mini_val")) == 81
     assert real_index.scene_name(0) == "scene-0103"

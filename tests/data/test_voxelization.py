@@ -65,7 +65,7 @@ def test_boundary_points_equal_golden(golden: dict[str, np.ndarray]) -> None:
 def test_equals_spconv_on_grid_aligned_points(
     size: tuple[float, float, float], extent: tuple[float, ...], limits: tuple[int, int]
 ) -> None:
-    """Points on the faces of cells fall where float32 division puts them, not where exact arithmetic would."""
+    """Points on the faces of cells fall where float32 division puts them, not exact arithmetic."""
     from spconv.pytorch.utils import PointToVoxel
 
     rng = np.random.default_rng(1)
@@ -92,7 +92,7 @@ def test_no_point_in_the_grid(points: np.ndarray) -> None:
 def test_grids() -> None:
     assert grid_cells(SIZE, RANGE) == (256, 256, 40)
     assert grid_cells((0.075, 0.075, 0.2), (-54, -54, -5, 54, 54, 3)) == (1440, 1440, 40)
-    with pytest.raises(UserError, match="in y is 98.4615 voxels of 0.26 m: expected a whole number"):
+    with pytest.raises(UserError, match=r"in y is 98\.4615 voxels of 0\.26 m: expected a whole number"):
         grid_cells((0.1, 0.26, 0.2), RANGE)
     with pytest.raises(UserError, match="in x is 0 voxels"):
         grid_cells((0.0, 0.1, 0.2), RANGE)
