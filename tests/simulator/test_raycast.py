@@ -38,12 +38,12 @@ def test_windows_lose_no_hit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     parts = _opaque(world.parts_at(5))
     origin, to_world = world.sensor_pose(5)
     nothing = np.full(len(rays.directions_r3), np.inf)
-    windowed = raycast.cast(parts, rays, origin, to_world, nothing, rng)
+    windowed = raycast.cast(parts, rays, rotate(rays.directions_r3, to_world), origin, to_world, nothing, rng)
     few = Rays(rays.directions_r3[keep], rays.num_columns, rays.first_azimuth_rad)
     monkeypatch.setattr(
         raycast, "_pairs", lambda parts, frame, rays, origin, to_world: _everything(parts, rays)
     )
-    full = raycast.cast(parts, few, origin, to_world, nothing[keep], rng)
+    full = raycast.cast(parts, few, rotate(few.directions_r3, to_world), origin, to_world, nothing[keep], rng)
     assert np.isfinite(full.range_r).mean() > 0.1
     np.testing.assert_array_equal(windowed.range_r[keep], full.range_r)
     np.testing.assert_array_equal(windowed.part_r[keep], full.part_r)
@@ -66,7 +66,13 @@ def test_known_distances(part: Part, expected: list[float | None], monkeypatch: 
         raycast, "_pairs", lambda parts, frame, rays, origin, to_world: _everything(parts, rays)
     )
     hits = raycast.cast(
-        collect([part], [0]), rays, np.zeros(3), np.eye(3), np.full(3, np.inf), np.random.default_rng(0)
+        collect([part], [0]),
+        rays,
+        rays.directions_r3,
+        np.zeros(3),
+        np.eye(3),
+        np.full(3, np.inf),
+        np.random.default_rng(0),
     )
     for found, known in zip(hits.range_r, expected, strict=True):
         assert known is None or found == pytest.approx(known, abs=1e-9)
@@ -76,16 +82,10 @@ def test_nearer_things_hide_farther_ones() -> None:
     rays = make_rays(np.random.default_rng(0))
     wall, car = Part(BOX, (0, 10, 0), (5, 0.2, 5), "concrete"), Part(BOX, (0, 20, 0), (2, 1, 1), "concrete")
     ground = np.full(len(rays.directions_r3), np.inf)
-    for parts, met_share in (([car], 1.0), ([car, wall], 0.0)):
-        hits = raycast.cast(
-            collect(parts, [0, -1][: len(parts)]),
-            rays,
-            np.zeros(3),
-            np.eye(3),
-            ground,
-            np.random.default_rng(0),
-        )
-        alone, met = raycast.surface_rays(hits, collect(parts, [0, -1][: len(parts)]).owner, 1)
+    for things, met_share in (([car], 1.0), ([car, wall], 0.0)):
+        parts, rng = collect(things, [0, -1][: len(things)]), np.random.default_rng(0)
+        hits = raycast.cast(parts, rays, rays.directions_r3, np.zeros(3), np.eye(3), ground, rng)
+        alone, met = raycast.surface_rays(hits, parts.owner, 1)
         assert alone[0] > 50
         assert met[0] == met_share * alone[0]
 

@@ -55,13 +55,21 @@ class _Frame:
     sin_m: Array
 
 
-def cast(parts: Parts, rays: Rays, origin_3: Array, to_world_33: Array, ground_range_r: Array,
-         rng: np.random.Generator) -> Hits:  # fmt: skip
+def cast(
+    parts: Parts,
+    rays: Rays,
+    directions_r3: Array,
+    origin_3: Array,
+    to_world_33: Array,
+    ground_range_r: Array,
+    rng: np.random.Generator,
+) -> Hits:
     """First surface that each ray meets.
 
     Args:
         parts: Parts in the world frame.
         rays: Rays in the sensor frame.
+        directions_r3: Their directions in the world.
         origin_3: Position of the sensor in the world.
         to_world_33: Rotation from the sensor frame to the world.
         ground_range_r: (R,) range of the ground along each ray, inf for none.
@@ -69,8 +77,7 @@ def cast(parts: Parts, rays: Rays, origin_3: Array, to_world_33: Array, ground_r
     """
     frame = _frame(parts, origin_3)
     part_q, ray_q = _pairs(parts, frame, rays, origin_3, to_world_33)
-    directions = rotate(rays.directions_r3, to_world_33)
-    enter, leave = _intersect(parts, frame, part_q, directions[ray_q])
+    enter, leave = _intersect(parts, frame, part_q, directions_r3[ray_q])
     hit = (enter < leave) & (enter > MIN_RANGE_M) & (enter < MAX_RANGE_M)
     part_q, ray_q, enter, leave = part_q[hit], ray_q[hit], enter[hit], leave[hit]
     enter = _stop_in_porous(_DENSITY[parts.material[part_q]], enter, leave, rng)

@@ -23,6 +23,8 @@ _NOISE = np.array([m.range_noise_m for m in MATERIALS])
 _DROPOUT = np.array([m.dropout for m in MATERIALS])
 FADE_FROM_M = 30.0
 EGO_INTENSITY = 6.0
+ROOF_ROUGHNESS = 0.01
+"""Relative spread of the range of ego returns."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ def scan(world: World, t: int, rng: np.random.Generator, count_rays: bool) -> Sc
     """Takes sweep `t`; `count_rays` asks for the counts that measure occlusion."""
     rays = make_rays(rng)
     origin, to_world = world.sensor_pose(t)
-    ground = world.ground.cast(origin, rotate(rays.directions_r3, to_world), MAX_RANGE_M)
+    directions = rotate(rays.directions_r3, to_world)
+    ground = world.ground.cast(origin, directions, MAX_RANGE_M)
     parts = world.parts_at(t)
-    hits = cast(parts, rays, origin, to_world, ground, rng)
+    hits = cast(parts, rays, directions, origin, to_world, ground, rng)
     material = np.where(hits.part_r >= 0, parts.material[hits.part_r], MATERIAL_ID["ground"])
     intensity = np.clip(
         _INTENSITY[material] * np.exp(_SPREAD[material] * rng.standard_normal(len(material))), 0, 255
@@ -78,14 +81,17 @@ def _ego_step(world: World, t: int) -> Array:
 def _cloud(rays: Rays, range_r: Array, intensity: Array, empty: BoolArray, step_3: Array,
            rng: np.random.Generator) -> npt.NDArray[np.float32]:  # fmt: skip
     num = len(range_r)
-    xyz = rays.directions_r3 * np.where(empty, 0.0, range_r)[:, None]
-    lag = 1 - (np.arange(num) // NUM_RINGS + 1) / rays.num_columns
-    xyz = np.where(empty[:, None], -step_3 * lag[:, None] + rng.normal(0, 0.002, (num, 3)), xyz)
     roof, roof_range = ego_returns(rays.directions_r3)
-    near = rays.directions_r3 * (roof_range * rng.normal(1, 0.01, num))[:, None]
-    xyz = np.where(roof[:, None], near, xyz)
-    dim = EGO_INTENSITY * np.exp(0.7 * rng.standard_normal(num))
-    intensity = np.round(np.where(roof | empty, np.minimum(dim, 255), intensity))
-    ring = np.tile(np.arange(NUM_RINGS, dtype=np.float64), rays.num_columns)
-    columns = np.concatenate([xyz, intensity[:, None], ring[:, None]], axis=1)
-    return np.asarray(columns, dtype=np.float32)
+    empty = empty & ~roof
+    range_m = np.where(roof, roof_range, range_r)
+    range_m[roof] *= rng.normal(1, ROOF_ROUGHNESS, roof.sum())
+    range_m[empty] = 0.0
+    xyz = rays.directions_r3 * range_m[:, None]
+    lag = 1 - (np.flatnonzero(empty) // NUM_RINGS + 1) / rays.num_columns
+    xyz[empty] = -step_3 * lag[:, None] + rng.normal(0, 0.002, (len(lag), 3))
+    near = roof | empty
+    intensity[near] = np.minimum(EGO_INTENSITY * np.exp(0.7 * rng.standard_normal(near.sum())), 255)
+    points = np.empty((num, 5), dtype=np.float32)
+    points[:, :3], points[:, 3] = xyz, np.round(intensity)
+    points[:, 4] = np.tile(np.arange(NUM_RINGS), rays.num_columns)
+    return points

@@ -167,29 +167,31 @@ def link(rows: list[Row]) -> None:
         before["next"], after["prev"] = after["token"], before["token"]
 
 
-def count_points(
-    points_p5: npt.NDArray[np.float32], box_to_sensor_33: Array, center_3: Array, size_lwh: Array
-) -> int:
-    """Points inside a box (faces included), as the stored float32 cloud has them.
+def points_in_boxes(
+    points_p5: npt.NDArray[np.float32],
+    centers_n3: Array,
+    sizes_n3: Array,
+    yaws_n: Array,
+    origin_3: Array,
+    to_world_33: Array,
+) -> IntArray:
+    """Points inside each upright box (faces included), as the stored float32 cloud has them, (N,).
 
     Args:
-        points_p5: Cloud in the sensor frame.
-        box_to_sensor_33: Rotation of the box in the sensor frame.
-        center_3: Centre in the sensor frame.
-        size_lwh: Length, width, height.
+        points_p5: Cloud in the frame of the sensor.
+        centers_n3: Centres of the boxes in the world.
+        sizes_n3: Lengths, widths, heights.
+        yaws_n: Headings.
+        origin_3: Position of the sensor in the world.
+        to_world_33: Rotation from the sensor frame to the world.
     """
-    xyz = points_p5[:, :3].astype(np.float64) - center_3
-    half = size_lwh / 2
-    rows = np.flatnonzero((np.abs(xyz) <= np.linalg.norm(half)).all(axis=1))
-    local = rotate(xyz[rows], box_to_sensor_33.T)
-    return int((np.abs(local) <= half).all(axis=1).sum())
-
-
-def points_in_boxes(points_p5: npt.NDArray[np.float32], centers_n3: Array, sizes_n3: Array, yaws_n: Array,
-                    origin_3: Array, to_world_33: Array) -> IntArray:  # fmt: skip
-    """Points inside each upright box of the world, (N,), of a cloud taken by a sensor at the given pose."""
+    xyz = points_p5[np.argsort(points_p5[:, 0], kind="stable"), :3].astype(np.float64)
     counts = np.zeros(len(centers_n3), dtype=np.int64)
     for n, (center, size, yaw) in enumerate(zip(centers_n3, sizes_n3, yaws_n, strict=True)):
-        turn = to_world_33.T @ quaternion_to_matrix(yaw_pitch_roll_quaternion(float(yaw)))
-        counts[n] = count_points(points_p5, turn, to_world_33.T @ (center - origin_3), size)
+        box_to_sensor = to_world_33.T @ quaternion_to_matrix(yaw_pitch_roll_quaternion(float(yaw)))
+        middle = rotate(center - origin_3, to_world_33.T)
+        reach = float(np.linalg.norm(size))
+        first, last = np.searchsorted(xyz[:, 0], (middle[0] - reach, middle[0] + reach))
+        local = rotate(xyz[first:last] - middle, box_to_sensor.T)
+        counts[n] = (np.abs(local) <= size / 2).all(axis=1).sum()
     return counts
