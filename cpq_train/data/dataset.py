@@ -21,7 +21,7 @@ from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.boxes import Float64
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
-from cpq_train.data.voxelization import Voxelizer, grid_cells, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer, grid_cells, mean_voxel_features, take
 from cpq_train.errors import UserError
 
 MIN_LIDAR_POINTS = 1
@@ -145,7 +145,7 @@ class DetectionDataset(Dataset[Item]):
         return points, boxes
 
     def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
-        voxels, cells, num_points = self._voxelize(points.take(rng.permutation(len(points)), axis=0))
+        voxels, cells, num_points = self._voxelize(take(points, rng.permutation(len(points))).numpy())
         return {
             "voxel_features": mean_voxel_features(voxels, num_points),
             "voxel_coords": cells,

@@ -75,15 +75,15 @@ class Voxelizer:
         targets = np.repeat(ids, counts) * self._max_points + slots
         is_kept = (slots < self._max_points) & (targets < self._max_voxels * self._max_points)
         num_voxels = min(len(ids), self._max_voxels)
-        voxels = np.zeros((num_voxels * self._max_points, NUM_POINT_FEATURES), dtype=np.float32)
-        voxels[targets[is_kept]] = points[inside[order[is_kept]]]
+        voxels = torch.zeros((num_voxels * self._max_points, NUM_POINT_FEATURES))
+        voxels.index_copy_(0, torch.from_numpy(targets[is_kept]), take(points, inside[order[is_kept]]))
 
         by_id = np.empty_like(ids)
         by_id[ids] = np.arange(len(ids))
         by_id = by_id[:num_voxels]
         num_points = np.minimum(counts[by_id], self._max_points).astype(np.int32)
         return (
-            torch.from_numpy(voxels.reshape(num_voxels, self._max_points, NUM_POINT_FEATURES)),
+            voxels.view(num_voxels, self._max_points, NUM_POINT_FEATURES),
             torch.from_numpy(self._coordinates(cells[first_points[by_id]])),
             torch.from_numpy(num_points),
         )
@@ -127,6 +127,11 @@ def _rank(numbers: Ints, end: int) -> Ints:
     is_present = np.zeros(end, dtype=np.bool_)
     is_present[numbers] = True
     return (np.cumsum(is_present) - 1)[numbers]
+
+
+def take(points: NDArray[np.float32], rows: Ints) -> Tensor:
+    """Some rows of points: torch gathers short rows several times as fast as numpy."""
+    return torch.from_numpy(points).index_select(0, torch.from_numpy(rows))
 
 
 def mean_voxel_features(voxels_VT5: Tensor, num_points_V: Tensor) -> Tensor:
