@@ -84,8 +84,9 @@ def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
         Errors summed over all objects and divided by their number, (10,).
     """
     code_BCHW = torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
-    cells_BCK = target.indices[:, None].expand(-1, code_BCHW.shape[1], -1)
-    predicted_BKC = code_BCHW.flatten(2).gather(2, cells_BCK).transpose(1, 2)
+    sample_B1 = torch.arange(len(code_BCHW), device=code_BCHW.device)[:, None]
+    # Indexing, not gather: its gradient has a deterministic kernel on CUDA.
+    predicted_BKC = code_BCHW.flatten(2)[sample_B1, :, target.indices]
     known_BKC = target.mask[..., None] & ~target.boxes.isnan()
     # NaN is replaced before the subtraction: behind it, its gradient would be NaN even where it is not
     # selected.

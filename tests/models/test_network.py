@@ -1,7 +1,6 @@
 """The network without golden data: names, sizes, other grids, empty inputs."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ TINY: dict[str, Any] = {
     "class_groups": (("car",), ("motorcycle", "bicycle")),
 }
 GROUPS = TINY["class_groups"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Operations this small only lose by threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def random_voxels(
@@ -158,6 +148,19 @@ def test_narrow_network_trains(upsample_strides: tuple[int, int], stride: int) -
     for head, group in zip(heads, GROUPS, strict=True):
         assert head["hm"].shape == (2, len(group), geometry.height, geometry.width)
     assert len(decode(heads, GROUPS, geometry, PostProcessing())) == 2
+
+
+def test_a_training_step_under_autocast() -> None:
+    model = CenterPoint(**TINY)
+    targets = assign_targets(torch.zeros(2, 1, 10), GROUPS, model.geometry)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        heads = model(*random_voxels(model.config))
+        loss = center_loss(heads, targets)["loss"]
+    assert heads[0]["hm"].dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    grads = [parameter.grad for parameter in model.backbone_3d.parameters()]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in grads)
 
 
 def test_other_class_groups() -> None:
