@@ -69,15 +69,29 @@ def test_heads_in_eval(stages: dict[str, Any], eval_arrays: Any, head: int) -> N
         assert relative_error(stages["heads"][head][name], eval_arrays[f"head{head}_{name}"]) < EVAL, name
 
 
-@pytest.fixture(scope="module")
-def step(golden_dir: Path, eval_arrays: Any, train_arrays: Any) -> dict[str, Any]:
-    """One training step: forward, loss, backward."""
-    model = golden_model(golden_dir).train()
-    heads = model(*voxels(eval_arrays))
+def training_step(
+    golden_dir: Path, eval_arrays: Any, train_arrays: Any, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Forward, loss, backward."""
+    model = golden_model(golden_dir).to(dtype).train()
+    features, coords, batch_size = voxels(eval_arrays)
+    heads = model(features.to(dtype), coords, batch_size)
     gt_boxes = torch.from_numpy(train_arrays["gt_boxes_in"])
     losses = center_loss(heads, assign_targets(gt_boxes, CLASS_GROUPS, SMALL.geometry))
     losses["loss"].backward()
-    return {"model": model, "heads": heads, "losses": losses}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"model": model, "heads": heads, "losses": losses, "grads": grads}
+
+
+@pytest.fixture(scope="module")
+def step(golden_dir: Path, eval_arrays: Any, train_arrays: Any) -> dict[str, Any]:
+    return training_step(golden_dir, eval_arrays, train_arrays, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exact_step(golden_dir: Path, eval_arrays: Any, train_arrays: Any) -> dict[str, Any]:
+    """In float64: of the two runs compared, only the golden one then has signs flipped by rounding."""
+    return training_step(golden_dir, eval_arrays, train_arrays, torch.float64)
 
 
 def test_heads_in_training(step: dict[str, Any], train_arrays: Any) -> None:
@@ -97,21 +111,25 @@ def test_losses_of_the_step(step: dict[str, Any], train_arrays: Any) -> None:
     assert losses["loss"] == pytest.approx(train_arrays["total_loss"].item(), rel=1e-5)
 
 
-def test_gradients_of_the_step(step: dict[str, Any], train_arrays: Any) -> None:
-    grads = {name: parameter.grad for name, parameter in step["model"].named_parameters()}
-    assert set(grads) == set(train_arrays["grad_names"])
-    for name, norm, largest in zip(
-        train_arrays["grad_names"], train_arrays["grad_l2"], train_arrays["grad_absmax"], strict=True
-    ):
+def test_gradient_norms(step: dict[str, Any], exact_step: dict[str, Any], train_arrays: Any) -> None:
+    assert set(step["grads"]) == set(train_arrays["grad_names"])
+    for name, norm in zip(train_arrays["grad_names"], train_arrays["grad_l2"], strict=True):
+        actual, exact = step["grads"][name].norm().item(), exact_step["grads"][name].norm().item()
         if norm < 1e-3:  # a bias in front of BatchNorm has no gradient but rounding
-            assert grads[name].norm().item() < 1e-3, name
+            assert max(actual, exact) < 1e-3, name
         else:
-            assert grads[name].norm().item() == pytest.approx(norm, rel=2e-2), name
-            assert grads[name].abs().max().item() == pytest.approx(largest, rel=5e-2), name
-    for key in (key for key in train_arrays.files if key.startswith("grad::")):
-        name = key.removeprefix("grad::")
-        if np.abs(train_arrays[key]).max() > 2e-5:
-            assert relative_error(grads[name], train_arrays[key]) < 2e-2, name
+            assert actual == pytest.approx(norm, rel=2e-2), name
+            assert exact == pytest.approx(norm, rel=2e-3), name
+
+
+def test_full_gradients(exact_step: dict[str, Any], train_arrays: Any) -> None:
+    names = [key.removeprefix("grad::") for key in train_arrays.files if key.startswith("grad::")]
+    assert len(names) == 13
+    for name in names:
+        expected = train_arrays[f"grad::{name}"]
+        if np.abs(expected).max() > 2e-5:
+            tolerance = 1e-4 if name.startswith("dense_head.heads_list") else 2e-2
+            assert relative_error(exact_step["grads"][name], expected) < tolerance, name
 
 
 def test_batchnorm_statistics_of_the_step(step: dict[str, Any], train_arrays: Any) -> None:
