@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 
@@ -31,45 +32,53 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _dispatch(args: list[str]) -> None:
-    plain = _plain_verbs()
-    verb = args[0] if args else "--help"
-    if verb in plain:
-        from jsonargparse import auto_cli
-
-        auto_cli(plain[verb](), args=args[1:], as_positional=verb == "compare", prog=f"cpq_train {verb}")
+    verb, *rest = args or ["--help"]
+    if verb in PLAIN_VERBS:
+        PLAIN_VERBS[verb](rest)
     elif verb in LIGHTNING_VERBS:
         from cpq_train.lightning_cli import run
 
         run(args)
     elif verb in ("-h", "--help"):
-        print(_usage(plain))
+        print(_usage())
     else:
-        raise UserError(f"unknown verb {verb!r}; accepted: {', '.join([*LIGHTNING_VERBS, *plain])}")
+        raise UserError(f"unknown verb {verb!r}; accepted: {', '.join([*LIGHTNING_VERBS, *PLAIN_VERBS])}")
 
 
-def _plain_verbs() -> dict[str, Callable[[], Callable[..., Any]]]:
-    return {"simulate": _simulate, "compare": _compare, "describe": _describe}
+def _simulate(args: list[str]) -> None:
+    from jsonargparse import auto_cli
 
-
-def _simulate() -> Callable[..., Any]:
     from cpq_train.data.simulator import simulate
 
-    return simulate
+    auto_cli(simulate, args=args, as_positional=False, prog="cpq_train simulate")
 
 
-def _compare() -> Callable[..., Any]:
-    from cpq_train.evaluation.compare import compare
+def _describe(args: list[str]) -> None:
+    from jsonargparse import auto_cli
 
-    return compare
-
-
-def _describe() -> Callable[..., Any]:
     from cpq_train.describe import describe
 
-    return describe
+    auto_cli(describe, args=args, prog="cpq_train describe")
 
 
-def _usage(plain: dict[str, Any]) -> str:
-    verbs = "\n".join(f"  {verb}" for verb in (*LIGHTNING_VERBS, *plain))
+def _compare(args: list[str]) -> None:
+    from cpq_train.evaluation.compare import compare
+
+    # jsonargparse takes a list only behind an option, and folders read best without one.
+    parser = argparse.ArgumentParser("cpq_train compare", description="One table and one report over arms.")
+    parser.add_argument("run_dirs", nargs="+", type=Path, help="run directories with a metrics.json")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the report")
+    compare(**vars(parser.parse_args(args)))
+
+
+PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
+    "simulate": _simulate,
+    "compare": _compare,
+    "describe": _describe,
+}
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb}" for verb in (*LIGHTNING_VERBS, *PLAIN_VERBS))
     head = f"{DESCRIPTION}\n\nusage: python -m cpq_train VERB [options]\n\nverbs:\n{verbs}"
     return f"{head}\n\npython -m cpq_train VERB --help lists the options of a verb."

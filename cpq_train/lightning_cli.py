@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
@@ -82,7 +82,7 @@ def run(args: list[str]) -> None:
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_class=QuantTrainer,
-        trainer_defaults={"callbacks": [RichProgressBar(), LearningRateMonitor("step")]},
+        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=args,

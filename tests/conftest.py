@@ -34,3 +34,13 @@ def realdata_dir() -> Path:
 def reference_dir() -> Path:
     """Name tables of the state dictionaries of other projects."""
     return _folder("reference")
+
+
+@pytest.fixture(scope="session")
+def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny simulated data set: three training and two validation scenes of two key frames each."""
+    from cpq_train.data.simulator import simulate
+
+    root = tmp_path_factory.mktemp("simulated") / "root"
+    simulate(root, num_scenes=5, num_val_scenes=2, num_samples_per_scene=2, version="v1.0-trainval", seed=3)
+    return root

@@ -68,9 +68,7 @@ class Baselines(Callback):
             cached: Score = json.loads(file.read_text())
             return cached
         if trainer.ckpt_path is not None:
-            rank_zero_warn(
-                f"the {arm} baseline was never scored, and a resumed run has other weights by now"
-            )
+            rank_zero_warn(f"the {arm} baseline was never scored, and a resumed run has other weights by now")
             return None
         score = _evaluate(arm, trainer, module, data)
         if trainer.is_global_zero:
@@ -97,7 +95,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
     assert subject is not None
     depends_on: dict[str, Any] = {
         "arm": arm,
-        "parents": subject.parents,
+        "parents": subject.parents if arm == "ptq" else subject.parents.get("float"),
         "scheme": subject.scheme.to_dict() if arm == "ptq" and subject.scheme else None,
         "calibration": subject.calibration if arm == "ptq" else None,
         "network": module.hparams["network"],

@@ -12,8 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.data.sweeps import load_sweeps
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.evaluation.bev import BEV_FILE, BevSample, bev_sample, busiest_sample, write_bev_sample
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
@@ -26,7 +28,8 @@ class Evaluation(Callback):
     """nuScenes mAP, NDS and true-positive errors of every validation.
 
     Logs `val/mAP`, `val/NDS` and the five mean errors. `validate`, and `fit` at its end, write
-    `metrics.json`, `results_nusc.json` (the submission) and `matches.npz` into `trainer.default_root_dir`.
+    `metrics.json`, `results_nusc.json` (the submission), `matches.npz` and `bev_sample.npz` into
+    `trainer.default_root_dir`.
 
     Args:
         engine: Who computes the numbers of `metrics.json`: vectorised (this project) or devkit
@@ -87,7 +90,17 @@ class Evaluation(Callback):
         assert self.scored is not None
         data = datamodule_of(trainer)
         run = run_info(module, data, checkpoint)
-        write_run(Path(trainer.default_root_dir), self.scored, run, data.index, self.engine)
+        run_dir = Path(trainer.default_root_dir)
+        write_run(run_dir, self.scored, run, data.index, self.engine)
+        write_bev_sample(run_dir / BEV_FILE, self._busiest_sample(data))
+
+    def _busiest_sample(self, data: NuScenesDataModule) -> BevSample:
+        """What a picture of the arms shows: the sample with the most annotations, the same for every arm."""
+        assert self.scored is not None
+        assert self._metric is not None
+        (row,) = data.index.sample_rows(tokens=[busiest_sample(self.scored.evaluation.matches)]).tolist()
+        points = load_sweeps(data.index, row, data.evaluation_config.num_sweeps)
+        return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:

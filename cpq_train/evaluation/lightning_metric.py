@@ -90,6 +90,10 @@ class NuScenesDetectionMetric(Metric):
         annotations = ground_truth(self._index, self._rows)
         return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
+    def detections_of(self, row: int) -> LidarDetections:
+        """Detections of a sample, in the LiDAR frame; after `compute`, of any rank's sample."""
+        return (self._gathered | self._detections)[row]
+
     def reset(self) -> None:
         """Forget all detections."""
         super().reset()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From a float checkpoint to a QAT checkpoint with its nuScenes score, on simulated LiDAR, without a GPU:
+# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), compares.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh
+
+cpq() { echo; echo "\$ python -m cpq_train $*"; .venv/bin/python -m cpq_train "$@"; }
+data=data/quickstart
+runs=runs/quickstart
+float=checkpoints/quickstart_float.ckpt
+base=(-c configs/quickstart_float.yaml --data.root "$data")
+qat=(-c configs/quickstart_qat.yaml)
+
+# Another seed than that of the data the float checkpoint was trained on.
+cpq simulate --output "$data" --version v1.0-trainval --num_scenes 24 --num_val_scenes 10 --num_samples_per_scene 4 --seed 1
+
+cpq validate  "${base[@]}" --model.weights "$float" --trainer.default_root_dir "$runs/float"
+cpq calibrate "${base[@]}" "${qat[@]}" --model.weights "$float" --output "$runs/ptq/ptq.ckpt"
+cpq validate  "${base[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/ptq"
+cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$float" --model.arm float_tuned --trainer.default_root_dir "$runs/float_tuned"
+cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/qat"
+
+cpq compare "$runs/float" "$runs/float_tuned" "$runs/ptq" "$runs/qat" --output "$runs"
+echo
+echo "Report: $runs/report.md"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs and runs every check: ruff, mypy --strict, the import contracts, all tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/install.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/lint-imports
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,354 @@
+"""The verbs as a user runs them: all arms of a tiny model, their comparison, and every bad input."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cpq_train.cli import main
+
+BASE = "configs/quickstart_float.yaml"
+OVERLAY = "configs/quickstart_qat.yaml"
+
+Run = dict[str, Path]
+
+
+def _tiny(root: Path, run: Path) -> list[str]:
+    """Options that shrink the quickstart model and its schedule to a few seconds."""
+    return [
+        *("--data.root", str(root), "--trainer.default_root_dir", str(run)),
+        *("--model.network.voxel_size", "[0.64, 0.64, 0.32]", "--data.num_sweeps", "2"),
+        *("--data.batch_size", "2", "--data.num_workers", "0", "--data.num_calibration_samples", "2"),
+        *("--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"),
+        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+        *("--baselines.cache_dir", str(run.parent / "baselines")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def arms(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All four arms of a tiny model, made by the command line."""
+    runs = tmp_path_factory.mktemp("runs")
+    fit = ["fit", "-c", BASE]
+    tune = ["-c", OVERLAY]
+    main([*fit, *_tiny(simulated_root, runs / "float")])
+    weights = runs / "float/checkpoints/last.ckpt"
+    ptq = runs / "ptq/ptq.ckpt"
+    main(
+        [
+            "calibrate",
+            "-c",
+            BASE,
+            *tune,
+            *_tiny(simulated_root, runs / "ptq"),
+            "--model.weights",
+            str(weights),
+            "--output",
+            str(ptq),
+        ]
+    )
+    main(["validate", "-c", BASE, *_tiny(simulated_root, runs / "ptq"), "--model.weights", str(ptq)])
+    main([*fit, *tune, *_tiny(simulated_root, runs / "qat"), "--model.weights", str(ptq)])
+    main(
+        [
+            *fit,
+            *tune,
+            *_tiny(simulated_root, runs / "float_tuned"),
+            "--model.arm",
+            "float_tuned",
+            "--model.weights",
+            str(weights),
+        ]
+    )
+    return {arm: runs / arm for arm in ("float", "ptq", "qat", "float_tuned")}
+
+
+def test_every_run_says_its_arm(arms: Run) -> None:
+    for arm, folder in arms.items():
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["arm"] == arm
+        assert metrics["dataset"]["num_samples"] == 4
+        for name in ("config.yaml", "results_nusc.json", "matches.npz", "bev_sample.npz"):
+            assert (folder / name).is_file()
+
+
+def test_lineage(arms: Run) -> None:
+    metrics = {arm: json.loads((folder / "metrics.json").read_text()) for arm, folder in arms.items()}
+    sha = {arm: document["checkpoint"]["sha256"] for arm, document in metrics.items()}
+    assert metrics["ptq"]["parents"] == {"float": sha["float"]}
+    assert metrics["qat"]["parents"] == {"float": sha["float"], "ptq": sha["ptq"]}
+    assert metrics["float_tuned"]["parents"] == {"float": sha["float"]}
+
+
+def test_coverage_in_metrics(arms: Run) -> None:
+    coverage = json.loads((arms["qat"] / "metrics.json").read_text())["coverage"]
+    assert coverage == {
+        "sparse": [20, 21],
+        "ResidualAdd": [8, 8],
+        "Conv2d": [85, 85],
+        "ConvTranspose2d": [2, 2],
+    }
+
+
+def test_checkpoints_are_plain_and_describe_themselves(arms: Run) -> None:
+    for arm, path in (("ptq", arms["ptq"] / "ptq.ckpt"), ("qat", arms["qat"] / "checkpoints/last.ckpt")):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        description = checkpoint["quantization"]
+        assert description["arm"] == arm
+        assert description["schema"] == 1
+        assert description["batchnorm"] == "folded"
+        assert description["calibration"]["num_samples"] == 2
+        assert len(description["layers"]) == 21 + 85 + 2 + 8
+        layer = description["layers"]["dense_head.heads_list.0.hm.0.0"]
+        assert layer["arithmetic"] == "integer"
+        assert layer["weight"]["axis"] == 0
+        assert layer["shares_input_with"] == "dense_head.heads_list.0.center.0.0"
+        assert description["layers"]["backbone_2d.deblocks.1.0"]["weight"]["axis"] == 1
+
+
+def test_qat_trained_with_frozen_amax(arms: Run) -> None:
+    ptq = torch.load(arms["ptq"] / "ptq.ckpt", weights_only=True)["state_dict"]
+    qat = torch.load(arms["qat"] / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert ptq.keys() == qat.keys()
+    for name, value in ptq.items():
+        assert torch.equal(value, qat[name]) == name.endswith("_amax"), name
+
+
+def test_baselines_are_logged(arms: Run) -> None:
+    header = (arms["qat"] / "metrics.csv").read_text().splitlines()[0]
+    assert "val/NDS_minus_float" in header
+    assert "val/mAP_minus_ptq" in header
+    assert len(list((arms["qat"].parent / "baselines").glob("*.json"))) == 2
+
+
+def test_the_float_baseline_is_the_float_arm(arms: Run) -> None:
+    """Scored inside the QAT fit with quantizers off, it equals the float checkpoint's own score."""
+    cached = [json.loads(f.read_text()) for f in (arms["qat"].parent / "baselines").glob("*.json")]
+    metrics = json.loads((arms["float"] / "metrics.json").read_text())["metrics"]
+    assert any(abs(score["NDS"] - metrics["NDS"]) < 0.02 for score in cached)
+
+
+def test_compare(arms: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", *(str(folder) for folder in arms.values()), "--output", str(tmp_path / "report")])
+    report = (tmp_path / "report/report.md").read_text()
+    for arm in arms:
+        assert arm in report
+    assert list((tmp_path / "report").rglob("*.png"))
+    assert "NDS" in capsys.readouterr().out
+
+
+def test_describe(arms: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["describe", str(arms["ptq"] / "ptq.ckpt")])
+    out = capsys.readouterr().out
+    assert "ptq" in out
+    assert "8 bit" in out
+
+
+def test_config_of_a_fit_feeds_other_verbs(arms: Run, tmp_path: Path) -> None:
+    """`--ckpt_path` loads a finished run with its own structure; the score is the one of its last validation."""
+    copy = tmp_path / "again"
+    checkpoint = arms["qat"] / "checkpoints/last.ckpt"
+    main(
+        [
+            "validate",
+            "-c",
+            str(arms["qat"] / "config.yaml"),
+            "--ckpt_path",
+            str(checkpoint),
+            "--trainer.default_root_dir",
+            str(copy),
+        ]
+    )
+    again, before = (json.loads((d / "metrics.json").read_text()) for d in (copy, arms["qat"]))
+    assert again["metrics"] == before["metrics"]
+    assert again["arm"] == "qat"
+
+
+def test_qat_from_float_weights_calibrates_first(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    options = _tiny(simulated_root, tmp_path / "qat")
+    main(["fit", "-c", BASE, "-c", OVERLAY, *options, "--model.weights", str(weights)])
+    new = torch.load(tmp_path / "qat/checkpoints/last.ckpt", weights_only=True)
+    ptq = torch.load(arms["ptq"] / "ptq.ckpt", weights_only=True)
+    amax = {k: v for k, v in ptq["state_dict"].items() if k.endswith("_input_quantizer._amax")}
+    assert amax
+    for name, value in amax.items():
+        assert torch.equal(new["state_dict"][name], value), name
+
+
+def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    options = ["fit", "-c", BASE, "-c", OVERLAY, "--model.weights", str(arms["ptq"] / "ptq.ckpt")]
+
+    def fit(run: Path, *more: str) -> dict[str, torch.Tensor]:
+        tiny = _tiny(simulated_root, run)
+        tiny[tiny.index("--trainer.max_epochs") + 1] = "2"
+        main([*options, *tiny, *more])
+        return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    whole = fit(tmp_path / "whole", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
+    first = next(p for p in (tmp_path / "whole/checkpoints").glob("epoch00*.ckpt"))
+    resumed = fit(tmp_path / "resumed", "--ckpt_path", str(first))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+# Bad input: exit code 2, the thing, the value and what is accepted; no traceback.
+
+
+def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown verb 'train'; accepted: fit, validate, calibrate" in _fails(["train"], capsys)
+
+
+def test_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "model.wieghts" in _fails(["fit", "-c", BASE, "--model.wieghts", "x"], capsys)
+
+
+def test_missing_data_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = _fails(["fit", "-c", BASE, *_tiny(tmp_path / "nowhere", tmp_path / "run")], capsys)
+    assert "nowhere" in error
+
+
+def test_wrong_version(simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*_tiny(simulated_root, tmp_path / "run"), "--data.version", "v1.0-mini"]
+    error = _fails(["fit", "-c", BASE, *options], capsys)
+    assert "v1.0-mini" in error
+    assert "v1.0-trainval" in error
+
+
+def _validate(root: Path, tmp_path: Path, weights: Path, *more: str) -> list[str]:
+    return ["validate", "-c", BASE, *_tiny(root, tmp_path / "run"), "--model.weights", str(weights), *more]
+
+
+def test_checkpoint_of_another_architecture(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    error = _fails(
+        _validate(simulated_root, tmp_path, weights, "--model.network.head_channels", "24"), capsys
+    )
+    assert "another architecture" in error
+    assert "dense_head" in error
+
+
+def test_corrupt_checkpoint(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (arms["float"] / "checkpoints/last.ckpt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"no checkpoint", b""):
+        (tmp_path / "bad.ckpt").write_bytes(content)
+        assert "is corrupt" in _fails(_validate(simulated_root, tmp_path, tmp_path / "bad.ckpt"), capsys)
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_pickled_code_is_refused_and_not_run(
+    raw: bool, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim, file = tmp_path / "executed", tmp_path / "evil.ckpt"
+    content = {"state_dict": {}, "quantization": _Payload(victim)}
+    if raw:
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file)
+    assert "pickled code and is refused" in _fails(_validate(simulated_root, tmp_path, file), capsys)
+    assert not victim.exists()
+
+
+def test_missing_and_foreign_checkpoint(
+    simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in _fails(_validate(simulated_root, tmp_path, tmp_path / "none.ckpt"), capsys)
+    torch.save({"model_state": {}}, tmp_path / "foreign.ckpt")
+    error = _fails(_validate(simulated_root, tmp_path, tmp_path / "foreign.ckpt"), capsys)
+    assert "model_state" in error
+    assert "expected state_dict and quantization" in error
+
+
+def test_empty_calibration_set(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options += [
+        "--model.weights",
+        str(arms["float"] / "checkpoints/last.ckpt"),
+        "--output",
+        str(tmp_path / "p.ckpt"),
+    ]
+    error = _fails([*options, "--data.num_calibration_samples", "0"], capsys)
+    assert "num_calibration_samples is 0: expected 1 to 6" in error
+    assert not (tmp_path / "p.ckpt").exists()
+
+
+def test_scheme_matching_no_layer(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"rules": [{"layers": "neck.*", "weight": "off"}]}))
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options += ["--model.weights", str(arms["float"] / "checkpoints/last.ckpt")]
+    error = _fails([*options, "--model.scheme", str(tmp_path / "s.yaml")], capsys)
+    assert "'neck.*'" in error
+    assert "matches no layer" in error
+
+
+def test_another_scheme_than_the_checkpoints(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "w4", "defaults": {"weight": {"bits": 4}}}))
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt"), "--model.scheme", str(tmp_path / "s.yaml")]
+    error = _fails(options, capsys)
+    assert "was calibrated with another scheme" in error
+    assert "defaults" in error
+
+
+def test_arm_that_cannot_descend(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qat = arms["qat"] / "checkpoints/last.ckpt"
+    error = _fails(_validate(simulated_root, tmp_path, qat, "--model.arm", "float"), capsys)
+    assert "'float' cannot start from" in error
+
+
+def test_validate_without_a_checkpoint(
+    simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = _fails(["validate", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")], capsys)
+    assert "validate needs a checkpoint" in error
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_nan_in_a_cloud(
+    num_workers: str, arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(simulated_root, root)
+    for cloud in sorted((root / "samples/LIDAR_TOP").glob("*.bin")):
+        points = np.fromfile(cloud, np.float32)
+        points[7] = np.nan
+        points.tofile(cloud)
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    error = _fails(_validate(root, tmp_path, weights, "--data.num_workers", num_workers), capsys)
+    assert ".pcd.bin" in error
+    assert "sample" in error
+    assert "NaN" in error
