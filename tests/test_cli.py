@@ -150,7 +150,7 @@ def test_describe(arms: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_config_of_a_fit_feeds_other_verbs(arms: Run, tmp_path: Path) -> None:
-    """`--ckpt_path` loads a finished run with its own structure; the score is the one of its last validation."""
+    """`--ckpt_path` loads a finished run with its own structure; the score is that of its last validation."""
     copy = tmp_path / "again"
     checkpoint = arms["qat"] / "checkpoints/last.ckpt"
     main(

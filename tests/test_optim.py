@@ -47,7 +47,9 @@ def test_cosine_falls_from_lr_to_a_hundredth() -> None:
 
 
 def test_position_survives_a_checkpoint() -> None:
-    def run(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
+    def run(
+        optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, steps: int
+    ) -> None:
         for _ in range(steps):
             optimizer.step()
             schedule.step()

@@ -42,17 +42,25 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported" in text and ("global" in text.lower() or "class" in text.lower()):
-            reason = next((line for line in text.splitlines() if "GLOBAL" in line or "class" in line), text)
+        if _is_refusal(str(error), path):
             raise UserError(
                 f"checkpoint {str(path)!r} holds pickled code and is refused; "
-                f"accepted: tensors and plain values ({reason.strip()[:160]})"
+                "accepted: tensors and plain values"
             ) from error
-        raise UserError(f"checkpoint {str(path)!r} is corrupt: {text.splitlines()[0]}") from error
+        raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} is corrupt: {first}") from error
+
+
+def _is_refusal(message: str, path: Path) -> bool:
+    """Whether torch met a call or class it does not admit, rather than bytes that make no sense.
+
+    It says "Unsupported operand" of a pickle of a newer protocol and of garbage; a pickle starts with 0x80.
+    """
+    with path.open("rb") as file:
+        is_pickle = file.read(1) == b"\x80"
+    return "Unsupported" in message and (is_pickle or "Unsupported operand" not in message)
 
 
 def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

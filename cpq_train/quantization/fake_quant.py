@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -92,26 +93,28 @@ def _pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float | None) -> Tensor
 
 
 def _next_float32(value: float) -> float:
-    number = torch.tensor(value, dtype=torch.float32)
-    return float(torch.nextafter(number, number.new_tensor(math.inf)))
+    return float(np.nextafter(np.float32(value), np.float32(math.inf)))
 
 
 class _FakeQuantize(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, window: float | None, fmt: IntegerFormat) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, amax: Tensor, scale: Tensor, window: float | None, fmt: IntegerFormat
+    ) -> Tensor:
         ctx.window = window
         ctx.save_for_backward(x, amax)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale = scale_of(amax, fmt)
         return _codes(x, scale, fmt).div_(torch.where(scale == 0, 1.0, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, amax = ctx.saved_tensors
-        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None
+        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
 
 
-def fake_quantize(x: Tensor, amax: Tensor, fmt: IntegerFormat, window: float | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, amax: Tensor, fmt: IntegerFormat, window: float | None = None, scale: Tensor | None = None
+) -> Tensor:
     """Round to the representable values.
 
     Args:
@@ -120,11 +123,13 @@ def fake_quantize(x: Tensor, amax: Tensor, fmt: IntegerFormat, window: float | N
         fmt: The integers to use.
         window: `amax` as a Python number where the caller has it at hand (per-tensor amax): saves two passes
             in backward.
+        scale: `scale_of(amax, fmt)` where the caller has it at hand.
 
     Returns:
         `code / scale`, the shape of `x`.
     """
-    return cast(Tensor, _FakeQuantize.apply(x, amax, window, fmt))
+    scale = scale_of(amax, fmt) if scale is None else scale
+    return cast(Tensor, _FakeQuantize.apply(x, amax, scale, window, fmt))
 
 
 class _Codes(Function):
@@ -133,6 +138,7 @@ class _Codes(Function):
         ctx: Any,
         x: Tensor,
         amax: Tensor,
+        scale: Tensor,
         window: float | None,
         fmt: IntegerFormat,
         grad_factor: Tensor | None,
@@ -140,14 +146,15 @@ class _Codes(Function):
         ctx.window = window
         ctx.has_factor = grad_factor is not None
         ctx.save_for_backward(x, amax, *([grad_factor] if grad_factor is not None else []))
-        return _codes(x, scale_of(amax, fmt), fmt)
+        return _codes(x, scale, fmt)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, amax, *factor = ctx.saved_tensors
         if ctx.has_factor:
             grad = grad * factor[0]
-        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
+        window = amax if ctx.window is None else ctx.window
+        return _pass_inside(grad, x, window), None, None, None, None, None
 
 
 def codes(
@@ -156,6 +163,7 @@ def codes(
     fmt: IntegerFormat,
     window: float | None = None,
     grad_factor: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Integer codes, held in fp32.
 
@@ -166,11 +174,13 @@ def codes(
         window: See `fake_quantize`.
         grad_factor: Multiplies the incoming gradient (broadcastable to `x`); `rescale` says what the weights
             need.
+        scale: See `fake_quantize`.
 
     Returns:
         Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
     """
-    return cast(Tensor, _Codes.apply(x, amax, window, fmt, grad_factor))
+    scale = scale_of(amax, fmt) if scale is None else scale
+    return cast(Tensor, _Codes.apply(x, amax, scale, window, fmt, grad_factor))
 
 
 class _Rescale(Function):

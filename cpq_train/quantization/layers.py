@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpq_train.quantization.fake_quant import add_codes, rescale, step_of
+from cpq_train.quantization.fake_quant import add_codes, rescale
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
@@ -89,17 +89,14 @@ class QuantizedConvolution(nn.Module):
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         x_codes, step_x = self._input_quantizer.codes(x)
-        w_codes, step_w = self._weight_codes(step_x)
+        w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
         acc = self._exact_sum(x_codes, w_codes, convolve)
         return rescale(acc, step_x, step_w, self.bias, self.feature_channel_dim)
 
-    def _weight_codes(self, step_x: Tensor) -> tuple[Tensor, Tensor]:
-        quantizer = cast(Quantizer, self._weight_quantizer)
-        grad_factor = step_x / step_of(quantizer._get_amax(self.weight), quantizer.format)
-        return quantizer.codes(self.weight, grad_factor)
-
     def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
         num_parts = self._num_parts(w_codes)
+        if num_parts > 1 and not bool((x_codes < 0).any()):
+            num_parts = self._num_parts(w_codes, one_sided=True)
         if num_parts == 1:
             return convolve(x_codes, w_codes)
         parts = zip(
@@ -110,27 +107,38 @@ class QuantizedConvolution(nn.Module):
         total = torch.stack([convolve(x, w).double() for x, w in parts]).sum(0)
         return total.float()
 
-    def _num_parts(self, w_codes: Tensor) -> int:
-        """Into how many groups of input channels the sum must be split to stay below 2^24."""
-        largest_x = cast(Quantizer, self._input_quantizer).format.largest_magnitude
+    def _num_parts(self, w_codes: Tensor, one_sided: bool = False) -> int:
+        """Into how many groups of input channels the sum must be split to stay below 2^24.
+
+        Args:
+            w_codes: Codes of the weight.
+            one_sided: The input has no negative code (it comes from a ReLU). Then positive and negative
+                products never add up, and the bound is about half as large.
+        """
+        input_format = cast(Quantizer, self._input_quantizer).format
+        largest_x = input_format.qmax if one_sided else input_format.largest_magnitude
         largest_w = cast(Quantizer, self._weight_quantizer).format.largest_magnitude
         output_axis = OUTPUT_CHANNEL_AXIS[self.kind]
         num_terms = w_codes.numel() // w_codes.shape[output_axis]
         if num_terms * largest_x * largest_w < EXACT_LIMIT:
             return 1
-        other = [
-            d for d in range(w_codes.dim()) if d not in (output_axis, self.input_channel_dim % w_codes.dim())
-        ]
-        per_channel = w_codes.detach().abs().sum(other)  # (out, in) or (in, out)
-        if output_axis == 1:
-            per_channel = per_channel.T
+        per_channel = self._magnitudes(w_codes.detach(), one_sided)
         for num_parts in range(1, per_channel.shape[1] + 1):
-            worst = max(part.sum(1).max() for part in per_channel.chunk(num_parts, 1))
-            if float(worst) * largest_x < EXACT_LIMIT and len(per_channel.chunk(num_parts, 1)) == num_parts:
+            parts = per_channel.chunk(num_parts, 1)
+            worst = max(float(part.sum(1).max()) for part in parts)
+            if worst * largest_x < EXACT_LIMIT and len(parts) == num_parts:
                 return num_parts
         raise AssertionError(
             "one input channel alone passes 2^24: bits this wide are computed as `simulated`"
         )
+
+    def _magnitudes(self, w_codes: Tensor, one_sided: bool) -> Tensor:
+        """Sums of |code_w| by output (rows) and input channel (columns); one-sided, by sign too."""
+        output_axis, input_axis = OUTPUT_CHANNEL_AXIS[self.kind], self.input_channel_dim % w_codes.dim()
+        kernel = [d for d in range(w_codes.dim()) if d not in (output_axis, input_axis)]
+        signs = (w_codes.clamp(min=0), w_codes.clamp(max=0)) if one_sided else (w_codes,)
+        sums = torch.cat([torch.linalg.vector_norm(w, 1, kernel) for w in signs], output_axis)
+        return sums if output_axis == 0 else sums.T
 
     def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
         shape = [1] * like.dim()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.logging
 import torch
@@ -18,6 +18,24 @@ from cpq_train.quantization.scheme import QuantizerScheme
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
 logging.root.removeHandler(absl.logging.get_absl_handler())
+
+
+class Range(NamedTuple):
+    """An amax and what follows from it.
+
+    Attributes:
+        amax: Broadcastable to the tensor.
+        version: How often amax had been written to.
+        scale: Codes per unit, see `fake_quant.scale_of`.
+        step: Value of code 1, see `fake_quant.step_of`.
+        window: amax as a Python number, where it is static and stands for the whole tensor.
+    """
+
+    amax: Tensor
+    version: int
+    scale: Tensor
+    step: Tensor
+    window: float | None
 
 
 class Quantizer(TensorQuantizer):
@@ -55,7 +73,7 @@ class Quantizer(TensorQuantizer):
         self.format = scheme.format
         self.is_shared = False
         self._memo: tuple[Tensor, Tensor] | None = None
-        self._window: tuple[tuple[int, int], float] | None = None
+        self._range: Range | None = None
         if scheme.mode == "static":
             shape = [num_channels if d == axis else 1 for d in range(num_dims)] if axis is not None else []
             self.register_buffer("_amax", torch.full(shape, torch.nan))
@@ -76,22 +94,44 @@ class Quantizer(TensorQuantizer):
             self.collect(inputs)
         if not self.is_active:
             return inputs
-        amax = self._get_amax(inputs)
-        return fake_quant.fake_quantize(inputs, amax, self.format, self._window_of(amax))
+        chosen = self.range_of(inputs)
+        return fake_quant.fake_quantize(inputs, chosen.amax, self.format, chosen.window, chosen.scale)
 
-    def codes(self, inputs: Tensor, grad_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def codes(self, inputs: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integer codes (held in fp32) and the value of one step.
 
         A shared quantizer rounds a tensor once, however many layers ask for it, until `forget`.
+
+        Args:
+            inputs: The tensor.
+            step_other: For a weight, the step of the input it meets: the gradient of the codes is then put
+                right for `fake_quant.rescale`.
         """
-        amax = self._get_amax(inputs)
-        step = fake_quant.step_of(amax, self.format)
+        chosen = self.range_of(inputs)
         if self.is_shared and self._memo is not None and self._memo[0] is inputs:
-            return self._memo[1], step
-        codes = fake_quant.codes(inputs, amax, self.format, self._window_of(amax), grad_factor)
+            return self._memo[1], chosen.step
+        factor = None if step_other is None else step_other / chosen.step
+        codes = fake_quant.codes(inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale)
         if self.is_shared:
             self._memo = (inputs, codes)
-        return codes, step
+        return codes, chosen.step
+
+    def range_of(self, inputs: Tensor) -> Range:
+        """The range to quantize `inputs` with; a static one is worked out, and read from its device, once."""
+        amax = self._get_amax(inputs)
+        if self.scheme.mode != "static":
+            return self._new_range(amax, 0, None)
+        known = self._range
+        if known is None or known.amax is not amax or known.version != amax._version:
+            # Not in inference mode: what is made there could not be saved for a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._new_range(amax, amax._version, float(amax) if self.is_per_tensor else None)
+            self._range = known
+        return known
+
+    def _new_range(self, amax: Tensor, version: int, window: float | None) -> Range:
+        fmt = self.format
+        return Range(amax, version, fake_quant.scale_of(amax, fmt), fake_quant.step_of(amax, fmt), window)
 
     def forget(self) -> None:
         """Drop the codes kept for the other consumers of a shared tensor."""
@@ -132,15 +172,6 @@ class Quantizer(TensorQuantizer):
         if self.is_per_tensor:
             return magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
         return magnitude.amax([d for d in range(tensor.dim()) if d not in self._axis], keepdim=True)
-
-    def _window_of(self, amax: Tensor) -> float | None:
-        """A per-tensor amax as a Python number, read from the device only when it has changed."""
-        if not self.is_per_tensor or self.scheme.mode != "static" or not torch.is_grad_enabled():
-            return None
-        key = (amax.data_ptr(), amax._version)
-        if self._window is None or self._window[0] != key:
-            self._window = (key, float(amax))
-        return self._window[1]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # pytorch-quantization's version calls .cuda() and warns about every amax.

@@ -40,6 +40,7 @@ def build_arms(config: NetworkConfig, scheme: Scheme, batch: Batch) -> dict[str,
             the sizes of a trained network's.
     """
     original = CenterPoint(config)
+    _draw_weights(original)
     _settle_batchnorm(original, batch)
     arms = {name: copy.deepcopy(original) for name in ("float", "qat", "pq")}
     fold_batchnorm(arms["float"])
@@ -61,6 +62,17 @@ def run(network: CenterPoint, batch: Batch) -> list[dict[str, Tensor]]:
         batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
     )
     return heads
+
+
+def _draw_weights(network: CenterPoint) -> None:
+    """Normal weights, as trained ones roughly are: the default uniform ones have twice as large codes.
+
+    On the size of the codes depends whether a layer has to split its sum to keep it exact.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, SubMConv3d, SparseConv3d)):
+            fan_in = module.weight.numel() // module.out_channels
+            nn.init.normal_(module.weight, std=(2 / fan_in) ** 0.5)
 
 
 def _settle_batchnorm(network: CenterPoint, batch: Batch) -> None:

@@ -20,6 +20,8 @@ MAX_NUM_VOXELS = 60000
 SENSOR_HEIGHT_M = 1.84
 ELEVATIONS_DEG = np.linspace(-30.67, 10.67, 32)
 NUM_AZIMUTHS = 1085
+FAR_M = 1000.0
+"""Farther than any return."""
 EGO_STEP_M = 0.4
 """Driven between two sweeps: 8 m/s at 20 Hz."""
 
@@ -62,10 +64,9 @@ def _points(num_sweeps: int, rng: np.random.Generator) -> NDArray[np.float32]:
         azimuth = np.linspace(0, 2 * np.pi, NUM_AZIMUTHS, endpoint=False) + rng.uniform(0, 0.006)
         elevation, azimuth = np.meshgrid(np.deg2rad(ELEVATIONS_DEG), azimuth, indexing="ij")
         surface_m = distance_m[(azimuth * len(distance_m) / (2 * np.pi)).astype(int) % len(distance_m)]
-        with np.errstate(divide="ignore"):
-            ground_m = np.where(elevation < 0, -SENSOR_HEIGHT_M / np.tan(elevation), np.inf)
+        ground_m = np.where(elevation < 0, -SENSOR_HEIGHT_M / np.tan(elevation), FAR_M)
         range_m = np.minimum(ground_m, surface_m) + rng.normal(0, 0.03, elevation.shape)
-        hit = np.isfinite(range_m) & (range_m < 80) & (rng.random(elevation.shape) > 0.1)
+        hit = (range_m < 80) & (rng.random(elevation.shape) > 0.1)
         x = range_m * np.cos(azimuth) - EGO_STEP_M * sweep
         y = range_m * np.sin(azimuth)
         z = range_m * np.tan(elevation) + 0.3 * np.sin(x / 7) + rng.normal(0, 0.03, elevation.shape)
@@ -77,5 +78,5 @@ def _points(num_sweeps: int, rng: np.random.Generator) -> NDArray[np.float32]:
 def _surface_distances(rng: np.random.Generator) -> NDArray[np.float64]:
     """Distance, metres, of the nearest upright surface in each of 180 directions."""
     distance_m = np.repeat(rng.uniform(6, 50, 60), 3) + rng.normal(0, 0.5, 180)
-    distance_m[np.repeat(rng.random(60) < 1 / 3, 3)] = np.inf
+    distance_m[np.repeat(rng.random(60) < 1 / 3, 3)] = FAR_M
     return distance_m

@@ -37,7 +37,12 @@ def test_later_rules_win_and_kinds_restrict() -> None:
     )
     resolved = scheme.resolve(LAYERS)
     conv = resolved["backbone_2d.blocks.0.1"]
-    assert (conv.weight.bits, conv.weight.mode, conv.input.bits, conv.input.mode) == (4, "static", 6, "dynamic")
+    assert (conv.weight.bits, conv.weight.mode, conv.input.bits, conv.input.mode) == (
+        4,
+        "static",
+        6,
+        "dynamic",
+    )
     assert resolved["backbone_2d.deblocks.1.0"].is_float
 
 
@@ -57,7 +62,10 @@ def test_wide_codes_are_simulated() -> None:
     [
         ({"rules": [{"layers": "neck.*"}]}, "rule 1: layers 'neck.*'.*matches no layer"),
         ({"defaults": {"weight": {"bits": 1}}}, "bits: got 1, accepted: whole numbers from 2 to 16"),
-        ({"defaults": {"input": {"method": "median"}}}, "got 'median', accepted: max, percentile, mse, entropy"),
+        (
+            {"defaults": {"input": {"method": "median"}}},
+            "got 'median', accepted: max, percentile, mse, entropy",
+        ),
         ({"defaults": {"input": {"granularity": "per_channel"}}}, "got 'per_channel', accepted: per_tensor"),
         ({"defaults": {"input": {"mode": "sometimes"}}}, "got 'sometimes', accepted: static, dynamic, off"),
         ({"default": {}}, "unknown key 'default'; accepted: defaults, name, rules, share_residual"),
