@@ -36,6 +36,7 @@ class Subject:
         prepared: What was quantized, None where nothing was.
         calibration: How its ranges were found.
         parents: Arm -> SHA-256 of the checkpoints it came from.
+        is_tuned: Whether its weights are no longer those it was calibrated or folded with.
     """
 
     network: CenterPoint
@@ -44,6 +45,7 @@ class Subject:
     prepared: Prepared | None = None
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
+    is_tuned: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The `quantization` entry of its checkpoint."""
@@ -66,6 +68,7 @@ def from_description(config: NetworkConfig, description: Mapping[str, Any]) -> S
     subject = build(config, description["arm"], scheme)
     subject.calibration = description["calibration"]
     subject.parents = dict(description["parents"])
+    subject.is_tuned = subject.arm in ("float_tuned", "qat")
     return subject
 
 

@@ -67,8 +67,11 @@ class Baselines(Callback):
         if file.is_file():
             cached: Score = json.loads(file.read_text())
             return cached
-        if trainer.ckpt_path is not None:
-            rank_zero_warn(f"the {arm} baseline was never scored, and a resumed run has other weights by now")
+        assert module.subject is not None
+        if module.subject.is_tuned:
+            rank_zero_warn(
+                f"the {arm} baseline was never scored, and a run that goes on has other weights by now"
+            )
             return None
         score = _evaluate(arm, trainer, module, data)
         if trainer.is_global_zero:
