@@ -95,7 +95,7 @@ class QuantizedConvolution(nn.Module):
 
     def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
         num_parts = self._num_parts(w_codes)
-        if num_parts > 1 and not bool((x_codes < 0).any()):
+        if num_parts > 1 and float(x_codes.detach().amin()) >= 0:
             num_parts = self._num_parts(w_codes, one_sided=True)
         if num_parts == 1:
             return convolve(x_codes, w_codes)
@@ -137,7 +137,7 @@ class QuantizedConvolution(nn.Module):
         output_axis, input_axis = OUTPUT_CHANNEL_AXIS[self.kind], self.input_channel_dim % w_codes.dim()
         kernel = [d for d in range(w_codes.dim()) if d not in (output_axis, input_axis)]
         signs = (w_codes.clamp(min=0), w_codes.clamp(max=0)) if one_sided else (w_codes,)
-        sums = torch.cat([torch.linalg.vector_norm(w, 1, kernel) for w in signs], output_axis)
+        sums = torch.cat([w.abs().sum(kernel) for w in signs], output_axis)
         return sums if output_axis == 0 else sums.T
 
     def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _take_parameters(quantized: Any, layer: Any) -> Any:
     return quantized
 
 
-class TheirSparseConvolution(SparseModule):
+class TheirSparseConvolution(SparseModule):  # type: ignore[misc]  # spconv ships no types
     """A sparse convolution with a TensorQuantizer on its features and one on its weight."""
 
     def __init__(self, convolution: SubMConv3d | SparseConv3d) -> None:

@@ -72,11 +72,12 @@ def _points(num_sweeps: int, rng: np.random.Generator) -> NDArray[np.float32]:
         z = range_m * np.tan(elevation) + 0.3 * np.sin(x / 7) + rng.normal(0, 0.03, elevation.shape)
         features = (x, y, z, rng.uniform(0, 100, x.shape), np.full(x.shape, 0.05 * sweep))
         sweeps.append(np.stack([f[hit] for f in features], axis=1))
-    return np.concatenate(sweeps).astype(np.float32)
+    points: NDArray[np.float32] = np.concatenate(sweeps).astype(np.float32)
+    return points
 
 
 def _surface_distances(rng: np.random.Generator) -> NDArray[np.float64]:
     """Distance, metres, of the nearest upright surface in each of 180 directions."""
-    distance_m = np.repeat(rng.uniform(6, 50, 60), 3) + rng.normal(0, 0.5, 180)
+    distance_m: NDArray[np.float64] = np.repeat(rng.uniform(6, 50, 60), 3) + rng.normal(0, 0.5, 180)
     distance_m[np.repeat(rng.random(60) < 1 / 3, 3)] = FAR_M
     return distance_m

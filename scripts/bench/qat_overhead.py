@@ -73,7 +73,9 @@ class Row:
     @property
     def holds(self) -> bool:
         """Whether QAT is within its limit and cheaper than pytorch-quantization."""
-        return self.ratios["qat"] <= LIMITS.get(self.part, math.inf) and self.ratios["qat"] < self.ratios["pq"]
+        return (
+            self.ratios["qat"] <= LIMITS.get(self.part, math.inf) and self.ratios["qat"] < self.ratios["pq"]
+        )
 
 
 def main(
@@ -157,7 +159,9 @@ def _to(batch: Batch, device: str) -> Batch:
     return result
 
 
-def _steps(arms: dict[str, CenterPoint], part: str, batch: Batch, timer: Callable[..., Any]) -> dict[str, Step]:
+def _steps(
+    arms: dict[str, CenterPoint], part: str, batch: Batch, timer: Callable[..., Any]
+) -> dict[str, Step]:
     """A timed training step for every arm, all on the same input and output gradients."""
     with torch.no_grad():
         network = arms["float"]
@@ -216,7 +220,7 @@ def _host_timer(clock: str) -> Callable[..., Any]:
 
 @contextmanager
 def _cuda_timer() -> Iterator[Callable[[], float]]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     yield lambda: start.elapsed_time(end)
