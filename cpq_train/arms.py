@@ -18,7 +18,7 @@ from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.calibration import check_ranges, is_calibrated
-from cpq_train.quantization.prepare import RESIDUAL, Prepared, fold_batchnorm, prepare
+from cpq_train.quantization.prepare import RESIDUAL, Prepared, fold_batchnorm, prepare, unquantized
 from cpq_train.quantization.recipe import recipe, same_scheme
 from cpq_train.quantization.scheme import Scheme
 
@@ -32,8 +32,8 @@ class Subject:
     Args:
         network: The network in the structure of `arm`.
         arm: Which arm it is.
+        prepared: Which layers could be quantized, and what was.
         scheme: How it is quantized, None where it is not.
-        prepared: What was quantized, None where nothing was.
         calibration: How its ranges were found.
         parents: Arm -> SHA-256 of the checkpoints it came from.
         is_tuned: Whether its weights are no longer those it was calibrated or folded with.
@@ -41,8 +41,8 @@ class Subject:
 
     network: CenterPoint
     arm: Arm
+    prepared: Prepared
     scheme: Scheme | None = None
-    prepared: Prepared | None = None
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
     is_tuned: bool = False
@@ -115,7 +115,7 @@ def from_weights(config: NetworkConfig, path: str | Path, arm: Arm | None, schem
 
 def is_quantized(subject: Subject) -> bool:
     """Whether the subject has quantizers."""
-    return subject.prepared is not None
+    return subject.scheme is not None
 
 
 def needs_calibration(subject: Subject) -> bool:
@@ -127,10 +127,10 @@ def _restructure(network: CenterPoint, arm: Arm, scheme: Scheme | None) -> Subje
     if arm in ("float", "float_tuned"):
         if arm == "float_tuned":
             fold_batchnorm(network)
-        return Subject(network, arm)
+        return Subject(network, arm, unquantized(network))
     if scheme is None:
         raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
-    return Subject(network, arm, scheme, prepare(network, scheme, tensors_read_together(network)))
+    return Subject(network, arm, prepare(network, scheme, tensors_read_together(network)), scheme)
 
 
 def tensors_read_together(network: nn.Module) -> list[list[str]]:

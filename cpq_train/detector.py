@@ -175,7 +175,7 @@ class CenterPointDetector(LightningModule):
 
     def print_coverage(self) -> None:
         """Print how many layers of each kind are quantized, at what bits, and which stay float."""
-        if self.subject is not None and self.subject.prepared is not None and self._is_global_zero():
+        if self.subject is not None and self._is_global_zero():
             Console().print(coverage_table(self.subject.prepared))
 
     def to_device(self, batch: Batch) -> Batch:

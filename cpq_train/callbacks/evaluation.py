@@ -115,7 +115,7 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
         split=data.val_split,
         postprocessing_sha256=postprocessing_sha256(module.post_processing),
         parents=subject.parents,
-        coverage=coverage(subject.prepared) if subject.prepared else {},
+        coverage=coverage(subject.prepared),
         config=dict(module.hparams),
     )
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cpq_train.quantization.calibration import quantizers
 from cpq_train.quantization.layers import QUANTIZED, QuantizedConvolution, quantize_layer
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, Scheme
+from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, QuantizerScheme, Scheme
 
 RESIDUAL = ":residual"
 """In a group of consumers, `<name of a residual add>:residual` stands for the add's identity input."""
@@ -62,6 +62,13 @@ def prepare(network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[st
         _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
     network.register_forward_hook(_forget_codes)
     return prepared
+
+
+def unquantized(network: nn.Module) -> Prepared:
+    """What `prepare` would say of a network that it left alone."""
+    layers = quantizable_layers(network)
+    off = QuantizerScheme(mode="off")
+    return Prepared(layers, dict.fromkeys(layers, LayerScheme(off, off)))
 
 
 def quantizable_layers(network: nn.Module) -> dict[str, str]:

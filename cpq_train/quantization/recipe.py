@@ -19,7 +19,7 @@ KIND_LABELS = {"sparse": "sparse convolutions", "ResidualAdd": "residual adds"}
 def recipe(
     arm: str,
     scheme: Scheme | None,
-    prepared: Prepared | None,
+    prepared: Prepared,
     batchnorm: str,
     calibration: Mapping[str, Any] | None,
     parents: Mapping[str, str],
@@ -29,7 +29,7 @@ def recipe(
     Args:
         arm: One of `ARMS`.
         scheme: The scheme, None for a float network.
-        prepared: What `prepare` returned, None for a float network.
+        prepared: What `prepare` or `unquantized` returned.
         batchnorm: "folded", "frozen" or "trained".
         calibration: How the ranges were found, None where none were.
         parents: Arm -> SHA-256 of the checkpoints this one came from.
@@ -39,7 +39,7 @@ def recipe(
         "arm": arm,
         "scheme": None if scheme is None else scheme.to_dict(),
         "batchnorm": batchnorm,
-        "layers": {} if prepared is None else _layers(prepared),
+        "layers": _layers(prepared),
         "calibration": None if calibration is None else dict(calibration),
         "parents": dict(parents),
     }
@@ -78,7 +78,7 @@ def _quantizer(chosen: QuantizerScheme, axis: int | None) -> dict[str, Any]:
 
 
 def coverage_table(prepared: Prepared) -> Table:
-    """Kind, layers quantized of all, and at what bits; the last row names the layers left in float."""
+    """Kind, layers quantized of all, at what bits, and which are left in float."""
     table = Table(title="Quantization coverage", title_justify="left")
     for header in ("layers", "quantized", "bits (weight / input)", "left in float"):
         table.add_column(header)
@@ -86,7 +86,8 @@ def coverage_table(prepared: Prepared) -> Table:
         names = [n for n, k in prepared.layers.items() if _label(k) == _label(kind)]
         left = [n for n in names if prepared.schemes[n].is_float]
         bits = sorted({_bits(prepared, n) for n in names if n not in left})
-        table.add_row(_label(kind), f"{quantized} of {total}", ", ".join(bits), ", ".join(left) or "none")
+        float_layers = "all" if len(left) == total else ", ".join(left) or "none"
+        table.add_row(_label(kind), f"{quantized} of {total}", ", ".join(bits) or "-", float_layers)
     return table
 
 
