@@ -23,16 +23,17 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="run directory of the fit")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--command", required=True, help="the command that made the run")
+    parser.add_argument("--commit", default=_git("rev-parse", "HEAD"), help="the commit it ran at")
     args = parser.parse_args()
     content = read_checkpoint(args.run_dir / "checkpoints" / "last.ckpt")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: content[key] for key in KEPT}, args.output)
     sidecar = args.output.with_suffix(".json")
-    sidecar.write_text(json.dumps(_sidecar(args.run_dir, args.output, args.command), indent=2) + "\n")
+    sidecar.write_text(json.dumps(_sidecar(args.run_dir, args.output, args.command, args.commit), indent=2) + "\n")
     print(f"{args.output}: {args.output.stat().st_size / 2**20:.2f} MiB; {sidecar}")
 
 
-def _sidecar(run_dir: Path, output: Path, command: str) -> dict[str, Any]:
+def _sidecar(run_dir: Path, output: Path, command: str, commit: str) -> dict[str, Any]:
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     metrics = json.loads((run_dir / "metrics.json").read_text())
     simulation = Path(config["data"]["root"]) / "simulation.json"
@@ -40,7 +41,7 @@ def _sidecar(run_dir: Path, output: Path, command: str) -> dict[str, Any]:
         "sha256": sha256_of(output),
         "command": command,
         "seed": config["seed_everything"],
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit,
         "versions": {name: version(name) for name in ("torch", "lightning", "spconv-cu120", "numpy")},
         "data": {**metrics["dataset"], "simulation": _read_simulation(simulation)},
         "metrics": metrics["metrics"],
