@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,6 @@ def run(args: list[str]) -> None:
         trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        args=args,
+        args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments that are handed over
         parser_kwargs={"prog": "cpq_train"},
     )

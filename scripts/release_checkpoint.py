@@ -29,7 +29,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({key: content[key] for key in KEPT}, args.output)
     sidecar = args.output.with_suffix(".json")
-    sidecar.write_text(json.dumps(_sidecar(args.run_dir, args.output, args.command, args.commit), indent=2) + "\n")
+    content = _sidecar(args.run_dir, args.output, args.command, args.commit)
+    sidecar.write_text(json.dumps(content, indent=2) + "\n")
     print(f"{args.output}: {args.output.stat().st_size / 2**20:.2f} MiB; {sidecar}")
 
 
@@ -42,7 +43,7 @@ def _sidecar(run_dir: Path, output: Path, command: str, commit: str) -> dict[str
         "command": command,
         "seed": config["seed_everything"],
         "commit": commit,
-        "versions": {name: version(name) for name in ("torch", "lightning", "spconv-cu120", "numpy")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
         "data": {**metrics["dataset"], "simulation": _read_simulation(simulation)},
         "metrics": metrics["metrics"],
         "AP": {name: row["AP"]["mean"] for name, row in metrics["per_class"].items()},

@@ -1,9 +1,18 @@
 """The one seam to spconv: sparse convolutions, one algorithm per device, alike in train and eval."""
 
-from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
+import logging
+import warnings
+
+with warnings.catch_warnings():
+    # spconv 2.3 decorates its kernels with torch.cuda.amp's old names: nine warnings on import.
+    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.custom_", category=FutureWarning)
+    from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
 from cpq_train.sparse.convolution import SparseConv3d, SubMConv3d
 from cpq_train.sparse.residual import ResidualAdd
+
+# spconv asks torch.fx whether it is tracing, and torch answers with advice to spconv's authors.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 __all__ = [
     "ResidualAdd",
