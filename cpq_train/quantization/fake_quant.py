@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -49,12 +50,12 @@ class IntegerFormat:
     signed: bool = True
     narrow_range: bool = False
 
-    @property
+    @cached_property
     def qmax(self) -> int:
         """Largest code, the one that amax is mapped to."""
         return int(2 ** (self.bits - int(self.signed)) - 1)
 
-    @property
+    @cached_property
     def qmin(self) -> int:
         """Smallest code."""
         if not self.signed:
@@ -80,14 +81,13 @@ def step_of(amax: Tensor, fmt: IntegerFormat) -> Tensor:
     return torch.where(amax <= SMALLEST_AMAX, 1.0, amax / torch.full_like(amax, fmt.qmax))
 
 
-def _codes(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
+def round_to_codes(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
+    """Whole numbers in [qmin, qmax], without a gradient of their own."""
     return torch.mul(x, scale).round_().clamp_(fmt.qmin, fmt.qmax)
 
 
-def _pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float | None) -> Tensor:
-    """The gradient where |x| <= amax, 0 elsewhere; `None` says that nothing can lie outside."""
-    if amax is None:
-        return grad
+def pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float) -> Tensor:
+    """The gradient where |x| <= amax, 0 elsewhere; quicker with amax as a Python number."""
     if isinstance(amax, float):
         # One fused pass. hardtanh's bounds are exclusive, ours are not: hence the next number up.
         limit = math.nextafter(amax, math.inf) if x.dtype == torch.float64 else _next_float32(amax)
@@ -109,12 +109,12 @@ class _FakeQuantize(Function):
         ctx.window = window
         ctx.save_for_backward(x, amax)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return _codes(x, scale, fmt).div_(torch.where(scale == 0, 1.0, scale))
+        return round_to_codes(x, scale, fmt).div_(torch.where(scale == 0, 1.0, scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, amax = ctx.saved_tensors
-        return _pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
+        return pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
 
 
 def fake_quantize(
@@ -151,7 +151,7 @@ class _Codes(Function):
         ctx.window = window
         ctx.has_factor = grad_factor is not None
         ctx.save_for_backward(x, amax, *([grad_factor] if grad_factor is not None else []))
-        return _codes(x, scale, fmt)
+        return round_to_codes(x, scale, fmt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -159,7 +159,7 @@ class _Codes(Function):
         if ctx.has_factor:
             grad = grad * factor[0]
         window = amax if ctx.window is None else ctx.window
-        return _pass_inside(grad, x, window), None, None, None, None, None
+        return pass_inside(grad, x, window), None, None, None, None, None
 
 
 def codes(

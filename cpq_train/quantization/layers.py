@@ -21,10 +21,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from cpq_train.quantization import int8_kernel
+from cpq_train.quantization.dense import IntegerConvolution
 from cpq_train.quantization.fake_quant import add_codes, rescale
+from cpq_train.quantization.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
@@ -146,39 +149,62 @@ class QuantizedConvolution(nn.Module):
         return values.view(shape)
 
 
-class QuantConv2d(QuantizedConvolution, nn.Conv2d):
+class _QuantizedDenseConvolution(QuantizedConvolution):
+    """The dense layers: (B, C, H, W) -> (B, C', H', W')."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if not self.rounds(input):
+            return cast(Tensor, super().forward(input))
+        return self.quantized(input, self.convolve)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution with a given weight, without a bias."""
+        return torch.convolution(x, weight, None, *self._geometry())
+
+    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
+        assert self._input_quantizer is not None
+        assert self._weight_quantizer is not None
+        convolution = IntegerConvolution(
+            self._input_quantizer.range_of(x),
+            None if self._input_quantizer.is_shared else self._input_quantizer.format,
+            self._weight_quantizer.range_of(self.weight),
+            self._weight_quantizer.format,
+            lambda codes_x, codes_w: self._exact_sum(codes_x, codes_w, convolve),
+            self._geometry(),
+        )
+        if self._input_quantizer.is_shared:
+            x, _ = self._input_quantizer.codes(x)
+        return convolution(x, self.weight, self.bias)
+
+    def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
+        x_format = cast(Quantizer, self._input_quantizer).format
+        w_format = cast(Quantizer, self._weight_quantizer).format
+        geometry = self._geometry()
+        if int8_kernel.takes(x_codes, w_codes, x_format.qmax, w_format.largest_magnitude, geometry):
+            return int8_kernel.convolve(x_codes, w_codes, geometry)
+        return super()._exact_sum(x_codes, w_codes, convolve)
+
+    def _geometry(self) -> Geometry:
+        layer = cast(_ConvNd, self)
+        padding = cast(tuple[int, ...], layer.padding)
+        return Geometry(
+            layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
+        )
+
+
+class QuantConv2d(_QuantizedDenseConvolution, nn.Conv2d):
     """Conv2d with a quantized weight (axis 0) and input."""
 
     kind = "Conv2d"
     input_channel_dim = 1
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        if not self.rounds(input):
-            return super().forward(input)
-        return self.quantized(
-            input, lambda x, weight: F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
-        )
 
-
-class QuantConvTranspose2d(QuantizedConvolution, nn.ConvTranspose2d):
+class QuantConvTranspose2d(_QuantizedDenseConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # no output_size
     """ConvTranspose2d with a quantized weight (axis 1, the output channels) and input."""
 
     kind = "ConvTranspose2d"
     input_channel_dim = 0
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W'); `output_size` is not supported."""
-        assert output_size is None
-        if not self.rounds(input):
-            return super().forward(input)
-        padding = cast(tuple[int, ...], self.padding)
-        return self.quantized(
-            input,
-            lambda x, weight: F.conv_transpose2d(
-                x, weight, None, self.stride, padding, self.output_padding, 1, self.dilation
-            ),
-        )
 
 
 class _QuantizedSparseConvolution(QuantizedConvolution):

@@ -37,6 +37,11 @@ class Range(NamedTuple):
     step: Tensor
     window: float | None
 
+    @property
+    def limit(self) -> Tensor | float:
+        """amax, as a number if it is known as one."""
+        return self.amax if self.window is None else self.window
+
 
 class Quantizer(TensorQuantizer):
     """Fake quantization of one tensor.

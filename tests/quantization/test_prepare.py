@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cpq_train.arms import build, tensors_read_together
 from cpq_train.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization import dense, fake_quant
 from cpq_train.quantization.calibration import collecting_ranges, quantizers
 from cpq_train.quantization.layers import QuantAdd, QuantConv2d, QuantSubMConv3d
 from cpq_train.quantization.prepare import coverage, fold_batchnorm, prepare
@@ -76,7 +77,7 @@ def test_full_size_coverage() -> None:
     assert [n for n, s in subject.prepared.schemes.items() if s.is_float] == ["backbone_3d.conv_input.0"]
 
 
-def test_one_tensor_is_quantized_once() -> None:
+def test_one_tensor_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = build(SMALL, "ptq", INT8)
     head = subject.network.dense_head
     hidden = [m for n, m in head.named_modules() if n.endswith(".0.0") and n.startswith("heads_list")]
@@ -85,14 +86,10 @@ def test_one_tensor_is_quantized_once() -> None:
     calls = []
     with collecting_ranges(subject.network):
         subject.network(*_voxels())
-    from cpq_train.quantization import quantizer as module
-
-    real = module.fake_quant.codes
-    module.fake_quant.codes = lambda x, *a, **k: calls.append(x) or real(x, *a, **k)  # type: ignore[func-returns-value]
-    try:
-        subject.network(*_voxels())
-    finally:
-        module.fake_quant.codes = real
+    real = fake_quant.round_to_codes
+    for module in (fake_quant, dense):
+        monkeypatch.setattr(module, "round_to_codes", lambda x, *a: calls.append(x) or real(x, *a))
+    subject.network(*_voxels())
     shared = [x for x in calls if x.dim() == 4 and x.shape[1] == SMALL.head_channels and x.shape[2] > 3]
     # The shared convolution once, and the 36 hidden outputs; weights are 3 x 3.
     assert len(shared) == 37

@@ -1,0 +1,77 @@
+"""A dense convolution on integer codes as one autograd node, with the backward pass of the float convolution.
+
+Forward is the sum of codes times a scale (`layers.py` says why). Backward convolves with the values of the
+weight in place of its codes: so gradients need no scaling of their own, the bias's comes with the weight's,
+and a sum that was split to stay exact is not split again.
+
+The codes of the input are not kept: rounding the input once more, which its ReLU keeps anyway, costs less
+than reading them back from memory, and the layer needs no more memory than the float one. Only codes that
+several layers share are made once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cpq_train.quantization.fake_quant import IntegerFormat, pass_inside, round_to_codes
+from cpq_train.quantization.int8_kernel import Geometry
+from cpq_train.quantization.quantizer import Range
+
+
+class IntegerConvolution(NamedTuple):
+    """What a convolution needs beside its tensors.
+
+    Attributes:
+        x_range: Range of the input.
+        x_format: Integers of the input; None where it comes as codes, whose gradient is then that of the
+            values they stand for.
+        w_range: Range of the weight.
+        w_format: Integers of the weight.
+        exact_sum: The convolution of two code tensors; what it returns is overwritten.
+        geometry: Of that convolution.
+    """
+
+    x_range: Range
+    x_format: IntegerFormat | None
+    w_range: Range
+    w_format: IntegerFormat
+    exact_sum: Callable[[Tensor, Tensor], Tensor]
+    geometry: Geometry
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`y = acc * (step_x * step_w) + bias`, acc being the exact sum; x and y (B, C, H, W)."""
+        return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, self))
+
+    def codes_of(self, x: Tensor) -> Tensor:
+        """The codes of the input."""
+        return x if self.x_format is None else round_to_codes(x, self.x_range.scale, self.x_format)
+
+
+class _IntegerConvolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of: IntegerConvolution) -> Tensor:
+        w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
+        scale = of.x_range.step * of.w_range.step.view(1, -1, 1, 1)
+        y = of.exact_sum(of.codes_of(x), w_codes).mul_(scale)
+        ctx.of = of
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.save_for_backward(x, weight, w_codes.mul_(of.w_range.step))
+        return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, w_values = ctx.saved_tensors
+        of: IntegerConvolution = ctx.of
+        grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
+            grad, of.codes_of(x), w_values, ctx.bias_shape, *of.geometry, ctx.needs_input_grad[:3]
+        )
+        if grad_x is not None and of.x_format is not None:
+            grad_x = pass_inside(grad_x, x, of.x_range.limit)
+        if grad_w is not None:
+            grad_w = pass_inside(grad_w.mul_(of.x_range.step), weight, of.w_range.limit)
+        return grad_x, grad_w, grad_bias, None
