@@ -60,10 +60,11 @@ class QuantCLI(LightningCLI):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A CSV log in the run directory where the configuration names no logger."""
+        """Where the configuration names no logger, a fit writes a CSV log into its run directory."""
         config = self.config_init[self.subcommand].trainer
         if config.logger is None:
-            kwargs["logger"] = CSVLogger(config.default_root_dir, name="", version="")
+            is_fit = self.subcommand == "fit"
+            kwargs["logger"] = CSVLogger(config.default_root_dir, name="", version="") if is_fit else False
         return super().instantiate_trainer(**kwargs)
 
 

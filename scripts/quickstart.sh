@@ -5,6 +5,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
 
+# One thread beside the loading worker: this small model gains little from a second one, and on a busy machine threads wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 cpq() { echo; echo "\$ python -m cpq_train $*"; .venv/bin/python -m cpq_train "$@"; }
 data=data/quickstart
 runs=runs/quickstart

@@ -197,6 +197,39 @@ def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: 
         assert torch.equal(value, resumed[name]), name
 
 
+def test_a_fit_logs_to_wandb(
+    arms: Run, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt")]
+    logger = ("--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
+    main([*options, *logger, "--trainer.logger.save_dir", str(tmp_path)])
+    (run,) = tmp_path.rglob("run-*.wandb")
+    logged = run.read_bytes()
+    for key in (b"train/loss", b"val/NDS", b"val/mAP_minus_float"):
+        assert key in logged
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        [BASE],
+        [BASE, OVERLAY],
+        ["configs/centerpoint_voxel01.yaml"],
+        ["configs/centerpoint_voxel01.yaml", "configs/qat_int8.yaml"],
+        ["configs/centerpoint_voxel0075.yaml", "configs/qat_int8.yaml"],
+    ],
+)
+def test_shipped_configs(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *(option for config in configs for option in ("-c", config)), "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["arm"] == ("qat" if len(configs) == 2 else None)
+
+
 # Bad input: exit code 2, the thing, the value and what is accepted; no traceback.
 
 
