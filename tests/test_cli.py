@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 
 from cpq_train.cli import main
@@ -205,7 +206,8 @@ def test_a_fit_logs_to_wandb(
     options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt")]
     logger = ("--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
-    main([*options, *logger, "--trainer.logger.save_dir", str(tmp_path)])
+    main([*options, *logger, "--trainer.logger.save_dir", str(tmp_path), "--trainer.log_every_n_steps", "1"])
+    wandb.finish()
     (run,) = tmp_path.rglob("run-*.wandb")
     logged = run.read_bytes()
     for key in (b"train/loss", b"val/NDS", b"val/mAP_minus_float"):
