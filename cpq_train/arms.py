@@ -175,6 +175,16 @@ def _check_scheme(of_checkpoint: Scheme | None, asked: Scheme | None, path: str 
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    check_state(network, state, path)
+    network.load_state_dict(dict(state))
+
+
+def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compare a checkpoint's tensors with those of the network, by name and shape.
+
+    Raises:
+        UserError: They differ; says how many are missing, unexpected or of another shape.
+    """
     own = network.state_dict()
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
@@ -186,7 +196,6 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> 
         parts = ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
         text = "; ".join(f"{len(names)} {what} ({_some(names)})" for names, what in parts if names)
         raise UserError(f"checkpoint {str(path)!r} is of another architecture than model.network: {text}")
-    network.load_state_dict(dict(state))
 
 
 def _some(names: Iterable[str]) -> str:

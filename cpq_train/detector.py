@@ -12,8 +12,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from cpq_train.arms import Arm, Subject, build, from_description, from_weights, needs_calibration
+from cpq_train.arms import (
+    Arm,
+    Subject,
+    build,
+    check_state,
+    from_description,
+    from_weights,
+    needs_calibration,
+)
 from cpq_train.errors import UserError
+from cpq_train.interop.checkpoint import network_state
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
@@ -79,10 +88,13 @@ class CenterPointDetector(LightningModule):
         if self.subject is not None:
             return
         scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+        arm = self.arm or "float"
         if self.weights is not None and not self._is_resuming():
             self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme))
+        elif arm == "float" or self._is_resuming():
+            self._adopt(build(self.network_config, arm, scheme))
         else:
-            self._adopt(build(self.network_config, self.arm or "float", scheme))
+            raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None
@@ -105,6 +117,7 @@ class CenterPointDetector(LightningModule):
                 "--ckpt_path: the file does not say what it is (no 'quantization'); use model.weights"
             )
         self._adopt(from_description(self.network_config, checkpoint["quantization"]))
+        check_state(self.network, network_state(checkpoint), "--ckpt_path")
         self.to(self.device)
 
     def forward(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -137,6 +150,8 @@ class CenterPointDetector(LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights."""
         assert self.subject is not None
+        if self.subject.arm == "ptq":
+            raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
         if needs_calibration(self.subject):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:

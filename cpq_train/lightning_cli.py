@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
+from cpq_train.interop.checkpoint import read_checkpoint
 from cpq_train.trainer import QuantTrainer
 
 
@@ -72,12 +74,22 @@ def _checkpoint_dir(default_root_dir: str) -> str:
     return str(Path(default_root_dir) / "checkpoints")
 
 
+def _check_resumed_checkpoint(args: list[str]) -> None:
+    """Read the file behind `--ckpt_path` with our own errors: LightningCLI loads it while it parses."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    path = parser.parse_known_args(args)[0].ckpt_path
+    if path not in (None, "last", "best", "hpc", "registry"):
+        read_checkpoint(path)
+
+
 def run(args: list[str]) -> None:
     """Parse the arguments and run the verb.
 
     Raises:
         UserError: What the user gave does not work out.
     """
+    _check_resumed_checkpoint(args)
     QuantCLI(
         CenterPointDetector,
         NuScenesDataModule,

@@ -372,6 +372,28 @@ def test_validate_without_a_checkpoint(
     assert "validate needs a checkpoint" in error
 
 
+def test_ckpt_path_is_checked_too(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["validate", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")]
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
+    assert "is corrupt" in _fails([*options, "--ckpt_path", str(tmp_path / "bad.ckpt")], capsys)
+    content = torch.load(arms["qat"] / "checkpoints/last.ckpt", weights_only=True)
+    content["state_dict"].popitem()
+    torch.save(content, tmp_path / "less.ckpt")
+    assert "1 missing" in _fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
+
+
+def test_arms_that_fit_does_not_make(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")]
+    error = _fails([*fit, "--model.weights", str(arms["ptq"] / "ptq.ckpt")], capsys)
+    assert "fit makes float, float_tuned or qat" in error
+    error = _fails([*fit, "-c", OVERLAY], capsys)
+    assert "model.arm 'qat' starts from a checkpoint" in error
+
+
 @pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_nan_in_a_cloud(
     num_workers: str, arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

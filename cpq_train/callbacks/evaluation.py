@@ -43,6 +43,8 @@ class Evaluation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate" and _checkpoint_of(trainer, pl_module) is None:
+            raise UserError("validate needs a checkpoint: model.weights or --ckpt_path")
         data = datamodule_of(trainer)
         self._metric = NuScenesDetectionMetric(data.index, data.eval_rows)
 
@@ -72,12 +74,8 @@ class Evaluation(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, CenterPointDetector)
         if trainer.state.fn == "validate" and trainer.is_global_zero:
-            checkpoint = trainer.ckpt_path or pl_module.weights
-            if checkpoint is None:
-                raise UserError("validate needs a checkpoint: model.weights or --ckpt_path")
-            self._write(trainer, pl_module, Path(checkpoint))
+            self._write(trainer, pl_module, Path(str(_checkpoint_of(trainer, pl_module))))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,6 +99,12 @@ class Evaluation(Callback):
         (row,) = data.index.sample_rows(tokens=[busiest_sample(self.scored.evaluation.matches)]).tolist()
         points = load_sweeps(data.index, row, data.evaluation_config.num_sweeps)
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
+
+
+def _checkpoint_of(trainer: Trainer, module: LightningModule) -> str | None:
+    assert isinstance(module, CenterPointDetector)
+    path = trainer.ckpt_path or module.weights
+    return None if path is None else str(path)
 
 
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
