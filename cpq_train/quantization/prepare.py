@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.quantization.calibration import quantizers
-from cpq_train.quantization.layers import QUANTIZED, QuantizedConvolution, quantize_layer
+from cpq_train.quantization.layers import QUANTIZED, quantize_layer
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, QuantizerScheme, Scheme
 
@@ -150,10 +150,3 @@ def coverage(prepared: Prepared) -> dict[str, tuple[int, int]]:
         quantized, total = counts.get(kind, (0, 0))
         counts[kind] = (quantized + int(not prepared.schemes[name].is_float), total + 1)
     return counts
-
-
-def set_weight_ranges(network: nn.Module) -> None:
-    """Set every static weight amax from the present weights."""
-    for module in network.modules():
-        if isinstance(module, QuantizedConvolution) and module._weight_quantizer is not None:
-            module._weight_quantizer.set_amax_from(module.weight)
