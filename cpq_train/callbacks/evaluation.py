@@ -46,7 +46,7 @@ class Evaluation(Callback):
         if trainer.state.fn == "validate" and _checkpoint_of(trainer, pl_module) is None:
             raise UserError("validate needs a checkpoint: model.weights or --ckpt_path")
         data = datamodule_of(trainer)
-        self._metric = NuScenesDetectionMetric(data.index, data.eval_rows)
+        self._metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(pl_module.device)
 
     @override
     def on_validation_batch_end(
