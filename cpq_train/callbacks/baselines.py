@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import track
 from typing_extensions import override
 
-from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, postprocessing_sha256
+from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
@@ -59,13 +59,15 @@ class Baselines(Callback):
         scored = next(c.scored for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
         if self.scores and scored is not None and not trainer.sanity_checking:
             now = {"mAP": scored.scores.mean_ap, "NDS": scored.scores.nds}
-            pl_module.log_dict(gaps(now, self.scores), rank_zero_only=True)
+            log_equal(pl_module, gaps(now, self.scores))
 
     def _score(self, arm: str, trainer: Trainer, module: CenterPointDetector) -> Score | None:
         data = datamodule_of(trainer)
         file = self.cache_dir / f"{baseline_key(arm, module, data)}.json"
-        if file.is_file():
-            cached: Score = json.loads(file.read_text())
+        # Rank 0 decides for all: other nodes may not see its cache, and scoring needs every rank.
+        found = json.loads(file.read_text()) if trainer.is_global_zero and file.is_file() else None
+        cached: Score | None = trainer.strategy.broadcast(found)
+        if cached is not None:
             return cached
         assert module.subject is not None
         if module.subject.is_tuned:

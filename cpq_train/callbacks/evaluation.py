@@ -68,9 +68,7 @@ class Evaluation(Callback):
             return
         self.scored = self._metric.compute()
         scores = self.scored.scores
-        pl_module.log_dict(
-            {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True, rank_zero_only=True
-        )
+        log_equal(pl_module, {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +125,11 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
 def postprocessing_sha256(config: PostProcessing) -> str:
     """Hash of the settings from heat maps to boxes: arms that differ in them are not compared."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def log_equal(module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:
+    """Log numbers that every rank has alike; a checkpoint callback monitors them on every rank."""
+    module.log_dict(values, prog_bar=prog_bar, sync_dist=module.trainer.world_size > 1)
 
 
 def datamodule_of(trainer: Trainer) -> NuScenesDataModule:
