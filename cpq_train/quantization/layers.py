@@ -98,7 +98,7 @@ class QuantizedConvolution(nn.Module):
 
     def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
         num_parts = self._num_parts(w_codes)
-        if num_parts > 1 and float(x_codes.detach().amin()) >= 0:
+        if num_parts > 1 and x_codes.numel() and float(x_codes.detach().amin()) >= 0:
             num_parts = self._num_parts(w_codes, one_sided=True)
         if num_parts == 1:
             return convolve(x_codes, w_codes)

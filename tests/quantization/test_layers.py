@@ -172,6 +172,15 @@ def test_sparse_split_sum_is_exact(cls: type) -> None:
     torch.testing.assert_close(dense, expected, rtol=2e-7, atol=0)
 
 
+def test_sparse_layer_without_voxels() -> None:
+    layer = SubMConv3d(64, 2, 3, padding=1, indice_key="k")
+    nn.init.ones_(layer.weight)
+    quantize_layer(layer, INT8)
+    layer._input_quantizer._amax.fill_(1.0)
+    empty = SparseConvTensor(torch.zeros(0, 64), torch.zeros(0, 4).int(), [4, 4, 4], 1)
+    assert layer(empty).features.shape == (0, 2)
+
+
 def test_residual_add_sums_codes() -> None:
     a, b = torch.randn(50, 8), torch.randn(50, 8).relu()
     add = ResidualAdd()
