@@ -6,9 +6,9 @@ A step is forward and backward with fixed gradients at the outputs, ranges froze
 are the same for all and left out. All arms have BatchNorm folded and the dense layers in channels_last
 memory. They run in turn within each round, each round starting with the next one and every other round in
 reverse; a ratio is taken within a round, and the median over the rounds is reported. Freed memory is kept in
-the process, as a training run soon comes to do by itself: which arm would hand it back, and fetch it again
-page by page, depends on the order of the arms. With one thread the clock is the process's CPU time, so that
-other work on the machine does not count; with more it is wall time; on CUDA it is CUDA events.
+the process, for all arms: otherwise the order of the arms decides which of them hands it back and fetches it
+again page by page. With one thread the clock is the process's CPU time, so that other work on the machine
+does not count; with more it is wall time; on CUDA it is CUDA events.
 """
 
 from __future__ import annotations
