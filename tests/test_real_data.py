@@ -92,7 +92,7 @@ def test_full_size_network_calibrates_and_takes_qat_steps(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert np.isfinite(losses).all()
     assert losses[1] < losses[0]
     gradients = [p.grad for p in network.parameters()]
