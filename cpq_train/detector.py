@@ -28,7 +28,7 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
-from cpq_train.quantization.calibration import check_ranges, collecting_ranges
+from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 
@@ -178,7 +178,6 @@ class CenterPointDetector(LightningModule):
         with collecting_ranges(self.network):
             for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
                 self(self.to_device(batch))
-        check_ranges(self.network)
         self.subject.calibration = {
             "method": self.subject.scheme.input.method if self.subject.scheme else None,
             "num_samples": datamodule.num_calibration_samples,  # type: ignore[attr-defined]
