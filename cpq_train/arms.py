@@ -47,6 +47,13 @@ class Subject:
     parents: dict[str, str] = field(default_factory=dict)
     is_tuned: bool = False
 
+    @property
+    def has_float_weights(self) -> bool:
+        """Whether the weights, quantizers off, are those of the float checkpoint it came from."""
+        changes = self.calibration or {}
+        was_changed = changes.get("bias_correction") or changes.get("adaround_num_steps")
+        return not (self.is_tuned or was_changed)
+
     def describe(self) -> dict[str, Any]:
         """The `quantization` entry of its checkpoint."""
         batchnorm = "trained" if self.arm == "float" else "folded"
@@ -146,6 +153,23 @@ def tensors_read_together(network: nn.Module) -> list[list[str]]:
     levels = [n for n in names if n.startswith("backbone_2d.deblocks.") and n.count(".") == 2]
     bev = [[f"backbone_2d.blocks.{i + 1}.1", f"backbone_2d.deblocks.{i}.0"] for i in range(len(levels) - 1)]
     return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
+
+
+def reconstruction_blocks(network: CenterPoint) -> list[str]:
+    """Names of CenterPoint's blocks in the order in which they run: what rounding is learned over.
+
+    Residual blocks, strided convolutions, levels of the BEV pyramid with their upsampling, and the branches
+    of each class group.
+    """
+    names = ["backbone_3d.conv_input"]
+    for stage in ("conv1", "conv2", "conv3", "conv4"):
+        blocks = network.get_submodule(f"backbone_3d.{stage}").named_children()
+        names += [f"backbone_3d.{stage}.{name}" for name, _ in blocks]
+    names.append("backbone_3d.conv_out")
+    for level in range(len(network.backbone_2d.blocks)):
+        names += [f"backbone_2d.blocks.{level}", f"backbone_2d.deblocks.{level}"]
+    groups = range(len(network.dense_head.heads_list))
+    return [*names, "dense_head.shared_conv", *(f"dense_head.heads_list.{i}" for i in groups)]
 
 
 def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:

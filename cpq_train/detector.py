@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpq_train.arms import (
     Arm,
@@ -31,6 +31,7 @@ from cpq_train.optim import OptimizerConfig, new_optimizer
 from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.starting_point import CalibrationConfig, improve
 
 Batch = dict[str, Any]
 
@@ -48,6 +49,7 @@ class CenterPointDetector(LightningModule):
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
         optimizer: Learning rate and schedule.
+        calibration: What calibration does beyond finding ranges.
     """
 
     network: CenterPoint  # built by `configure_model`
@@ -62,6 +64,7 @@ class CenterPointDetector(LightningModule):
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
@@ -74,6 +77,7 @@ class CenterPointDetector(LightningModule):
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
                 "optimizer": asdict(optimizer),
+                "calibration": asdict(calibration),
             },
             logger=False,
         )
@@ -81,6 +85,7 @@ class CenterPointDetector(LightningModule):
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
+        self.calibration = calibration
         self.subject: Subject | None = None
 
     def configure_model(self) -> None:
@@ -122,7 +127,11 @@ class CenterPointDetector(LightningModule):
 
     def forward(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Raw outputs of every head for a batch of voxels."""
-        heads: list[dict[str, Tensor]] = self.network(
+        return self._run(self.network, batch)
+
+    def _run(self, network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+        batch = self.to_device(batch)
+        heads: list[dict[str, Tensor]] = network(
             batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
         )
         return heads
@@ -177,7 +186,8 @@ class CenterPointDetector(LightningModule):
         self.print_coverage()
         with collecting_ranges(self.network):
             for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
-                self(self.to_device(batch))
+                self(batch)
+        extras = improve(self.subject, loader, self._run, self.calibration, self._is_global_zero())
         self.subject.calibration = {
             "method": self.subject.scheme.input.method if self.subject.scheme else None,
             "num_samples": datamodule.num_calibration_samples,  # type: ignore[attr-defined]
@@ -185,6 +195,7 @@ class CenterPointDetector(LightningModule):
             "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
             "seed": datamodule.seed,  # type: ignore[attr-defined]
             "source_sha256": self.subject.parents.get("float"),
+            **extras,
         }
 
     def print_coverage(self) -> None:

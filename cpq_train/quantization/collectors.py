@@ -31,8 +31,8 @@ class Collector(Protocol):
 
 
 def new_collector(scheme: QuantizerScheme) -> Collector:
-    """The collector for `scheme.method`."""
-    return MaxCollector() if scheme.method == "max" else HistogramCollector(scheme)
+    """The collector for `scheme.method`; the foreground search starts from the largest magnitude."""
+    return MaxCollector() if scheme.method in ("max", "foreground") else HistogramCollector(scheme)
 
 
 class MaxCollector:

@@ -79,8 +79,10 @@ class QuantizedConvolution(nn.Module):
             x: Features.
             convolve: The convolution of features with a weight, without bias; linear in both.
         """
+        pair = (self._input_quantizer, self._weight_quantizer)
+        is_integer = self.is_integer and all(q is not None and q.is_active for q in pair)
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
-            return self._integer(x.float(), convolve) if self.is_integer else self._simulated(x, convolve)
+            return self._integer(x.float(), convolve) if is_integer else self._simulated(x, convolve)
 
     def _simulated(self, x: Tensor, convolve: Convolve) -> Tensor:
         x = x.float() if self._input_quantizer is None else self._input_quantizer(x)

@@ -33,7 +33,7 @@ KINDS = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd
 OUTPUT_CHANNEL_AXIS = {"SubMConv3d": 0, "SparseConv3d": 0, "Conv2d": 0, "ConvTranspose2d": 1}
 """Axis of the output channels in a weight: spconv 2 stores KRSC; ConvTranspose2d stores (in, out, kH, kW)."""
 
-INPUT_METHODS = ("max", "percentile", "mse", "entropy")
+INPUT_METHODS = ("max", "percentile", "mse", "entropy", "foreground")
 WEIGHT_METHODS = ("max",)
 GRANULARITIES = ("per_tensor", "per_channel")
 MODES = ("static", "dynamic", "off")
@@ -48,7 +48,7 @@ class QuantizerScheme:
         signed: Two's complement or non-negative codes.
         narrow_range: Leave out the most negative code.
         granularity: One amax per tensor, or one per output channel (weights only).
-        method: How amax is found: max; for inputs also percentile, mse, entropy.
+        method: How amax is found: max; for inputs also percentile, mse, entropy, foreground.
         mode: static (amax found by calibration), dynamic (max of each tensor), off (stays float).
         percentile: Share of the values kept inside amax, in percent, for `method: percentile`.
         count_zeros: Whether zeros take part in percentile and entropy. A BEV map is mostly zeros, which

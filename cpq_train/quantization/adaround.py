@@ -1,0 +1,217 @@
+"""AdaRound: learns, weight by weight, whether to round up or down, so that a block keeps its float output.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (ICML 2020), with whole blocks in
+place of single layers (Li et al., "BRECQ", ICLR 2021). The weight becomes
+
+    clamp(floor(w / step) + h(V), qmin, qmax) * step
+    h(V) = clamp(sigmoid(V) * (zeta - gamma) + gamma, 0, 1)
+
+and V is learned on the squared error of the block's output plus `lambda * sum(1 - |2 h(V) - 1|^beta)`, which
+drives h to 0 or 1. Values of zeta, gamma, lambda, beta, the warm-up and Adam's learning rate are those of the
+paper and its authors' implementation (AIMET).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cpq_train.quantization.calibration import quantizers
+from cpq_train.quantization.fake_quant import IntegerFormat
+from cpq_train.quantization.layers import QuantizedConvolution
+from cpq_train.quantization.twins import Twins, squared_error
+
+ZETA, GAMMA = 1.1, -0.1
+LAMBDA = 0.01
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+WARMUP_SHARE = 0.2
+"""Share of the steps without the regulariser."""
+LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class BlockRounding:
+    """What learning the rounding of one block brought.
+
+    Attributes:
+        block: Name of the block.
+        nearest: Squared error of its output with every weight rounded to the nearest.
+        learned: The same with learned rounding; where it is not smaller, the block kept nearest rounding.
+    """
+
+    block: str
+    nearest: float
+    learned: float
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the learned rounding is in place."""
+        return self.learned < self.nearest
+
+
+@dataclass
+class _Call:
+    """One pass of a block: its inputs, its quantized output, and what the float block put out."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+    target: Any
+
+
+class _Rounding:
+    """Learned rounding of one weight; a weight whose amax is 0 stays 0."""
+
+    def __init__(self, layer: QuantizedConvolution) -> None:
+        assert layer._weight_quantizer is not None
+        found = layer._weight_quantizer.range_of(layer.weight)
+        scale = found.scale.detach()
+        self._format = layer._weight_quantizer.format
+        self._step = torch.where(scale == 0, 0.0, found.step.detach())
+        scaled = layer.weight.detach() * scale
+        self._floor = scaled.floor()
+        share = scaled - self._floor
+        self.logits = torch.logit((share - GAMMA) / (ZETA - GAMMA)).requires_grad_()
+
+    def soft(self) -> Tensor:
+        """The weight with every code between its two neighbours."""
+        return self._weight(self._share())
+
+    def hard(self) -> Tensor:
+        """The weight on its grid: rounding it to the nearest gives the learned codes."""
+        return self._weight(self.logits.detach() >= 0)
+
+    def indecision(self, beta: float) -> Tensor:
+        """Sum of `1 - |2 h - 1|^beta`: 0 where every weight is decided."""
+        decided = (2 * self._share() - 1).abs()
+        return (1 - decided.pow(beta)).sum()
+
+    def _share(self) -> Tensor:
+        return (self.logits.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def _weight(self, up: Tensor) -> Tensor:
+        return (self._floor + up).clamp(self._format.qmin, self._format.qmax) * self._step
+
+
+def round_adaptively(twins: Twins, blocks: Sequence[str], num_steps: int) -> list[BlockRounding]:
+    """Learn the rounding of block after block, each on inputs from the blocks rounded before it.
+
+    Weights end on their quantization grid, so that rounding to the nearest finds the learned codes; amax does
+    not change. Weights that are not quantized to integers by a static range are left alone.
+
+    Args:
+        twins: The networks and the batches; inputs and outputs of one block are kept at a time.
+        blocks: Names of modules in the order in which they run.
+        num_steps: Steps per block, each on one batch.
+
+    Returns:
+        What it brought, for every block with a weight to round.
+    """
+    results = [_round_block(twins, name, num_steps) for name in twins.track(blocks, "Learning to round")]
+    return [result for result in results if result is not None]
+
+
+def _round_block(twins: Twins, name: str, num_steps: int) -> BlockRounding | None:
+    block = twins.network.get_submodule(name)
+    layers = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedConvolution)}
+    layers = {n: layer for n, layer in layers.items() if _has_static_codes(layer)}
+    if not layers:
+        return None
+    calls = _calls(twins, name)
+    nearest = sum(float(squared_error(call.output, call.target)) for call in calls) / len(calls)
+    roundings = {n: _Rounding(layer) for n, layer in layers.items()}
+    _learn(block, calls, roundings, num_steps)
+    before = {n: layer.weight.detach().clone() for n, layer in layers.items()}
+    _set_weights(layers, {n: rounding.hard() for n, rounding in roundings.items()})
+    with torch.no_grad():
+        learned = sum(float(squared_error(block(*call.inputs), call.target)) for call in calls) / len(calls)
+    _forget(block)
+    result = BlockRounding(name, nearest, learned)
+    if not result.is_kept:
+        _set_weights(layers, before)
+    return result
+
+
+def _has_static_codes(layer: QuantizedConvolution) -> bool:
+    quantizer = layer._weight_quantizer
+    return (
+        quantizer is not None
+        and quantizer.scheme.mode == "static"
+        and isinstance(quantizer.format, IntegerFormat)
+    )
+
+
+def _calls(twins: Twins, name: str) -> list[_Call]:
+    targets = [output for _, output in _recorded(twins, twins.float_network, name)]
+    quantized = _recorded(twins, twins.network, name)
+    return [_Call(*seen, target) for seen, target in zip(quantized, targets, strict=True)]
+
+
+class _Stop(Exception):
+    """Ends a forward pass behind the block of interest."""
+
+
+@torch.no_grad()
+def _recorded(twins: Twins, network: nn.Module, name: str) -> list[tuple[tuple[Any, ...], Any]]:
+    """Inputs and output of a block for every batch."""
+    seen: list[tuple[tuple[Any, ...], Any]] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        seen.append((inputs, output))
+        raise _Stop
+
+    handle = network.get_submodule(name).register_forward_hook(record)
+    for batch in twins.batches:
+        with suppress(_Stop):
+            twins.forward(network, batch)
+    handle.remove()
+    _forget(network)
+    return seen
+
+
+def _learn(block: nn.Module, calls: Sequence[_Call], roundings: dict[str, _Rounding], num_steps: int) -> None:
+    """Learn the logits; weights enter softly rounded, so their quantizers are off, the inputs' stay on."""
+    fixed = {n: p.detach() for n, p in block.named_parameters()}
+    optimizer = torch.optim.Adam([r.logits for r in roundings.values()], lr=LEARNING_RATE)
+    with _weights_as_they_are(block):
+        for step in range(num_steps):
+            call = calls[step % len(calls)]
+            soft = {f"{n}.weight".lstrip("."): r.soft() for n, r in roundings.items()}
+            loss = squared_error(functional_call(block, {**fixed, **soft}, call.inputs), call.target)
+            progress = (step / num_steps - WARMUP_SHARE) / (1 - WARMUP_SHARE)
+            if progress >= 0:
+                beta = LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 + math.cos(math.pi * progress)) / 2
+                loss = loss + LAMBDA * sum(r.indecision(beta) for r in roundings.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            _forget(block)
+
+
+@contextmanager
+def _weights_as_they_are(block: nn.Module) -> Iterator[None]:
+    chosen = [q for n, q in quantizers(block).items() if n.endswith("_weight_quantizer")]
+    for quantizer in chosen:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in chosen:
+            quantizer.enable()
+
+
+@torch.no_grad()
+def _set_weights(layers: dict[str, QuantizedConvolution], weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        layers[name].weight.copy_(weight)
+
+
+def _forget(module: nn.Module) -> None:
+    for quantizer in quantizers(module).values():
+        quantizer.forget()
