@@ -89,8 +89,8 @@ class _Rounding:
 
     def indecision(self, beta: float) -> Tensor:
         """Sum of `1 - |2 h - 1|^beta`: 0 where every weight is decided."""
-        decided = (2 * self._share() - 1).abs()
-        return (1 - decided.pow(beta)).sum()
+        decided: Tensor = (2 * self._share() - 1).abs()
+        return torch.sum(1 - decided.pow(beta))
 
     def _share(self) -> Tensor:
         return (self.logits.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
