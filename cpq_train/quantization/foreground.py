@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.quantization.calibration import quantizers
 from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.switches import quantizers
 from cpq_train.quantization.twins import Twins
 
 Objective = Callable[[Any, Any], Tensor]

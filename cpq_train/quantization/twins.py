@@ -11,7 +11,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from cpq_train.quantization.calibration import quantizers
+from cpq_train.quantization.switches import quantizers
 from cpq_train.sparse import SparseConvTensor
 
 T = TypeVar("T")
