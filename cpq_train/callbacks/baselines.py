@@ -70,9 +70,10 @@ class Baselines(Callback):
         if cached is not None:
             return cached
         assert module.subject is not None
-        if module.subject.is_tuned:
+        if module.subject.is_tuned or (arm == "float" and not module.subject.has_float_weights):
             rank_zero_warn(
-                f"the {arm} baseline was never scored, and a run that goes on has other weights by now"
+                f"the {arm} baseline was never scored, and the weights are no longer its own "
+                "(a float_tuned run scores the float one)"
             )
             return None
         score = _evaluate(arm, trainer, module, data)

@@ -90,7 +90,7 @@ class _Rounding:
     def indecision(self, beta: float) -> Tensor:
         """Sum of `1 - |2 h - 1|^beta`: 0 where every weight is decided."""
         decided: Tensor = (2 * self._share() - 1).abs()
-        return torch.sum(1 - decided.pow(beta))
+        return torch.sum(1 - torch.pow(decided, beta))
 
     def _share(self) -> Tensor:
         return (self.logits.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
@@ -113,7 +113,8 @@ def round_adaptively(twins: Twins, blocks: Sequence[str], num_steps: int) -> lis
     Returns:
         What it brought, for every block with a weight to round.
     """
-    results = [_round_block(twins, name, num_steps) for name in twins.track(blocks, "Learning to round")]
+    rounded = twins.track(blocks, "Learning to round")
+    results = [_round_block(twins, name, num_steps) for name in rounded if twins.batches]
     return [result for result in results if result is not None]
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cpq_train.quantization.batchnorm import followed_by_batchnorm
 from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.twins import Twins
 from cpq_train.sparse import SparseConvTensor
@@ -38,11 +40,12 @@ class _MeanError:
 
 @torch.no_grad()
 def correct_biases(twins: Twins) -> None:
-    """Shift the biases of the quantized convolutions so that every channel has its float mean.
+    """Shift the biases of the quantized convolutions so that every channel keeps its float mean.
 
     Each batch runs once in float and once quantized; in the second pass a layer's mean error is taken off its
     output at once, so that the layers behind it are measured on corrected inputs. The errors, averaged over
-    all places of all batches, go into the biases; a layer without one gets one.
+    all places of all batches, go into the biases. A layer without a bias gets one, unless a BatchNorm follows
+    it: then they go into its running mean, which has the same effect.
 
     Args:
         twins: The networks and the batches.
@@ -50,8 +53,9 @@ def correct_biases(twins: Twins) -> None:
     errors = {name: _MeanError() for name in _convolutions(twins.network)}
     for batch in twins.track(twins.batches, "Correcting biases"):
         _measure(twins, batch, errors)
+    norms = {name: getattr(parent, bn) for name, parent, _, bn in followed_by_batchnorm(twins.network)}
     for name, layer in _convolutions(twins.network).items():
-        _shift_bias(layer, errors[name].value)
+        _take_off(errors[name].value, layer, norms.get(name))
 
 
 def _measure(twins: Twins, batch: Any, errors: dict[str, _MeanError]) -> None:
@@ -112,7 +116,10 @@ def _minus(output: Any, error_C: Tensor) -> Any:
     return output.replace_feature(corrected) if isinstance(output, SparseConvTensor) else corrected
 
 
-def _shift_bias(layer: QuantizedConvolution, error_C: Tensor | float) -> None:
+def _take_off(error_C: Tensor | float, layer: QuantizedConvolution, norm: _BatchNorm | None) -> None:
+    if layer.bias is None and norm is not None and norm.running_mean is not None:
+        norm.running_mean.copy_(norm.running_mean.double() + error_C)
+        return
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
     layer.bias.copy_(layer.bias.double() - error_C)
