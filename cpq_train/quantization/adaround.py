@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class _Rounding:
         assert layer._weight_quantizer is not None
         found = layer._weight_quantizer.range_of(layer.weight)
         scale = found.scale.detach()
-        self._format = layer._weight_quantizer.format
+        self._format = cast(IntegerFormat, layer._weight_quantizer.format)
         self._step = torch.where(scale == 0, 0.0, found.step.detach())
         scaled = layer.weight.detach() * scale
         self._floor = scaled.floor()
@@ -89,14 +89,15 @@ class _Rounding:
 
     def indecision(self, beta: float) -> Tensor:
         """Sum of `1 - |2 h - 1|^beta`: 0 where every weight is decided."""
-        decided: Tensor = (2 * self._share() - 1).abs()
-        return torch.sum(1 - torch.pow(decided, beta))
+        decided = (2 * self._share() - 1).abs()
+        return torch.sum(1 - decided.pow(beta))
 
     def _share(self) -> Tensor:
         return (self.logits.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def _weight(self, up: Tensor) -> Tensor:
-        return (self._floor + up).clamp(self._format.qmin, self._format.qmax) * self._step
+        codes = torch.clamp(self._floor + up, self._format.qmin, self._format.qmax)
+        return codes * self._step
 
 
 def round_adaptively(twins: Twins, blocks: Sequence[str], num_steps: int) -> list[BlockRounding]:

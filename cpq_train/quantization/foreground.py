@@ -47,7 +47,9 @@ def search_ranges(twins: Twins, objective: Objective) -> dict[str, float]:
         Quantizer name -> the fraction of its range that was kept.
     """
     searched = {n: q for n, q in quantizers(twins.network).items() if is_searched(q)}
-    wanted = [twins.forward(twins.float_network, batch) for batch in twins.batches] if searched else []
+    if not searched:
+        return {}
+    wanted = [twins.forward(twins.float_network, batch) for batch in twins.batches]
 
     def error() -> float:
         pairs = zip(wanted, twins.batches, strict=True)
