@@ -19,13 +19,22 @@ def scheme(weight: dict[str, Any] | None = None, input: dict[str, Any] | None = 
     )
 
 
+def _trained_looking(network: nn.Module) -> nn.Module:
+    """Weights three times their initial size: outputs of the size that those of a trained network have."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(3.0)
+    return network
+
+
 def dense_network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
+    layers = nn.Sequential(
         nn.Sequential(nn.Conv2d(4, 12, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.ConvTranspose2d(12, 8, 2, stride=2), nn.ReLU()),
         nn.Conv2d(8, 3, 3, padding=1, bias=False),
     )
+    return _trained_looking(layers)
 
 
 def dense_batches(num: int = 2) -> list[Tensor]:
@@ -40,10 +49,11 @@ def dense_batches(num: int = 2) -> list[Tensor]:
 
 def sparse_network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
+    layers = nn.Sequential(
         SparseSequential(SubMConv3d(4, 12, 3, padding=1, bias=False, indice_key="a"), nn.ReLU()),
-        SparseSequential(SparseConv3d(12, 8, 3, stride=2, padding=1, indice_key="b"), nn.ReLU()),
+        SparseSequential(SparseConv3d(12, 8, 3, stride=2, padding=1, indice_key="b")),
     )
+    return _trained_looking(layers)
 
 
 def sparse_batches(num: int = 2) -> list[SparseConvTensor]:

@@ -47,7 +47,7 @@ def test_the_mean_error_of_the_output_falls(kind: str, input_mode: str) -> None:
     twins = calibrated(kind, scheme(input={"mode": input_mode}))
     before = _mean_error(twins).norm()
     correct_biases(twins)
-    assert _mean_error(twins).norm() < 0.1 * before
+    assert _mean_error(twins).norm() < 0.2 * before
     assert all(layer.bias is not None for layer in twins.network.modules() if hasattr(layer, "kind"))
 
 

@@ -1,0 +1,126 @@
+"""`calibrate` with better starting points on: what it changes, writes and refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cpq_train.arms import build, from_weights, reconstruction_blocks
+from cpq_train.cli import main
+from cpq_train.errors import UserError
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.starting_point import CalibrationConfig, spread
+
+SMALL: dict[str, Any] = {
+    "voxel_size": (0.64, 0.64, 0.32),
+    "backbone_3d_channels": (4, 8, 8, 8),
+    "backbone_3d_num_blocks": (1, 1, 1, 1),
+    "backbone_3d_out_channels": 8,
+    "backbone_2d_num_layers": (1, 1),
+    "backbone_2d_channels": (8, 8),
+    "upsample_channels": (8, 8),
+    "upsample_strides": (2, 4),
+    "head_channels": 8,
+}
+CONFIG = NetworkConfig(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def scheme_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("scheme") / "scheme.yaml"
+    scheme = {
+        "defaults": {"weight": {"bits": 4}, "input": {"method": "max"}},
+        "rules": [{"layers": "dense_head.shared_conv.0", "input": {"method": "foreground"}}],
+    }
+    file.write_text(yaml.safe_dump(scheme))
+    return file
+
+
+@pytest.fixture(scope="module")
+def calibrated(simulated_root: Path, scheme_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Calibrates a fresh network with more options of the command line -> path of the PTQ checkpoint."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    torch.manual_seed(0)
+    subject = build(CONFIG, "float", None)
+    state = {f"network.{name}": tensor for name, tensor in subject.network.state_dict().items()}
+    torch.save({"state_dict": state, "quantization": subject.describe()}, folder / "float.ckpt")
+    options = ["calibrate", "-c", "configs/quickstart_float.yaml", "--data.root", str(simulated_root)]
+    options += [f"--model.network.{name}={list(v) if isinstance(v, tuple) else v}" for name, v in SMALL.items()]
+    options += ["--data.num_sweeps=1", "--data.batch_size=1", "--data.num_workers=0"]
+    options += ["--data.num_calibration_samples=3", f"--model.scheme={scheme_file}"]
+    options += [f"--model.weights={folder}/float.ckpt", f"--trainer.default_root_dir={folder}"]
+
+    def calibrate(name: str, *more: str) -> Path:
+        main([*options, *more, f"--output={folder}/{name}.ckpt"])
+        return folder / f"{name}.ckpt"
+
+    return calibrate
+
+
+@pytest.fixture(scope="module")
+def plain(calibrated: Any) -> Path:
+    return calibrated("plain")
+
+
+@pytest.fixture(scope="module")
+def improved(calibrated: Any) -> Path:
+    options = {"bias_correction": "true", "adaround_num_steps": "10", "num_batches": "2"}
+    return calibrated("improved", *(f"--model.calibration.{key}={value}" for key, value in options.items()))
+
+
+def _changed(path: Path, other: Path) -> set[str]:
+    states = [torch.load(p, weights_only=True)["state_dict"] for p in (path, other)]
+    return {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+
+
+def test_weights_and_biases_change_and_ranges_do_not(plain: Path, improved: Path) -> None:
+    changed = _changed(plain, improved)
+    assert {name.rsplit(".", 1)[1] for name in changed} == {"weight", "bias"}
+    assert "network.backbone_3d.conv_input.0.bias" in changed
+    assert "network.dense_head.heads_list.5.hm.1.bias" in changed
+
+
+def test_the_checkpoint_says_what_was_done(plain: Path, improved: Path) -> None:
+    entries = {"bias_correction": True, "adaround_num_steps": 10, "num_batches": 2}
+    assert entries.items() <= from_weights(CONFIG, improved, None, None).describe()["calibration"].items()
+    entries = {"bias_correction": False, "adaround_num_steps": 0}
+    assert entries.items() <= from_weights(CONFIG, plain, None, None).describe()["calibration"].items()
+
+
+def test_changed_weights_are_no_float_baseline(plain: Path, improved: Path) -> None:
+    assert from_weights(CONFIG, plain, "qat", None).has_float_weights
+    assert not from_weights(CONFIG, improved, "qat", None).has_float_weights
+    from_weights(CONFIG, plain, "float_tuned", None)
+    with pytest.raises(UserError, match="its calibration changed the weights"):
+        from_weights(CONFIG, improved, "float_tuned", None)
+
+
+def test_calibration_repeats_bit_for_bit(improved: Path, calibrated: Any) -> None:
+    options = {"bias_correction": "true", "adaround_num_steps": "10", "num_batches": "2"}
+    again = calibrated("again", *(f"--model.calibration.{key}={value}" for key, value in options.items()))
+    assert _changed(improved, again) == set()
+
+
+def test_blocks_hold_every_convolution_once_in_the_order_of_the_pass() -> None:
+    network = CenterPoint(CONFIG).eval()
+    blocks, order = reconstruction_blocks(network), []
+    for name in blocks:
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+    network(torch.randn(1, 5), torch.tensor([[0, 3, 20, 20]]).int(), 1)
+    assert order == blocks
+    convolutions = [n for n, m in network.named_modules() if hasattr(m, "kernel_size")]
+    for name in convolutions:
+        assert sum(name.startswith(f"{block}.") for block in blocks) == 1, name
+
+
+def test_batches_are_spread_over_the_loader() -> None:
+    assert spread(range(12), 4) == [0, 3, 6, 9]
+    assert spread(range(3), 8) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("adaround_num_steps", -1), ("num_batches", 0)])
+def test_impossible_numbers_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"model.calibration.{name} is {value}"):
+        CalibrationConfig(**{name: value})
