@@ -114,6 +114,9 @@ class CenterPointDetector(LightningModule):
             self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
+        # Here and not when fitting starts: the optimizer and DDP are set up in between.
+        if self.subject is not None and self.subject.arm == "qat" and not self._is_resuming():
+            set_range_policy(self.subject, self.ranges.amax)
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None
@@ -123,6 +126,7 @@ class CenterPointDetector(LightningModule):
         for dense in (subject.network.backbone_2d, subject.network.dense_head):
             dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
         self.network = subject.network
+        self._freeze_batchnorm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what it is."""
@@ -175,8 +179,6 @@ class CenterPointDetector(LightningModule):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
-        if self.subject.arm == "qat":
-            set_range_policy(self.subject, self.ranges.amax)
         self._freeze_batchnorm()
 
     def on_fit_end(self) -> None:
