@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +33,11 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
-from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
+from cpq_train.quantization.batchnorm import (
+    BatchNormPolicy,
+    freeze_batchnorm,
+    trains_on_parts_of_a_batch,
+)
 from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.range_policy import (
     RangePolicy,
@@ -180,6 +185,10 @@ class CenterPointDetector(LightningModule):
         else:
             self.print_coverage()
         self._freeze_batchnorm()
+        if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
+            rank_zero_warn(
+                "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
+            )
 
     def on_fit_end(self) -> None:
         """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
