@@ -35,7 +35,7 @@ class Subject:
         prepared: Which layers could be quantized, and what was.
         scheme: How it is quantized, None where it is not.
         calibration: How its ranges were found.
-        parents: Arm -> SHA-256 of the checkpoints it came from.
+        parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
         is_tuned: Whether its weights are no longer those it was calibrated or folded with.
     """
 

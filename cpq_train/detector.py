@@ -23,14 +23,16 @@ from cpq_train.arms import (
 )
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
-from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
 from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.teacher import Teacher, teacher_path
 
 Batch = dict[str, Any]
 
@@ -48,6 +50,7 @@ class CenterPointDetector(LightningModule):
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
         optimizer: Learning rate and schedule.
+        distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
     """
 
     network: CenterPoint  # built by `configure_model`
@@ -62,6 +65,7 @@ class CenterPointDetector(LightningModule):
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
@@ -74,6 +78,7 @@ class CenterPointDetector(LightningModule):
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
                 "optimizer": asdict(optimizer),
+                "distillation": distillation and asdict(distillation),
             },
             logger=False,
         )
@@ -81,7 +86,9 @@ class CenterPointDetector(LightningModule):
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
+        self.distillation = distillation
         self.subject: Subject | None = None
+        self._teacher: Teacher | None = None
 
     def configure_model(self) -> None:
         """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
@@ -101,8 +108,7 @@ class CenterPointDetector(LightningModule):
 
     def _adopt(self, subject: Subject) -> None:
         self.subject = subject
-        for dense in (subject.network.backbone_2d, subject.network.dense_head):
-            dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
+        subject.network.dense_channels_last()
         self.network = subject.network
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -131,12 +137,21 @@ class CenterPointDetector(LightningModule):
         """Loss of a batch; logs it with its parts."""
         config = self.network_config
         targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
-        losses = center_loss(self(batch), targets, self.code_weights, self.loc_weight)
+        heads, distilled = self._run_with_teacher(batch)
+        losses = center_loss(heads, targets, self.code_weights, self.loc_weight)
+        if distilled:
+            losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
         size = batch["batch_size"]
         self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
         parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
         self.log_dict(parts, batch_size=size)
         return losses["loss"]
+
+    def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
+        """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
+        if self._teacher is None or self.distillation is None:
+            return self(batch), {}
+        return self._teacher.instruct(self.network, batch, self.distillation, self.code_weights)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
@@ -152,10 +167,22 @@ class CenterPointDetector(LightningModule):
         assert self.subject is not None
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
+        if self.distillation is not None:
+            self._teacher = self._find_teacher(self.distillation)
         if needs_calibration(self.subject):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
+
+    def _find_teacher(self, config: DistillationConfig) -> Teacher:
+        assert self.subject is not None
+        path = teacher_path(config, self.subject.arm, self.weights)
+        teacher = Teacher(path, self.network_config, self.device)
+        before = self.subject.parents.get("teacher", teacher.sha256)
+        if self._is_resuming() and before != teacher.sha256:
+            raise UserError(f"teacher {path!r} is not the one that the run began with (SHA-256 {before})")
+        self.subject.parents["teacher"] = teacher.sha256
+        return teacher
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""

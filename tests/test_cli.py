@@ -198,6 +198,46 @@ def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: 
         assert torch.equal(value, resumed[name]), name
 
 
+def _distilled(root: Path, run: Path, weights: Path, *more: str) -> list[str]:
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(root, run), "--model.weights", str(weights)]
+    return [*options, "--model.distillation.box_weight", "0.5", "--trainer.log_every_n_steps", "1", *more]
+
+
+def test_distillation(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Its parts are logged, and the teacher leaves no trace in the checkpoint but its SHA-256."""
+    teacher = arms["float"] / "checkpoints/last.ckpt"
+    given = ("--model.distillation.teacher", str(teacher))
+    main(_distilled(simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *given))
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/distill_heatmap", "train/distill_box", "train/distill_bev"} <= set(header)
+    plain, new = (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (arms["qat"], tmp_path)
+    )
+    assert new["state_dict"].keys() == plain["state_dict"].keys()
+    num_states = [len(checkpoint["optimizer_states"][0]["state"]) for checkpoint in (plain, new)]
+    assert num_states[0] == num_states[1]
+    assert any(not torch.equal(new["state_dict"][k], v) for k, v in plain["state_dict"].items())
+    assert new["quantization"]["parents"].pop("teacher") == new["quantization"]["parents"]["float"]
+    assert new["quantization"]["parents"] == plain["quantization"]["parents"]
+
+
+def test_resumed_distillation_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Started from float weights, which are then the teacher."""
+    weights = arms["float"] / "checkpoints/last.ckpt"
+
+    def fit(run: Path, *more: str) -> dict[str, torch.Tensor]:
+        options = _distilled(simulated_root, run, weights, "--model.arm", "float_tuned", *more)
+        options[options.index("--trainer.max_epochs") + 1] = "2"
+        main(options)
+        return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    whole = fit(tmp_path / "whole", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
+    first = next(p for p in (tmp_path / "whole/checkpoints").glob("epoch00*.ckpt"))
+    resumed = fit(tmp_path / "resumed", "--ckpt_path", str(first))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
 def test_a_fit_logs_to_wandb(
     arms: Run, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +432,18 @@ def test_arms_that_fit_does_not_make(
     assert "fit makes float, float_tuned or qat" in error
     error = _fails([*fit, "-c", OVERLAY], capsys)
     assert "model.arm 'qat' starts from a checkpoint" in error
+
+
+def test_distillation_without_a_float_teacher(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _distilled(simulated_root, tmp_path / "run", arms["ptq"] / "ptq.ckpt")
+    assert "is 'ptq': give model.distillation.teacher" in _fails(options, capsys)
+    wrong = ("--model.distillation.teacher", str(arms["qat"] / "checkpoints/last.ckpt"))
+    assert "is 'qat': give model.distillation.teacher" in _fails([*options, *wrong], capsys)
+    options = ["fit", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")]
+    error = _fails([*options, "--model.distillation.bev_weight", "1"], capsys)
+    assert "model.distillation is for model.arm qat or float_tuned, not for 'float'" in error
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
