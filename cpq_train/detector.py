@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +24,15 @@ from cpq_train.arms import (
     needs_calibration,
 )
 from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import network_state
+from cpq_train.interop.checkpoint import network_state, sha256_of
+from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
-from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.teacher import Teacher, teacher_path
@@ -193,26 +196,46 @@ class CenterPointDetector(LightningModule):
                 "or set model.arm to float"
             )
 
-    def calibrate(self, datamodule: LightningDataModule) -> None:
+    def calibrate(self, datamodule: LightningDataModule, ranges: Path | None = None) -> None:
         """Find the activation ranges on the data module's calibration samples; every rank sees all of them.
 
+        Args:
+            datamodule: Gives the samples.
+            ranges: File of another project whose amax are taken instead; samples are only needed for the
+                quantizers that it leaves without.
+
         Raises:
-            UserError: There are no such samples, or a range came out unfit.
+            UserError: There are no such samples, `ranges` holds no amax, or a range came out unfit.
         """
         assert self.subject is not None
-        loader = datamodule.calibration_dataloader()  # type: ignore[attr-defined]
         self.print_coverage()
-        with collecting_ranges(self.network):
-            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
-                self(self.to_device(batch))
+        taken = {} if ranges is None else self._ranges_of(ranges)
+        self.network.load_state_dict(taken, strict=False)
+        needs_samples = ranges is None or needs_calibration(self.subject)
+        if needs_samples:
+            self._calibrate_on(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
+            self.network.load_state_dict(taken, strict=False)
+        check_ranges(self.network)
         self.subject.calibration = {
             "method": self.subject.scheme.input.method if self.subject.scheme else None,
-            "num_samples": datamodule.num_calibration_samples,  # type: ignore[attr-defined]
+            "num_samples": datamodule.num_calibration_samples if needs_samples else 0,  # type: ignore[attr-defined]
             "split": datamodule.train_split,  # type: ignore[attr-defined]
             "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
             "seed": datamodule.seed,  # type: ignore[attr-defined]
             "source_sha256": self.subject.parents.get("float"),
+            "ranges_sha256": None if ranges is None else sha256_of(ranges),
         }
+
+    def _ranges_of(self, file: Path) -> dict[str, Tensor]:
+        matched = match_ranges(read_ranges(file), self.network.state_dict())
+        if self._is_global_zero():
+            Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
+        return matched.values
+
+    def _calibrate_on(self, loader: Iterable[Batch]) -> None:
+        with collecting_ranges(self.network):
+            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
+                self(self.to_device(batch))
 
     def print_coverage(self) -> None:
         """Print how many layers of each kind are quantized, at what bits, and which stay float."""

@@ -20,6 +20,7 @@ class QuantTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         output: Path,
+        ranges: Path | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -30,6 +31,9 @@ class QuantTrainer(Trainer):
                 how.
             datamodule: Gives `data.num_calibration_samples` training samples without augmentation.
             output: Where to write the PTQ checkpoint.
+            ranges: A checkpoint with amax of NVIDIA's CenterPoint or of pytorch-quantization: its ranges are
+                taken, and samples are only used for the quantizers that it leaves without. Names that match
+                nothing are listed.
             ckpt_path: Not used: calibration starts from `model.weights`.
             weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
@@ -45,7 +49,7 @@ class QuantTrainer(Trainer):
         datamodule.prepare_data()
         model.configure_model()
         model.to(self.strategy.root_device)
-        model.calibrate(datamodule)
+        model.calibrate(datamodule, ranges)
         num_zero = check_ranges(model.network)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.save_checkpoint(output, weights_only=True)
