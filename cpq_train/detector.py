@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,38 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import Self
 
 from cpq_train.arms import (
     Arm,
     Subject,
     build,
     check_state,
+    fold_checkpoint,
     from_description,
     from_weights,
     needs_calibration,
+    set_range_policy,
 )
 from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import network_state, sha256_of
-from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
+from cpq_train.interop.checkpoint import network_state
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
-from cpq_train.quantization.calibration import check_ranges, collecting_ranges
+from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
+from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.range_policy import (
+    RangePolicy,
+    finish_observing,
+    range_parameters,
+    start_observing,
+)
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.teacher import Teacher, teacher_path
+from cpq_train.teacher import Teacher, find_teacher
 
 Batch = dict[str, Any]
 
@@ -49,6 +58,9 @@ class CenterPointDetector(LightningModule):
             run, or to load a finished one, use `--ckpt_path` instead.
         arm: float, float_tuned, ptq or qat; null is what `weights` is, or float without weights.
         scheme: YAML file that says what to quantize how; null takes that of `weights`.
+        batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
+            folded where a float network becomes another arm.
+        ranges: What becomes of the ranges while the qat arm trains.
         code_weights: Loss weight of each of the ten numbers of a box code.
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
@@ -64,6 +76,8 @@ class CenterPointDetector(LightningModule):
         weights: str | None = None,
         arm: Arm | None = None,
         scheme: str | None = None,
+        batchnorm: BatchNormPolicy | None = None,
+        ranges: RangePolicy = RangePolicy(),  # noqa: B008
         code_weights: tuple[float, ...] = CODE_WEIGHTS,
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
@@ -77,6 +91,8 @@ class CenterPointDetector(LightningModule):
                 "weights": weights,
                 "arm": arm,
                 "scheme": scheme,
+                "batchnorm": batchnorm,
+                "ranges": asdict(ranges),
                 "code_weights": list(code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
@@ -87,6 +103,7 @@ class CenterPointDetector(LightningModule):
         )
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
+        self.batchnorm, self.ranges = batchnorm, ranges
         self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
         self.distillation = distillation
@@ -100,9 +117,9 @@ class CenterPointDetector(LightningModule):
         scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
         arm = self.arm or "float"
         if self.weights is not None and not self._is_resuming():
-            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme))
+            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
         elif arm == "float" or self._is_resuming():
-            self._adopt(build(self.network_config, arm, scheme))
+            self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
 
@@ -152,9 +169,9 @@ class CenterPointDetector(LightningModule):
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
-        if self._teacher is None or self.distillation is None:
+        if self._teacher is None:
             return self(batch), {}
-        return self._teacher.instruct(self.network, batch, self.distillation, self.code_weights)
+        return self._teacher.instruct(self.network, batch, self.code_weights)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
@@ -171,21 +188,43 @@ class CenterPointDetector(LightningModule):
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
         if self.distillation is not None:
-            self._teacher = self._find_teacher(self.distillation)
+            self._teacher = find_teacher(self.distillation, self.subject, self.weights, self._is_resuming())
         if needs_calibration(self.subject):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
+        if self.subject.arm == "qat":
+            set_range_policy(self.subject, self.ranges.amax)
+        self._freeze_batchnorm()
 
-    def _find_teacher(self, config: DistillationConfig) -> Teacher:
+    def on_fit_end(self) -> None:
+        """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
+        last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
         assert self.subject is not None
-        path = teacher_path(config, self.subject.arm, self.weights)
-        teacher = Teacher(path, self.network_config, self.device)
-        before = self.subject.parents.get("teacher", teacher.sha256)
-        if self._is_resuming() and before != teacher.sha256:
-            raise UserError(f"teacher {path!r} is not the one that the run began with (SHA-256 {before})")
-        self.subject.parents["teacher"] = teacher.sha256
-        return teacher
+        is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
+        if is_kept and last and self.trainer.is_global_zero:
+            fold_checkpoint(self.network_config, last, Path(last).with_name("folded.ckpt"))
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; a frozen BatchNorm stays in evaluation."""
+        super().train(mode)
+        self._freeze_batchnorm()
+        return self
+
+    def _freeze_batchnorm(self) -> None:
+        if self.subject is not None and self.subject.batchnorm == "frozen":
+            freeze_batchnorm(self.network)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """In a step in which ranges move, let the quantizers look at its tensors."""
+        self._is_observing = self.ranges.moves_at(self.global_step)
+        if self._is_observing:
+            start_observing(self.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the ranges towards what the quantizers saw."""
+        if self._is_observing:
+            finish_observing(self.network, self.ranges.momentum)
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
@@ -196,26 +235,24 @@ class CenterPointDetector(LightningModule):
                 "or set model.arm to float"
             )
 
-    def calibrate(self, datamodule: LightningDataModule, ranges: Path | None = None) -> None:
+    def calibrate(self, datamodule: LightningDataModule, given: Mapping[str, Tensor] | None = None) -> None:
         """Find the activation ranges on the data module's calibration samples; every rank sees all of them.
 
         Args:
-            datamodule: Gives the samples.
-            ranges: File of another project whose amax are taken instead; samples are only needed for the
-                quantizers that it leaves without.
+            datamodule: Gives the samples, where any are needed.
+            given: Ranges known already, by their names in the network's state dict.
 
         Raises:
-            UserError: There are no such samples, `ranges` holds no amax, or a range came out unfit.
+            UserError: There are no such samples, or a range came out unfit.
         """
         assert self.subject is not None
         self.print_coverage()
-        taken = {} if ranges is None else self._ranges_of(ranges)
-        self.network.load_state_dict(taken, strict=False)
-        needs_samples = ranges is None or needs_calibration(self.subject)
+        given = dict(given or {})
+        self.network.load_state_dict(given, strict=False)
+        needs_samples = not given or needs_calibration(self.subject)
         if needs_samples:
-            self._calibrate_on(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
-            self.network.load_state_dict(taken, strict=False)
-        check_ranges(self.network)
+            self._collect_ranges(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
+            self.network.load_state_dict(given, strict=False)
         self.subject.calibration = {
             "method": self.subject.scheme.input.method if self.subject.scheme else None,
             "num_samples": datamodule.num_calibration_samples if needs_samples else 0,  # type: ignore[attr-defined]
@@ -223,16 +260,9 @@ class CenterPointDetector(LightningModule):
             "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
             "seed": datamodule.seed,  # type: ignore[attr-defined]
             "source_sha256": self.subject.parents.get("float"),
-            "ranges_sha256": None if ranges is None else sha256_of(ranges),
         }
 
-    def _ranges_of(self, file: Path) -> dict[str, Tensor]:
-        matched = match_ranges(read_ranges(file), self.network.state_dict())
-        if self._is_global_zero():
-            Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
-        return matched.values
-
-    def _calibrate_on(self, loader: Iterable[Batch]) -> None:
+    def _collect_ranges(self, loader: Iterable[Batch]) -> None:
         with collecting_ranges(self.network):
             for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
                 self(self.to_device(batch))
@@ -250,7 +280,10 @@ class CenterPointDetector(LightningModule):
         return self._trainer is None or self._trainer.is_global_zero
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule over the whole run, stepped once per batch."""
+        """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = new_optimizer(list(self.parameters()), self.optimizer, steps)
+        ranges = range_parameters(self.network)
+        learned = set(map(id, ranges))
+        weights = [p for p in self.parameters() if p.requires_grad and id(p) not in learned]
+        optimizer, schedule = new_optimizer(weights, self.optimizer, steps, ranges, self.ranges.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.arms import Arm, from_weights
+from cpq_train.arms import Arm, Subject, from_weights
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
 from cpq_train.models import HeadOutput, NetworkConfig
@@ -17,30 +17,6 @@ from cpq_train.models.distillation import DistillationConfig, distillation_loss,
 
 STUDENTS: tuple[Arm, ...] = ("qat", "float_tuned")
 FLOAT_ARMS: tuple[Arm, ...] = ("float", "float_tuned")
-
-
-def teacher_path(config: DistillationConfig, arm: Arm, weights: str | None) -> str:
-    """The checkpoint of the teacher.
-
-    Args:
-        config: Names it, or leaves it to `weights`.
-        arm: What is being trained.
-        weights: `model.weights`.
-
-    Raises:
-        UserError: `arm` learns from no teacher, or there is no float checkpoint.
-    """
-    if arm not in STUDENTS:
-        raise UserError(f"model.distillation is for model.arm {' or '.join(STUDENTS)}, not for {arm!r}")
-    path = config.teacher or weights
-    given = "model.distillation.teacher" if config.teacher else "model.weights"
-    source = None if path is None else read_checkpoint(path)["quantization"]["arm"]
-    if path is None or source not in FLOAT_ARMS:
-        raise UserError(
-            f"model.distillation needs a float teacher, and {given} {path!r} is {source!r}: "
-            f"give model.distillation.teacher, a checkpoint of the arm {' or '.join(FLOAT_ARMS)}"
-        )
-    return path
 
 
 class Teacher:
@@ -52,25 +28,30 @@ class Teacher:
         path: Float checkpoint.
         network: Sizes of the network; those of the checkpoint must agree.
         device: Where to keep it.
+        config: Weights of the parts of the loss.
 
     Raises:
         UserError: The checkpoint is unreadable or of another architecture.
     """
 
-    def __init__(self, path: str, network: NetworkConfig, device: torch.device) -> None:
+    def __init__(
+        self, path: str, network: NetworkConfig, device: torch.device, config: DistillationConfig
+    ) -> None:
         self.sha256 = sha256_of(path)
-        self.network = from_weights(network, path, "float_tuned", None).network
+        self.config = config
+        self.network = from_weights(network, path, "float_tuned", None, "folded").network
         self.network.dense_channels_last()
         self.network.to(device).eval().requires_grad_(False)
 
     def instruct(
-        self,
-        student: CenterPoint,
-        batch: Mapping[str, Any],
-        config: DistillationConfig,
-        code_weights: Sequence[float],
+        self, student: CenterPoint, batch: Mapping[str, Any], code_weights: Sequence[float]
     ) -> tuple[list[HeadOutput], dict[str, Tensor]]:
-        """One forward pass of each; nothing of the teacher's is kept for a backward pass through it.
+        """One forward pass of each; nothing is kept for a backward pass through the teacher.
+
+        Args:
+            student: The network that is trained.
+            batch: Voxels, as the detector gets them.
+            code_weights: Weight of each of the ten numbers of a box code.
 
         Returns:
             The student's raw outputs by head, and the parts of the loss (`distillation_loss`).
@@ -79,4 +60,42 @@ class Teacher:
         with torch.no_grad():
             example = run_observed(self.network, *voxels)
         own = run_observed(student, *voxels)
-        return own.heads, distillation_loss(own, example, config, code_weights)
+        return own.heads, distillation_loss(own, example, self.config, code_weights)
+
+
+def find_teacher(
+    config: DistillationConfig, subject: Subject, weights: str | None, is_resumed: bool
+) -> Teacher:
+    """The teacher of `subject`, on its device and noted among its parents.
+
+    Args:
+        config: Names its checkpoint, or leaves it to `weights`.
+        subject: What is trained.
+        weights: `model.weights`.
+        is_resumed: Whether `subject` goes on with a run, whose teacher it must then be.
+
+    Raises:
+        UserError: The arm learns from no teacher, there is no float checkpoint, or it is not the run's.
+    """
+    if subject.arm not in STUDENTS:
+        raise UserError(
+            f"model.distillation is for model.arm {' or '.join(STUDENTS)}, not for {subject.arm!r}"
+        )
+    path = _float_checkpoint(config.teacher or weights)
+    device = next(subject.network.parameters()).device
+    teacher = Teacher(path, subject.network.config, device, config)
+    known = subject.parents.get("teacher", teacher.sha256)
+    if is_resumed and known != teacher.sha256:
+        raise UserError(f"teacher {path!r} is not the one the run began with, whose SHA-256 is {known}")
+    subject.parents["teacher"] = teacher.sha256
+    return teacher
+
+
+def _float_checkpoint(path: str | None) -> str:
+    arm = None if path is None else read_checkpoint(path)["quantization"]["arm"]
+    if path is None or arm not in FLOAT_ARMS:
+        raise UserError(
+            f"model.distillation needs a float teacher, and {path!r} is {arm!r}: "
+            f"give model.distillation.teacher, a checkpoint of the arm {' or '.join(FLOAT_ARMS)}"
+        )
+    return path

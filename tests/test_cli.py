@@ -198,6 +198,42 @@ def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: 
         assert torch.equal(value, resumed[name]), name
 
 
+def _calibrate(root: Path, tmp_path: Path, weights: Path, *more: str) -> list[str]:
+    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *_tiny(root, tmp_path / "run")]
+    return [*options, "--model.weights", str(weights), "--output", str(tmp_path / "p.ckpt"), *more]
+
+
+def test_ranges_of_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file holds every range no sample is read; where one is missing it is found on samples."""
+    weights, ptq = arms["float"] / "checkpoints/last.ckpt", arms["ptq"] / "ptq.ckpt"
+    state = torch.load(ptq, weights_only=True)["state_dict"]
+    amax = {f"module.{k}": 1.5 * v for k, v in state.items() if k.endswith("_amax")}
+    torch.save(amax, tmp_path / "all.pth")
+    options = _calibrate(simulated_root, tmp_path, weights)
+    main([*options, "--ranges_file", str(tmp_path / "all.pth"), "--data.num_calibration_samples", "0"])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 0
+
+    left_out = "network.backbone_2d.blocks.0.1._input_quantizer._amax"
+    del amax[f"module.{left_out}"]
+    torch.save(
+        {"state_dict": {**amax, "module.neck.x._input_quantizer._amax": torch.ones(1)}}, tmp_path / "f"
+    )
+    capsys.readouterr()
+    main([*options, "--ranges_file", str(tmp_path / "f")])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 2
+    printed = capsys.readouterr().out
+    assert left_out.removeprefix("network.") in printed
+    assert "module.neck.x._input_quantizer._amax: no static quantizer of this name here" in printed
+
+
 def _distilled(root: Path, run: Path, weights: Path, *more: str) -> list[str]:
     options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(root, run), "--model.weights", str(weights)]
     return [*options, "--model.distillation.box_weight", "0.5", "--trainer.log_every_n_steps", "1", *more]
@@ -363,15 +399,20 @@ def test_missing_and_foreign_checkpoint(
 def test_empty_calibration_set(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
-    options += [
-        "--model.weights",
-        str(arms["float"] / "checkpoints/last.ckpt"),
-        "--output",
-        str(tmp_path / "p.ckpt"),
-    ]
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
     error = _fails([*options, "--data.num_calibration_samples", "0"], capsys)
     assert "num_calibration_samples is 0: expected 1 to 6" in error
+    assert not (tmp_path / "p.ckpt").exists()
+
+
+def test_unfit_range_in_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "backbone_2d.blocks.0.1._input_quantizer"
+    torch.save({f"{name}._amax": torch.tensor(-1.0)}, tmp_path / "f.pth")
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
+    error = _fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
+    assert f"{name}: negative in 1 of 1" in error
     assert not (tmp_path / "p.ckpt").exists()
 
 
@@ -394,7 +435,8 @@ def test_another_scheme_than_the_checkpoints(
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt"), "--model.scheme", str(tmp_path / "s.yaml")]
     error = _fails(options, capsys)
     assert "was calibrated with another scheme" in error
-    assert "defaults" in error
+    assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
+    assert "granularity" not in error  # equal in both
 
 
 def test_arm_that_cannot_descend(

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms import build
+from cpq_train.arms import build, from_weights
 from cpq_train.detector import CenterPointDetector
+from cpq_train.errors import UserError
+from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models import CODE_WEIGHTS, CenterPoint, NetworkConfig
 from cpq_train.models.distillation import DistillationConfig, run_observed
-from cpq_train.teacher import Teacher
+from cpq_train.teacher import Teacher, find_teacher
 
 SMALL = NetworkConfig(
     point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0),
@@ -48,17 +50,20 @@ def _load(path: Path) -> CenterPoint:
 
 
 def test_a_step_moves_the_student_alone(checkpoint: Path) -> None:
-    teacher, student = Teacher(str(checkpoint), SMALL, torch.device("cpu")), _load(checkpoint)
+    teacher, student = (
+        Teacher(str(checkpoint), SMALL, torch.device("cpu"), DistillationConfig()),
+        _load(checkpoint),
+    )
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
-        _, parts = teacher.instruct(student, _batch(), DistillationConfig(), CODE_WEIGHTS)
+        _, parts = teacher.instruct(student, _batch(), CODE_WEIGHTS)
         losses.append({name: float(value) for name, value in parts.items()})
         with torch.no_grad():
             student.backbone_2d.blocks[0][1].weight.mul_(0.9)  # the first loss is 0 and moves nothing
         optimizer.zero_grad()
-        _, parts = teacher.instruct(student, _batch(), DistillationConfig(), CODE_WEIGHTS)
+        _, parts = teacher.instruct(student, _batch(), CODE_WEIGHTS)
         torch.stack(list(parts.values())).sum().backward()
         optimizer.step()
     assert list(losses[0].values()) == [0, 0, 0]
@@ -73,14 +78,17 @@ def test_the_detector_neither_saves_nor_trains_its_teacher(checkpoint: Path) -> 
     detector = CenterPointDetector(SMALL, weights=str(checkpoint), arm="float_tuned")
     detector.configure_model()
     names, num_parameters = list(detector.state_dict()), len(list(detector.parameters()))
-    detector._teacher = Teacher(str(checkpoint), SMALL, torch.device("cpu"))
+    detector._teacher = Teacher(str(checkpoint), SMALL, torch.device("cpu"), DistillationConfig())
     assert list(detector.state_dict()) == names
     assert len(list(detector.parameters())) == num_parameters
 
 
 def test_the_teacher_keeps_no_activations(checkpoint: Path) -> None:
     """What autograd saves grows by the loss's own tensors, not by those of a second network."""
-    teacher, student = Teacher(str(checkpoint), SMALL, torch.device("cpu")), _load(checkpoint)
+    teacher, student = (
+        Teacher(str(checkpoint), SMALL, torch.device("cpu"), DistillationConfig()),
+        _load(checkpoint),
+    )
     batch = _batch()
     voxels = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
 
@@ -91,12 +99,22 @@ def test_the_teacher_keeps_no_activations(checkpoint: Path) -> None:
         return len(saved)
 
     plain = num_saved(lambda: student(*voxels))
-    taught = num_saved(lambda: teacher.instruct(student, batch, DistillationConfig(), CODE_WEIGHTS))
+    taught = num_saved(lambda: teacher.instruct(student, batch, CODE_WEIGHTS))
     with torch.no_grad():
         outputs = run_observed(teacher.network, *voxels)
     assert not any(t.requires_grad for head in outputs.heads for t in head.values())
     assert not outputs.bev_BCHW.requires_grad
     assert plain < taught < 1.5 * plain
+
+
+def test_a_run_goes_on_with_its_own_teacher(checkpoint: Path) -> None:
+    subject = from_weights(SMALL, checkpoint, "float_tuned", None)
+    find_teacher(DistillationConfig(), subject, str(checkpoint), is_resumed=False)
+    assert subject.parents == {name: sha256_of(checkpoint) for name in ("float", "teacher")}
+    find_teacher(DistillationConfig(), subject, str(checkpoint), is_resumed=True)
+    subject.parents["teacher"] = "0123"
+    with pytest.raises(UserError, match="not the one the run began with, whose SHA-256 is 0123"):
+        find_teacher(DistillationConfig(), subject, str(checkpoint), is_resumed=True)
 
 
 def test_observing_changes_nothing_and_leaves_no_hook(checkpoint: Path) -> None:

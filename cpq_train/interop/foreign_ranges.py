@@ -28,7 +28,7 @@ _WRAPPERS = re.compile(r"^((module|network)\.)+")
 
 _FROM_DET3D = (
     (r"^backbone\.extra_conv\.", "backbone_3d.conv_out."),
-    (r"^backbone\.conv([234])\.0\.", r"backbone_3d.conv\1.0.0."),
+    (r"^backbone\.conv([234])\.([01])\.", r"backbone_3d.conv\1.0.\2."),
     (r"^backbone\.conv([234])\.3\.", r"backbone_3d.conv\1.1."),
     (r"^backbone\.conv([234])\.4\.", r"backbone_3d.conv\1.2."),
     (r"^backbone\.(conv_input|conv1)\.", r"backbone_3d.\1."),
@@ -36,7 +36,7 @@ _FROM_DET3D = (
     (r"^bbox_head\.shared_conv\.", "dense_head.shared_conv."),
     (r"^(bbox_head\.tasks\.\d+\.)reg\.", r"\1center."),
     (r"^(bbox_head\.tasks\.\d+\.)height\.", r"\1center_z."),
-    (r"^bbox_head\.tasks\.(\d+\.\w+)\.0\.", r"dense_head.heads_list.\1.0.0."),
+    (r"^bbox_head\.tasks\.(\d+\.\w+)\.([01])\.", r"dense_head.heads_list.\1.0.\2."),
     (r"^bbox_head\.tasks\.(\d+\.\w+)\.3\.", r"dense_head.heads_list.\1.1."),
 )
 
