@@ -34,6 +34,9 @@ MAX_PEAKS = 200
 class DistillationConfig:
     """What the student learns from a float teacher.
 
+    With the default weights the gradient of each part was a tenth of that of the detection loss, on a batch of
+    the quickstart data and its network calibrated at 4 bits.
+
     Args:
         teacher: Float checkpoint; null takes `model.weights` where that is one.
         heatmap_weight: Weight of the divergence of the class probabilities.
@@ -45,9 +48,9 @@ class DistillationConfig:
     """
 
     teacher: str | None = None
-    heatmap_weight: float = 1.0
+    heatmap_weight: float = 10.0
     box_weight: float = 0.25
-    bev_weight: float = 1.0
+    bev_weight: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("heatmap_weight", "box_weight", "bev_weight"):
