@@ -34,8 +34,8 @@ MAX_PEAKS = 200
 class DistillationConfig:
     """What the student learns from a float teacher.
 
-    With the default weights the gradient of each part was a tenth of that of the detection loss, on a batch of
-    the quickstart data and its network calibrated at 4 bits.
+    With the default weights the gradient of each part was a tenth of that of the detection loss, on a batch
+    of the quickstart data and its network calibrated at 4 bits.
 
     Args:
         teacher: Float checkpoint; null takes `model.weights` where that is one.
