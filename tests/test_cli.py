@@ -146,6 +146,82 @@ def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: 
         assert torch.equal(value, resumed[name]), name
 
 
+def _calibrate(root: Path, tmp_path: Path, weights: Path, *more: str) -> list[str]:
+    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *tiny_options(root, tmp_path / "run")]
+    return [*options, "--model.weights", str(weights), "--output", str(tmp_path / "p.ckpt"), *more]
+
+
+def test_ranges_of_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file holds every range no sample is read; where one is missing it is found on samples."""
+    weights, ptq = arms["float"] / "checkpoints/last.ckpt", arms["ptq"] / "ptq.ckpt"
+    state = torch.load(ptq, weights_only=True)["state_dict"]
+    amax = {f"module.{k}": 1.5 * v for k, v in state.items() if k.endswith("_amax")}
+    torch.save(amax, tmp_path / "all.pth")
+    options = _calibrate(simulated_root, tmp_path, weights)
+    main([*options, "--ranges_file", str(tmp_path / "all.pth"), "--data.num_calibration_samples", "0"])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 0
+
+    left_out = "network.backbone_2d.blocks.0.1._input_quantizer._amax"
+    del amax[f"module.{left_out}"]
+    torch.save(
+        {"state_dict": {**amax, "module.neck.x._input_quantizer._amax": torch.ones(1)}}, tmp_path / "f"
+    )
+    capsys.readouterr()
+    main([*options, "--ranges_file", str(tmp_path / "f")])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 2
+    printed = capsys.readouterr().out
+    assert left_out.removeprefix("network.") in printed
+    assert "module.neck.x._input_quantizer._amax: no static quantizer of this name here" in printed
+
+
+def _distilled(root: Path, run: Path, weights: Path, *more: str) -> list[str]:
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(root, run), "--model.weights", str(weights)]
+    return [*options, "--model.distillation.box_weight", "0.5", "--trainer.log_every_n_steps", "1", *more]
+
+
+def test_distillation(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Its parts are logged, and the teacher leaves no trace in the checkpoint but its SHA-256."""
+    teacher = arms["float"] / "checkpoints/last.ckpt"
+    given = ("--model.distillation.teacher", str(teacher))
+    main(_distilled(simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *given))
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/distill_heatmap", "train/distill_box", "train/distill_bev"} <= set(header)
+    plain, new = (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (arms["qat"], tmp_path)
+    )
+    assert new["state_dict"].keys() == plain["state_dict"].keys()
+    num_states = [len(checkpoint["optimizer_states"][0]["state"]) for checkpoint in (plain, new)]
+    assert num_states[0] == num_states[1]
+    assert any(not torch.equal(new["state_dict"][k], v) for k, v in plain["state_dict"].items())
+    assert new["quantization"]["parents"].pop("teacher") == new["quantization"]["parents"]["float"]
+    assert new["quantization"]["parents"] == plain["quantization"]["parents"]
+
+
+def test_resumed_distillation_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Started from float weights, which are then the teacher."""
+    weights = arms["float"] / "checkpoints/last.ckpt"
+
+    def fit(run: Path, *more: str) -> dict[str, torch.Tensor]:
+        options = _distilled(simulated_root, run, weights, "--model.arm", "float_tuned", *more)
+        options[options.index("--trainer.max_epochs") + 1] = "2"
+        main(options)
+        return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    whole = fit(tmp_path / "whole", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
+    first = next(p for p in (tmp_path / "whole/checkpoints").glob("epoch00*.ckpt"))
+    resumed = fit(tmp_path / "resumed", "--ckpt_path", str(first))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
 def test_a_fit_logs_to_wandb(
     arms: Run, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,15 +355,20 @@ def test_missing_and_foreign_checkpoint(
 def test_empty_calibration_set(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
-    options += [
-        "--model.weights",
-        str(arms["float"] / "checkpoints/last.ckpt"),
-        "--output",
-        str(tmp_path / "p.ckpt"),
-    ]
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
     error = _fails([*options, "--data.num_calibration_samples", "0"], capsys)
     assert "num_calibration_samples is 0: expected 1 to 6" in error
+    assert not (tmp_path / "p.ckpt").exists()
+
+
+def test_unfit_range_in_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "backbone_2d.blocks.0.1._input_quantizer"
+    torch.save({f"{name}._amax": torch.tensor(-1.0)}, tmp_path / "f.pth")
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
+    error = _fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
+    assert f"{name}: negative in 1 of 1" in error
     assert not (tmp_path / "p.ckpt").exists()
 
 
@@ -310,7 +391,8 @@ def test_another_scheme_than_the_checkpoints(
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt"), "--model.scheme", str(tmp_path / "s.yaml")]
     error = _fails(options, capsys)
     assert "was calibrated with another scheme" in error
-    assert "defaults" in error
+    assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
+    assert "granularity" not in error  # equal in both
 
 
 def test_arm_that_cannot_descend(
@@ -348,6 +430,18 @@ def test_arms_that_fit_does_not_make(
     assert "fit makes float, float_tuned or qat" in error
     error = _fails([*fit, "-c", OVERLAY], capsys)
     assert "model.arm 'qat' starts from a checkpoint" in error
+
+
+def test_distillation_without_a_float_teacher(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _distilled(simulated_root, tmp_path / "run", arms["ptq"] / "ptq.ckpt")
+    assert "is 'ptq': give model.distillation.teacher" in _fails(options, capsys)
+    wrong = ("--model.distillation.teacher", str(arms["qat"] / "checkpoints/last.ckpt"))
+    assert "is 'qat': give model.distillation.teacher" in _fails([*options, *wrong], capsys)
+    options = ["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
+    error = _fails([*options, "--model.distillation.bev_weight", "1"], capsys)
+    assert "model.distillation is for model.arm qat or float_tuned, not for 'float'" in error
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
