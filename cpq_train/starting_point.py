@@ -65,7 +65,7 @@ class CalibrationConfig:
 
 def improve(
     subject: Subject,
-    loader: Batches,
+    new_loader: Callable[[], Batches],
     forward: Callable[[nn.Module, Any], Any],
     config: CalibrationConfig,
     show_progress: bool,
@@ -76,7 +76,7 @@ def improve(
 
     Args:
         subject: A quantized network whose ranges were just found; its weights are still the float ones.
-        loader: Calibration samples.
+        new_loader: Makes the loader of the calibration samples; not called where nothing was asked for.
         forward: Runs a network on one batch.
         config: What to do.
         show_progress: Whether progress bars and tables are printed.
@@ -88,7 +88,7 @@ def improve(
     has_searched = any(isinstance(m, Quantizer) and is_searched(m) for m in network.modules())
     if has_searched or config.changes_weights:
         with _evaluating(network):
-            twins = Twins.of(network, spread(loader, config.num_batches), forward, show_progress)
+            twins = Twins.of(network, spread(new_loader(), config.num_batches), forward, show_progress)
             search_ranges(replace(twins, batches=twins.batches[:NUM_SEARCH_BATCHES]), foreground_error)
             if config.adaround_num_steps:
                 blocks = reconstruction_blocks(network)

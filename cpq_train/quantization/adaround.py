@@ -179,19 +179,19 @@ def _recorded(twins: Twins, network: nn.Module, name: str) -> list[tuple[tuple[A
 
 def _learn(block: nn.Module, calls: Sequence[_Call], roundings: dict[str, _Rounding], num_steps: int) -> None:
     """Learn the logits; weights enter softly rounded, so their quantizers are off, the inputs' stay on."""
-    fixed = {n: p.detach() for n, p in block.named_parameters()}
-    optimizer = torch.optim.Adam([r.logits for r in roundings.values()], lr=LEARNING_RATE)
+    logits = [rounding.logits for rounding in roundings.values()]
+    optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
     with _weights_as_they_are(block):
         for step in range(num_steps):
             call = calls[step % len(calls)]
             soft = {f"{n}.weight".lstrip("."): r.soft() for n, r in roundings.items()}
-            loss = squared_error(functional_call(block, {**fixed, **soft}, call.inputs), call.target)
+            loss = squared_error(functional_call(block, soft, call.inputs), call.target)
             progress = (step / num_steps - WARMUP_SHARE) / (1 - WARMUP_SHARE)
             if progress >= 0:
                 beta = LAST_BETA + (FIRST_BETA - LAST_BETA) * (1 + math.cos(math.pi * progress)) / 2
                 loss = loss + LAMBDA * sum(r.indecision(beta) for r in roundings.values())
-            optimizer.zero_grad()
-            loss.backward()
+            for logit, grad in zip(logits, torch.autograd.grad(loss, logits), strict=True):
+                logit.grad = grad
             optimizer.step()
             _forget(block)
 

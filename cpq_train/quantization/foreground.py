@@ -69,11 +69,11 @@ def _search(quantizer: Quantizer, error: Callable[[], float]) -> float:
     largest = quantizer._amax.clone()
     best, least = 1.0, float("inf")
     for number, fraction in enumerate(FRACTIONS):
-        quantizer._amax.copy_(largest * fraction)
+        quantizer.set_amax(largest * fraction)
         now = error()
         if now < least:
             best, least = fraction, now
         elif number - FRACTIONS.index(best) >= PATIENCE:
             break
-    quantizer._amax.copy_(largest * best)
+    quantizer.set_amax(largest * best)
     return best

@@ -51,22 +51,24 @@ def test_the_mean_error_of_the_output_falls(kind: str, input_mode: str) -> None:
     assert all(layer.bias is not None for layer in twins.network.modules() if hasattr(layer, "kind"))
 
 
+def _layer_mean(network: nn.Module, name: str, batch: torch.Tensor) -> torch.Tensor:
+    outputs: list[torch.Tensor] = []
+    handle = network.get_submodule(name).register_forward_hook(lambda m, i, output: outputs.append(output))
+    run(network, batch)
+    handle.remove()
+    return outputs[0].detach().double().mean((0, 2, 3))
+
+
 def test_layers_behind_see_corrected_ones() -> None:
     """Corrected one by one from the front, by hand, the biases come out the same."""
     twins = calibrated("dense")
-    by_hand = copy.deepcopy(twins)
-    correct_biases(Twins(twins.network, twins.float_network, twins.batches[:1], run))
+    by_hand, batch = copy.deepcopy(twins.network), twins.batches[0]
+    correct_biases(Twins(twins.network, twins.float_network, [batch], run))
     for name in ("0.0", "1.0", "2"):
-        means = []
-        for network in (by_hand.network, by_hand.float_network):
-            handle = network.get_submodule(name).register_forward_hook(
-                lambda m, i, output: means.append(output.detach().double().mean((0, 2, 3)))
-            )
-            run(network, twins.batches[0])
-            handle.remove()
-        layer, corrected = by_hand.network.get_submodule(name), twins.network.get_submodule(name)
+        error = _layer_mean(by_hand, name, batch) - _layer_mean(twins.float_network, name, batch)
+        layer, corrected = by_hand.get_submodule(name), twins.network.get_submodule(name)
         bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
-        layer.bias = nn.Parameter((bias.double() - (means[0] - means[1])).float())
+        layer.bias = nn.Parameter((bias.double() - error).float())
         torch.testing.assert_close(corrected.bias, layer.bias, rtol=0, atol=1e-5)
 
 
