@@ -20,7 +20,7 @@ from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal,
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
-from cpq_train.quantization.calibration import quantizers_off
+from cpq_train.quantization.switches import quantizers_off
 
 Score = dict[str, float]
 
