@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cpq_train.errors import UserError
 from cpq_train.quantization import reference
-from cpq_train.quantization.fake_quant import IntegerFormat
-from cpq_train.quantization.layers import QuantAdd, QuantizedConvolution
+from cpq_train.quantization.layers import QuantAdd
 from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.switches import QuantizedLayer
 from cpq_train.sparse import SparseConvTensor
 
 Array: TypeAlias = NDArray[Any]
@@ -42,27 +44,17 @@ class Observed(NamedTuple):
 Take: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Observed], None]
 
 
-def quantized_layers(network: nn.Module) -> dict[str, Any]:
-    """Name -> layer, in the order of the network."""
-    kinds = (QuantizedConvolution, QuantAdd)
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, kinds)}
-
-
-def why_not_covered(layer: Any) -> str:
+def why_not_covered(layer: QuantizedLayer) -> str:
     """Why the integer reference says nothing of a quantized layer; empty where it does."""
+    if layer.why_simulated:
+        return f"simulated: {layer.why_simulated}"
     if isinstance(layer, QuantAdd):
-        return "" if layer._input_quantizer.is_active else "its quantizer is off"
-    by_tensor = {"input": layer._input_quantizer, "weight": layer._weight_quantizer}
-    for tensor, quantizer in by_tensor.items():
-        if quantizer is None:
-            return f"its {tensor} is not quantized"
-        if not isinstance(quantizer.format, IntegerFormat):
-            return f"its {tensor} has no integer codes"
-        if not quantizer.is_active:
-            return f"the quantizer of its {tensor} is off"
-    if layer.groups != 1:
-        return f"the reference has no grouped convolution, and it has {layer.groups} groups"
-    return "" if layer.is_integer else "it is computed as fake quantization (simulated)"
+        is_on, groups = layer._input_quantizer.is_active, 1
+    else:
+        is_on, groups = len(layer._active()) == 2, cast(int, layer.groups)
+    if layer.is_bypassed or not is_on:
+        return "its quantizers are switched off"
+    return "" if groups == 1 else f"the reference has no convolution in {groups} groups"
 
 
 @contextmanager
@@ -113,18 +105,55 @@ def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[[nn.Module, tupl
     return hook
 
 
-def evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
-    """What the integer reference computes from the arguments of a layer's forward pass."""
+def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
+    """What the integer reference computes from the arguments of a layer's forward pass.
+
+    Raises:
+        UserError: An input has values without integer codes.
+    """
+    try:
+        return _evaluate(layer, arguments)
+    except UserError as error:
+        raise UserError(f"layer {name!r}: {error}") from error
+
+
+def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
     if isinstance(layer, QuantAdd):
         branch, identity = (_range(q) for q in _add_quantizers(layer))
         return reference.add(_array(arguments[0]), branch, _array(arguments[1]), identity)
     (x,) = arguments
-    if isinstance(x, SparseConvTensor):
-        positions = _array(x.indices).astype(np.int64)
-        return reference.sparse_convolution(
-            _convolution(layer), _array(x.features), positions, tuple(x.spatial_shape)
-        )
-    return reference.dense_convolution(_convolution(layer), _array(x))
+    if not isinstance(x, SparseConvTensor):
+        return reference.dense_convolution(_convolution(layer), _array(x))
+    positions = _array(x.indices).astype(np.int64)
+    grid = tuple(x.spatial_shape)
+    return reference.sparse_convolution(_convolution(layer), _array(x.features), positions, grid)
+
+
+def in_the_order_of(seen: Observed, expected: reference.Evaluation) -> tuple[reference.Evaluation, int]:
+    """The reference's rows in the order of a sparse layer's.
+
+    Returns:
+        The rows, NaN where the reference has no such voxel; how many voxels only the reference has.
+    """
+    assert expected.positions is not None
+    assert seen.positions is not None
+    rows = reference.RowOf(expected.positions, seen.shape)(seen.positions)
+    is_known = (rows >= 0)[:, None]
+    output = np.where(is_known, expected.output[rows], np.float32(np.nan))
+    sums = np.where(is_known, expected.sums[rows], np.iinfo(np.int64).min)
+    num_lost = len(expected.positions) - int(is_known.sum())
+    return expected._replace(output=output, sums=sums, positions=seen.positions), num_lost
+
+
+@torch.no_grad()
+def run(network: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The network's output in evaluation mode."""
+    training = network.training
+    network.eval()
+    try:
+        return network(*inputs)
+    finally:
+        network.train(training)
 
 
 def _convolution(layer: Any) -> reference.Convolution:

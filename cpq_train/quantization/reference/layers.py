@@ -85,13 +85,11 @@ def dense_convolution(layer: Convolution, x: Float32) -> Evaluation:
     rows = Coded(coded.codes.transpose(0, 2, 3, 1).reshape(-1, channels), coded.step)
     result = _of_rows(layer, rows, found, batch_size * int(np.prod(out_shape)))
 
-    def as_map(rows: NDArray[np.generic]) -> NDArray[np.generic]:
-        return rows.reshape(batch_size, *out_shape, -1).transpose(0, 3, 1, 2)
-
+    map_shape, channels_first = (batch_size, *out_shape, -1), (0, 3, 1, 2)
     return result._replace(
         codes=coded.codes,
-        sums=as_map(result.sums),
-        output=as_map(result.output),
+        sums=result.sums.reshape(map_shape).transpose(channels_first),
+        output=result.output.reshape(map_shape).transpose(channels_first),
         unit=result.unit.reshape(1, -1, 1, 1),
     )
 
