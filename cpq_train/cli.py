@@ -61,6 +61,14 @@ def _describe(args: list[str]) -> None:
     auto_cli(describe, args=args, prog="cpq_train describe")
 
 
+def _verify(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from cpq_train.verify import verify
+
+    auto_cli(verify, args=args, prog="cpq_train verify")
+
+
 def _compare(args: list[str]) -> None:
     from cpq_train.evaluation.compare import compare
 
@@ -75,6 +83,7 @@ PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
     "simulate": _simulate,
     "compare": _compare,
     "describe": _describe,
+    "verify": _verify,
 }
 
 
