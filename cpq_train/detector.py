@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import Self
 
 from cpq_train.arms import (
     Arm,
     Subject,
     build,
     check_state,
+    fold_checkpoint,
     from_description,
     from_weights,
     needs_calibration,
+    set_range_policy,
 )
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
@@ -28,7 +32,14 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.range_policy import (
+    RangePolicy,
+    finish_observing,
+    range_parameters,
+    start_observing,
+)
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 
@@ -44,6 +55,9 @@ class CenterPointDetector(LightningModule):
             run, or to load a finished one, use `--ckpt_path` instead.
         arm: float, float_tuned, ptq or qat; null is what `weights` is, or float without weights.
         scheme: YAML file that says what to quantize how; null takes that of `weights`.
+        batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
+            folded where a float network becomes another arm.
+        ranges: What becomes of the ranges while the qat arm trains.
         code_weights: Loss weight of each of the ten numbers of a box code.
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
@@ -58,6 +72,8 @@ class CenterPointDetector(LightningModule):
         weights: str | None = None,
         arm: Arm | None = None,
         scheme: str | None = None,
+        batchnorm: BatchNormPolicy | None = None,
+        ranges: RangePolicy = RangePolicy(),  # noqa: B008
         code_weights: tuple[float, ...] = CODE_WEIGHTS,
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
@@ -70,6 +86,8 @@ class CenterPointDetector(LightningModule):
                 "weights": weights,
                 "arm": arm,
                 "scheme": scheme,
+                "batchnorm": batchnorm,
+                "ranges": asdict(ranges),
                 "code_weights": list(code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
@@ -79,6 +97,7 @@ class CenterPointDetector(LightningModule):
         )
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
+        self.batchnorm, self.ranges = batchnorm, ranges
         self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
         self.subject: Subject | None = None
@@ -90,9 +109,9 @@ class CenterPointDetector(LightningModule):
         scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
         arm = self.arm or "float"
         if self.weights is not None and not self._is_resuming():
-            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme))
+            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
         elif arm == "float" or self._is_resuming():
-            self._adopt(build(self.network_config, arm, scheme))
+            self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
 
@@ -156,6 +175,38 @@ class CenterPointDetector(LightningModule):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
+        if self.subject.arm == "qat":
+            set_range_policy(self.subject, self.ranges.amax)
+        self._freeze_batchnorm()
+
+    def on_fit_end(self) -> None:
+        """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
+        last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        assert self.subject is not None
+        is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
+        if is_kept and last and self.trainer.is_global_zero:
+            fold_checkpoint(self.network_config, last, Path(last).with_name("folded.ckpt"))
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; a frozen BatchNorm stays in evaluation."""
+        super().train(mode)
+        self._freeze_batchnorm()
+        return self
+
+    def _freeze_batchnorm(self) -> None:
+        if self.subject is not None and self.subject.batchnorm == "frozen":
+            freeze_batchnorm(self.network)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """In a step in which ranges move, let the quantizers look at its tensors."""
+        self._is_observing = self.ranges.moves_at(self.global_step)
+        if self._is_observing:
+            start_observing(self.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the ranges towards what the quantizers saw."""
+        if self._is_observing:
+            finish_observing(self.network, self.ranges.momentum)
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
@@ -200,7 +251,10 @@ class CenterPointDetector(LightningModule):
         return self._trainer is None or self._trainer.is_global_zero
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule over the whole run, stepped once per batch."""
+        """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = new_optimizer(list(self.parameters()), self.optimizer, steps)
+        ranges = range_parameters(self.network)
+        learned = set(map(id, ranges))
+        weights = [p for p in self.parameters() if p.requires_grad and id(p) not in learned]
+        optimizer, schedule = new_optimizer(weights, self.optimizer, steps, ranges, self.ranges.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
