@@ -62,11 +62,17 @@ def _describe(args: list[str]) -> None:
 
 
 def _verify(args: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser
 
     from cpq_train.verify import verify
 
-    auto_cli(verify, args=args, prog="cpq_train verify")
+    parser = ArgumentParser(
+        prog="cpq_train verify", description="The integer reference against the training forward."
+    )
+    parser.add_function_arguments(verify, as_positional=True, skip={"cloud"})
+    # By itself jsonargparse would take a list in brackets only.
+    parser.add_argument("--cloud", nargs="+", type=Path, help="float32 files as nuScenes has them")
+    verify(**parser.parse_args(args).as_dict())
 
 
 def _compare(args: list[str]) -> None:

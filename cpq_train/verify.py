@@ -222,7 +222,8 @@ def _print(findings: Findings) -> None:
     table = Table(title="Layers against the integer reference", title_justify="left")
     for header in ("layer", "kind", "arithmetic"):
         table.add_column(header)
-    for header in ("sums", "other codes", "other sums", "other outputs", "largest difference"):
+    wrong = (f"mismatched {what}" for what in ("codes", "sums", "outputs"))
+    for header in ("compared", *wrong, "largest difference"):
         table.add_column(header, justify="right")
     table.add_column("where")
     for r in findings.layers.values():
