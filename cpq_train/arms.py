@@ -40,7 +40,7 @@ class Subject:
         batchnorm: What became of its BatchNorm.
         amax: What becomes of its ranges in training.
         calibration: How its ranges were found.
-        parents: Arm -> SHA-256 of the checkpoints it came from.
+        parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
         is_tuned: Whether its weights are no longer those it was calibrated or folded with.
     """
 
@@ -228,13 +228,27 @@ def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:
 def _check_scheme(of_checkpoint: Scheme | None, asked: Scheme | None, path: str | Path) -> None:
     if asked is None or of_checkpoint is None or same_scheme(asked, of_checkpoint):
         return
-    mine, theirs = asked.to_dict(), of_checkpoint.to_dict()
+    mine, theirs = _settings(asked.to_dict()), _settings(of_checkpoint.to_dict())
     lines = [
-        f"  {key}: checkpoint {theirs[key]!r}, model.scheme {mine[key]!r}"
-        for key in mine
-        if mine[key] != theirs[key]
+        f"  {key}: checkpoint {theirs.get(key, 'none')}, model.scheme {mine.get(key, 'none')}"
+        for key in {**theirs, **mine}
+        if mine.get(key) != theirs.get(key) and key != "name"
     ]
     raise UserError(f"checkpoint {str(path)!r} was calibrated with another scheme:\n" + "\n".join(lines))
+
+
+def _settings(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every single setting; rules are numbered from 1."""
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        children = [(str(i), entry) for i, entry in enumerate(value, 1)]
+    else:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, child in children:
+        found |= _settings(child, f"{name}.{key}".lstrip("."))
+    return found
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:

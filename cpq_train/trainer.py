@@ -6,9 +6,11 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
+from torch import Tensor
 
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
 
 
@@ -20,6 +22,7 @@ class QuantTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         output: Path,
+        ranges_file: Path | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -30,11 +33,14 @@ class QuantTrainer(Trainer):
                 how.
             datamodule: Gives `data.num_calibration_samples` training samples without augmentation.
             output: Where to write the PTQ checkpoint.
+            ranges_file: Checkpoint of NVIDIA's CenterPoint or another made with pytorch-quantization, whose
+                ranges are taken; samples are only used for the quantizers that it leaves without.
             ckpt_path: Not used: calibration starts from `model.weights`.
             weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
         Raises:
-            UserError: No weights or no scheme is given, there are no samples, or a range came out unfit.
+            UserError: No weights or no scheme is given, there are no samples, `ranges_file` holds no range,
+                or a range came out unfit.
         """
         assert isinstance(model, CenterPointDetector)
         if model.weights is None or ckpt_path is not None:
@@ -45,9 +51,17 @@ class QuantTrainer(Trainer):
         datamodule.prepare_data()
         model.configure_model()
         model.to(self.strategy.root_device)
-        model.calibrate(datamodule)
+        given = None if ranges_file is None else _ranges_of(ranges_file, model)
+        model.calibrate(datamodule, given)
         num_zero = check_ranges(model.network)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.save_checkpoint(output, weights_only=True)
         zero = f", {num_zero} output channels are all zero" if num_zero else ""
         Console().print(f"PTQ checkpoint: {output}{zero}")
+
+
+def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:
+    """Take what fits of a file, and print every name that does not."""
+    matched = match_ranges(read_ranges(file), model.network.state_dict())
+    Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
+    return matched.values

@@ -59,6 +59,14 @@ def has_batchnorm(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
+def trains_on_parts_of_a_batch(network: nn.Module) -> bool:
+    """Whether a BatchNorm takes its statistics from one rank's samples alone."""
+    return any(
+        isinstance(m, _BatchNorm) and m.training and not isinstance(m, nn.SyncBatchNorm)
+        for m in network.modules()
+    )
+
+
 def _followed_by_batchnorm(network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
     for parent_name, parent in network.named_modules():
         for (name, conv), (bn_name, bn) in pairwise(list(parent.named_children())):

@@ -162,8 +162,8 @@ class Quantizer(TensorQuantizer):
     def learn(self) -> None:
         """Make a static range a parameter that starts at the present amax; nothing to do for others."""
         if self.scheme.mode == "static" and self._log_amax is None:
-            log_amax = self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log()
-            self._log_amax = nn.Parameter(log_amax)
+            self._log_amax = nn.Parameter(torch.empty_like(self._amax))
+            self._log_from_amax()
 
     def freeze(self) -> None:
         """Keep a learned range as it is."""
@@ -211,12 +211,17 @@ class Quantizer(TensorQuantizer):
     def _move_amax(self, found: Tensor, momentum: float) -> None:
         # At 1 the present amax has no part in it: it may be NaN.
         self._amax.copy_(found if momentum == 1.0 else self._amax.lerp(found, momentum))
+        self._log_from_amax()
 
     def scale_amax(self, factor: Tensor) -> None:
         """Multiply a static range, as the weight it belongs to is; `factor` broadcasts to amax."""
         if self.scheme.mode != "static":
             return
         self._amax.copy_(self._amax.double() * factor)
+        self._log_from_amax()
+
+    @torch.no_grad()
+    def _log_from_amax(self) -> None:
         if self._log_amax is not None:
             self._log_amax.copy_(self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log())
 
