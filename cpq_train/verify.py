@@ -31,6 +31,7 @@ from cpq_train.quantization.verification import LayerReport, verify_layers
 
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
+MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS = 10, 60000
 
 
 @dataclass
@@ -184,7 +185,7 @@ def _samples(
 
 def _batch_of(path: Path, config: NetworkConfig) -> Batch:
     """A cloud file as a batch of one sample."""
-    voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, 10, 60000)
+    voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
     voxels, cells, num_points = voxelize(read_cloud(path))
     item: Item = {
         "voxel_features": mean_voxel_features(voxels, num_points),
