@@ -72,7 +72,8 @@ def improve(
 ) -> dict[str, Any]:
     """Search ranges at the foreground, learn the rounding, correct the biases: what was asked for.
 
-    Every rank does the same work; rank 0's result is then everybody's.
+    Every rank works on its own batches, so that none waits long for another; rank 0's result is then
+    everybody's.
 
     Args:
         subject: A quantized network whose ranges were just found; its weights are still the float ones.
