@@ -18,6 +18,7 @@ from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.calibration import check_ranges, is_calibrated
+from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, fold_batchnorm, prepare, unquantized
 from cpq_train.quantization.recipe import recipe, same_scheme
 from cpq_train.quantization.scheme import Scheme
@@ -146,6 +147,19 @@ def tensors_read_together(network: nn.Module) -> list[list[str]]:
     levels = [n for n in names if n.startswith("backbone_2d.deblocks.") and n.count(".") == 2]
     bev = [[f"backbone_2d.blocks.{i + 1}.1", f"backbone_2d.deblocks.{i}.0"] for i in range(len(levels) - 1)]
     return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
+
+
+def blocks_of(network: nn.Module) -> dict[str, list[str]]:
+    """Name of each block of CenterPoint -> its layers that can be quantized, in the order of the network.
+
+    A block is a residual block, a level of the BEV backbone, its upsampling, the branches of one class
+    group, or a convolution that stands alone; it is named as the module that holds it.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, tuple(QUANTIZED)):
+            blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return blocks
 
 
 def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:

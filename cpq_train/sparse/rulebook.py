@@ -112,6 +112,13 @@ def _build_implicit_gemm(layer: SparseConvolution, x: SparseConvTensor) -> Impli
     )
 
 
+def num_pairs(rulebook: Rulebook) -> int:
+    """How often an input voxel meets an output voxel: a convolution costs C_in * C_out products for each."""
+    if isinstance(rulebook, ImplicitGemmIndiceData):
+        return int((rulebook.pair_fwd >= 0).sum())
+    return int(rulebook.indice_pair_num.sum())
+
+
 def gather_multiply_scatter(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     """The convolution proper, differentiable in features and weight.
 
