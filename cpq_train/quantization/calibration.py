@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.errors import UserError
-from cpq_train.quantization.quantizer import Quantizer
-
-
-def quantizers(network: nn.Module) -> dict[str, Quantizer]:
-    """Every quantizer under the first name it is saved by; a shared one appears once."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, Quantizer)}
+from cpq_train.quantization.switches import quantizers, quantizers_off
 
 
 @contextmanager
@@ -37,19 +32,6 @@ def collecting_ranges(network: nn.Module) -> Iterator[None]:
             quantizer.finish_collecting()
         network.train(training)
     check_ranges(network)
-
-
-@contextmanager
-def quantizers_off(network: nn.Module) -> Iterator[None]:
-    """While open, the network computes in float (with BatchNorm folded as it is)."""
-    changed = [q for q in quantizers(network).values() if not q._disabled]
-    for quantizer in changed:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in changed:
-            quantizer.enable()
 
 
 def check_ranges(network: nn.Module) -> int:

@@ -107,7 +107,7 @@ class HistogramCollector:
         used = np.flatnonzero(self._counts)
         centres, counts = centres[used], self._counts[used].astype(np.float64)
         candidates = self._largest * np.arange(1, NUM_MSE_CANDIDATES + 1) / NUM_MSE_CANDIDATES
-        qmax = self._scheme.format.qmax
+        qmax = self._scheme.number_format.qmax
         errors = [
             float(counts @ (np.minimum(np.rint(centres * (qmax / a)), qmax) * (a / qmax) - centres) ** 2)
             for a in candidates
@@ -120,7 +120,7 @@ class HistogramCollector:
         Every candidate range keeps its clipped counts in its last bin; the distribution quantized to qmax + 1
         levels spreads each level's count evenly over the bins that were not empty.
         """
-        levels = self._scheme.format.qmax + 1
+        levels = self._scheme.number_format.qmax + 1
         num_used = int(np.flatnonzero(self._counts)[-1]) + 1
         ends = range(min(levels, num_used), num_used + 1, max(1, NUM_BINS // 512))
         divergences = [_divergence(self._counts, end, levels) for end in ends]

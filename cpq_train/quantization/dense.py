@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.fake_quant import IntegerFormat, pass_inside, round_to_codes
+from cpq_train.quantization.fake_quant import pass_inside, round_to_codes
+from cpq_train.quantization.formats import IntegerFormat
 from cpq_train.quantization.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Range
 
@@ -45,7 +46,8 @@ class IntegerConvolution(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`y = acc * (step_x * step_w) + bias`, acc being the exact sum; x and y (B, C, H, W)."""
-        return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, self))
+        log_x = None if self.x_format is None else self.x_range.log_amax
+        return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, log_x, self.w_range.log_amax, self))
 
     def codes_of(self, x: Tensor) -> Tensor:
         """The codes of the input."""
@@ -54,7 +56,15 @@ class IntegerConvolution(NamedTuple):
 
 class _IntegerConvolution(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of: IntegerConvolution) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_x: Tensor | None,
+        log_w: Tensor | None,
+        of: IntegerConvolution,
+    ) -> Tensor:
         w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
         scale = of.x_range.step * of.w_range.step.view(1, -1, 1, 1)
         y = of.exact_sum(of.codes_of(x), w_codes).mul_(scale)
@@ -67,11 +77,22 @@ class _IntegerConvolution(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, w_values = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
+        needs_x, needs_w, needs_bias, needs_log_x, needs_log_w, _ = ctx.needs_input_grad
+        needed = (needs_x or needs_log_x, needs_w or needs_log_w, needs_bias)
+        x_codes = of.codes_of(x)
         grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
-            grad, of.codes_of(x), w_values, ctx.bias_shape, *of.geometry, ctx.needs_input_grad[:3]
+            grad, x_codes, w_values, ctx.bias_shape, *of.geometry, needed
         )
+        grad_log_x = grad_log_w = None
+        if grad_w is not None:
+            grad_w.mul_(of.x_range.step)
+        if needs_log_x:
+            grad_log_x = of.x_range.log_gradient(grad_x, x, x_codes, cast(IntegerFormat, of.x_format))
+        if needs_log_w:
+            w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
+            grad_log_w = of.w_range.log_gradient(grad_w, weight, w_codes, of.w_format)
         if grad_x is not None and of.x_format is not None:
             grad_x = pass_inside(grad_x, x, of.x_range.limit)
         if grad_w is not None:
-            grad_w = pass_inside(grad_w.mul_(of.x_range.step), weight, of.w_range.limit)
-        return grad_x, grad_w, grad_bias, None
+            grad_w = pass_inside(grad_w, weight, of.w_range.limit)
+        return grad_x, grad_w, grad_bias, grad_log_x, grad_log_w, None

@@ -19,14 +19,14 @@ then, by convention, the gradient of the *value* it stands for. That spares a pa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from cpq_train.quantization.formats import NumberFormat
 
 SMALLEST_AMAX = 2.0**-24
 """At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's
@@ -36,54 +36,22 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 """No two fp32 amax and |x| above 2^-100 differ by less."""
 
 
-@dataclass(frozen=True)
-class IntegerFormat:
-    """The integers a quantizer may use.
-
-    Args:
-        bits: Width of a code, 2 to 16.
-        signed: Two's complement, or non-negative codes only.
-        narrow_range: Leave out the most negative code, so that the range is symmetric.
-    """
-
-    bits: int = 8
-    signed: bool = True
-    narrow_range: bool = False
-
-    @cached_property
-    def qmax(self) -> int:
-        """Largest code, the one that amax is mapped to."""
-        return int(2 ** (self.bits - int(self.signed)) - 1)
-
-    @cached_property
-    def qmin(self) -> int:
-        """Smallest code."""
-        if not self.signed:
-            return 0
-        return -self.qmax if self.narrow_range else -self.qmax - 1
-
-    @property
-    def largest_magnitude(self) -> int:
-        """max(|qmin|, qmax)."""
-        return max(-self.qmin, self.qmax)
-
-
-def scale_of(amax: Tensor, fmt: IntegerFormat) -> Tensor:
+def scale_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     """The scale `qmax / amax` in fp32; 0 where amax <= 2^-24, which makes every code 0."""
     amax = amax.float()
     # Divided as tensors: with a Python number torch multiplies by a reciprocal, which rounds twice.
     return torch.where(amax <= SMALLEST_AMAX, 0.0, torch.full_like(amax, fmt.qmax) / amax)
 
 
-def step_of(amax: Tensor, fmt: IntegerFormat) -> Tensor:
+def step_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     """The value of code 1, `amax / qmax` in fp32; 1 where amax <= 2^-24 (the codes are all 0 there)."""
     amax = amax.float()
     return torch.where(amax <= SMALLEST_AMAX, 1.0, amax / torch.full_like(amax, fmt.qmax))
 
 
-def round_to_codes(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor:
-    """Whole numbers in [qmin, qmax], without a gradient of their own."""
-    return torch.mul(x, scale).round_().clamp_(fmt.qmin, fmt.qmax)
+def round_to_codes(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
+    """The numbers of the format nearest to x * scale, without a gradient of their own."""
+    return fmt.round_(torch.mul(x, scale))
 
 
 def pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float) -> Tensor:
@@ -97,78 +65,120 @@ def pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float) -> Tensor:
     return cast(Tensor, torch.ops.aten.threshold_backward(grad, room, -SMALLEST_NORMAL))
 
 
+def log_range_gradient(
+    grad: Tensor, x: Tensor, codes: Tensor, amax: Tensor, step: Tensor, fmt: NumberFormat
+) -> Tensor:
+    """Gradient of log(amax): LSQ's gradient of the step (Esser et al. 2020, equations 3 and 4).
+
+    With v the value of a code, dv/d(step) is (v - x) / step where x is inside the range and v / step where it
+    is clipped; a step is amax / qmax, so that d v / d log(amax) is v - x, or v. The published gradient scale
+    1 / sqrt(N * qmax), N being the numbers that share an amax, keeps updates of ranges and weights in
+    proportion.
+
+    Args:
+        grad: Gradient of the values.
+        x: What was rounded.
+        codes: Its codes; overwritten.
+        amax: Broadcastable to `x`.
+        step: Value of code 1, the shape of `amax`.
+        fmt: The numbers in use.
+
+    Returns:
+        The shape of `amax`.
+    """
+    error = codes.mul_(step).sub_(pass_inside(x, x, amax)).mul_(grad)
+    num_shared = max(x.numel() // amax.numel(), 1)
+    return error.sum_to_size(amax.shape) / math.sqrt(num_shared * fmt.qmax)
+
+
 def _next_float32(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(math.inf)))
+
+
+class _How(NamedTuple):
+    """What the two functions below need beside tensors that autograd must know of."""
+
+    fmt: NumberFormat
+    window: float | None
+    grad_factor: Tensor | None = None
 
 
 class _FakeQuantize(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, amax: Tensor, scale: Tensor, window: float | None, fmt: IntegerFormat
+        ctx: Any, x: Tensor, log_amax: Tensor | None, amax: Tensor, scale: Tensor, how: _How
     ) -> Tensor:
-        ctx.window = window
-        ctx.save_for_backward(x, amax)
+        ctx.how = how
+        ctx.save_for_backward(x, amax, scale)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return round_to_codes(x, scale, fmt).div_(torch.where(scale == 0, 1.0, scale))
+        return round_to_codes(x, scale, how.fmt).div_(torch.where(scale == 0, 1.0, scale))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, amax = ctx.saved_tensors
-        return pass_inside(grad, x, amax if ctx.window is None else ctx.window), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_value_gradients(ctx, grad), None, None, None
+
+
+class _Codes(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_amax: Tensor | None, amax: Tensor, scale: Tensor, how: _How
+    ) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(x, amax, scale)
+        return round_to_codes(x, scale, how.fmt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.how.grad_factor is not None:
+            grad = grad * ctx.how.grad_factor
+        return *_value_gradients(ctx, grad), None, None, None
+
+
+def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of log(amax), from that of the values."""
+    x, amax, scale = ctx.saved_tensors
+    how: _How = ctx.how
+    grad_log = None
+    if ctx.needs_input_grad[1]:
+        codes = round_to_codes(x, scale, how.fmt)
+        grad_log = log_range_gradient(grad, x, codes, amax, step_of(amax, how.fmt), how.fmt)
+    return pass_inside(grad, x, amax if how.window is None else how.window), grad_log
 
 
 def fake_quantize(
-    x: Tensor, amax: Tensor, fmt: IntegerFormat, window: float | None = None, scale: Tensor | None = None
+    x: Tensor,
+    amax: Tensor,
+    fmt: NumberFormat,
+    window: float | None = None,
+    scale: Tensor | None = None,
+    log_amax: Tensor | None = None,
 ) -> Tensor:
     """Round to the representable values.
 
     Args:
         x: Any shape; fp16 and bf16 are computed, and returned, in fp32.
         amax: Broadcastable to `x`, >= 0.
-        fmt: The integers to use.
+        fmt: The numbers to use.
         window: `amax` as a Python number where the caller has it at hand (per-tensor amax): saves two passes
             in backward.
         scale: `scale_of(amax, fmt)` where the caller has it at hand.
+        log_amax: The logarithm of `amax` where it is learned; it gets `log_range_gradient`.
 
     Returns:
         `code / scale`, the shape of `x`.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
-    return cast(Tensor, _FakeQuantize.apply(x, amax, scale, window, fmt))
-
-
-class _Codes(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        amax: Tensor,
-        scale: Tensor,
-        window: float | None,
-        fmt: IntegerFormat,
-        grad_factor: Tensor | None,
-    ) -> Tensor:
-        ctx.window = window
-        ctx.has_factor = grad_factor is not None
-        ctx.save_for_backward(x, amax, *([grad_factor] if grad_factor is not None else []))
-        return round_to_codes(x, scale, fmt)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x, amax, *factor = ctx.saved_tensors
-        if ctx.has_factor:
-            grad = grad * factor[0]
-        window = amax if ctx.window is None else ctx.window
-        return pass_inside(grad, x, window), None, None, None, None, None
+    return cast(Tensor, _FakeQuantize.apply(x, log_amax, amax, scale, _How(fmt, window)))
 
 
 def codes(
     x: Tensor,
     amax: Tensor,
-    fmt: IntegerFormat,
+    fmt: NumberFormat,
     window: float | None = None,
     grad_factor: Tensor | None = None,
     scale: Tensor | None = None,
+    log_amax: Tensor | None = None,
 ) -> Tensor:
     """Integer codes, held in fp32.
 
@@ -180,12 +190,13 @@ def codes(
         grad_factor: Multiplies the incoming gradient (broadcastable to `x`); `rescale` says what the weights
             need.
         scale: See `fake_quantize`.
+        log_amax: See `fake_quantize`.
 
     Returns:
         Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
-    return cast(Tensor, _Codes.apply(x, amax, scale, window, fmt, grad_factor))
+    return cast(Tensor, _Codes.apply(x, log_amax, amax, scale, _How(fmt, window, grad_factor)))
 
 
 class _Rescale(Function):

@@ -5,10 +5,9 @@ and is computed so:
 
     acc = conv(codes_x, codes_w);    y = acc * (step_x * step_w);    y = y + bias
 
-While every partial sum stays a whole number below 2^24 the fp32 result does not depend on the order of
-summation, the kernel or the device. A layer knows its bound, the largest sum of |code_w| * max|code_x| over
-an output channel; where it passes 2^24 the sum is split over the input channels and the parts are added in
-fp64.
+`exact_sum.py` keeps every sum a whole number that is held exactly, so that the result does not depend on the
+order of summation, the kernel or the device. A layer of which only the weight or only the input is rounded,
+or whose numbers are no integers, is the float layer on rounded values.
 
 Every class extends the float layer it replaces and takes over the float module in place (`quantize_layer`),
 so names, parameters and shapes stay what they were. Gradients are those of pytorch-quantization's QuantConv
@@ -18,7 +17,7 @@ layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,42 +25,39 @@ from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization import int8_kernel
 from cpq_train.quantization.dense import IntegerConvolution
+from cpq_train.quantization.exact_sum import Axes, Convolve, exact_sum
 from cpq_train.quantization.fake_quant import add_codes, rescale
+from cpq_train.quantization.formats import IntegerFormat
 from cpq_train.quantization.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme
+from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
-
-EXACT_LIMIT = 2.0**24
-"""fp32 holds every whole number up to here."""
-
-
-Convolve: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class QuantizedConvolution(nn.Module):
     """What the four quantized convolutions share; mixed in before the float layer.
 
-    `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float.
+    `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float. While `is_bypassed` the
+    layer is the float one, whatever its quantizers, which other layers may share, are doing.
     """
 
     kind: ClassVar[str]
-    input_channel_dim: ClassVar[int]
-    feature_channel_dim: ClassVar[int] = 1
+    axes: ClassVar[Axes]
 
     weight: Any
     bias: Any
+    is_bypassed = False
     _input_quantizer: Quantizer | None
     _weight_quantizer: Quantizer | None
-    is_integer: bool
+    _is_integer: bool
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
-        self.is_integer = scheme.arithmetic == "integer"
+        self._is_integer = scheme.arithmetic == "integer"
         self._input_quantizer = None if scheme.input.is_off else Quantizer(scheme.input)
         self._weight_quantizer = None
         if not scheme.weight.is_off:
-            axis = OUTPUT_CHANNEL_AXIS[self.kind] if scheme.weight.granularity == "per_channel" else None
+            axis = scheme.weight_axis(self.kind)
             channels = 1 if axis is None else self.weight.shape[axis]
             self._weight_quantizer = Quantizer(scheme.weight, axis, channels, self.weight.dim())
             self._weight_quantizer.set_amax_from(self.weight)
@@ -70,7 +66,11 @@ class QuantizedConvolution(nn.Module):
         """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""
         if self._input_quantizer is not None and self._input_quantizer._if_calib:
             self._input_quantizer.collect(x)
-        return any(q is not None and q.is_active for q in (self._input_quantizer, self._weight_quantizer))
+        return not self.is_bypassed and bool(self._active())
+
+    def _active(self) -> list[Quantizer]:
+        both = (self._input_quantizer, self._weight_quantizer)
+        return [q for q in both if q is not None and q.is_active]
 
     def quantized(self, x: Tensor, convolve: Convolve) -> Tensor:
         """The layer's output, bias included.
@@ -80,7 +80,9 @@ class QuantizedConvolution(nn.Module):
             convolve: The convolution of features with a weight, without bias; linear in both.
         """
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
-            return self._integer(x.float(), convolve) if self.is_integer else self._simulated(x, convolve)
+            if self._is_integer and len(self._active()) == 2:
+                return self._integer(x.float(), convolve)
+            return self._simulated(x, convolve)
 
     def _simulated(self, x: Tensor, convolve: Convolve) -> Tensor:
         x = x.float() if self._input_quantizer is None else self._input_quantizer(x)
@@ -94,58 +96,19 @@ class QuantizedConvolution(nn.Module):
         x_codes, step_x = self._input_quantizer.codes(x)
         w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
         acc = self._exact_sum(x_codes, w_codes, convolve)
-        return rescale(acc, step_x, step_w, self.bias, self.feature_channel_dim)
+        return rescale(acc, step_x, step_w, self.bias, self.axes.feature)
 
     def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
-        num_parts = self._num_parts(w_codes)
-        if num_parts > 1 and x_codes.numel() and float(x_codes.detach().amin()) >= 0:
-            num_parts = self._num_parts(w_codes, one_sided=True)
-        if num_parts == 1:
-            return convolve(x_codes, w_codes)
-        parts = zip(
-            x_codes.chunk(num_parts, self.feature_channel_dim),
-            w_codes.chunk(num_parts, self.input_channel_dim),
-            strict=True,
-        )
-        total = torch.stack([convolve(x, w).double() for x, w in parts]).sum(0)
-        return total.float()
+        return exact_sum(x_codes, w_codes, *self._formats(), convolve, self.axes)
 
-    def _num_parts(self, w_codes: Tensor, one_sided: bool = False) -> int:
-        """Into how many groups of input channels the sum must be split to stay below 2^24.
-
-        Args:
-            w_codes: Codes of the weight.
-            one_sided: The input has no negative code (it comes from a ReLU). Then positive and negative
-                products never add up, and the bound is about half as large.
-        """
-        input_format = cast(Quantizer, self._input_quantizer).format
-        largest_x = input_format.qmax if one_sided else input_format.largest_magnitude
-        largest_w = cast(Quantizer, self._weight_quantizer).format.largest_magnitude
-        output_axis = OUTPUT_CHANNEL_AXIS[self.kind]
-        num_terms = w_codes.numel() // w_codes.shape[output_axis]
-        if num_terms * largest_x * largest_w < EXACT_LIMIT:
-            return 1
-        per_channel = self._magnitudes(w_codes.detach(), one_sided)
-        for num_parts in range(1, per_channel.shape[1] + 1):
-            parts = per_channel.chunk(num_parts, 1)
-            worst = max(float(part.sum(1).max()) for part in parts)
-            if worst * largest_x < EXACT_LIMIT and len(parts) == num_parts:
-                return num_parts
-        raise AssertionError(
-            "one input channel alone passes 2^24: bits this wide are computed as `simulated`"
-        )
-
-    def _magnitudes(self, w_codes: Tensor, one_sided: bool) -> Tensor:
-        """Sums of |code_w| by output (rows) and input channel (columns); one-sided, by sign too."""
-        output_axis, input_axis = OUTPUT_CHANNEL_AXIS[self.kind], self.input_channel_dim % w_codes.dim()
-        kernel = [d for d in range(w_codes.dim()) if d not in (output_axis, input_axis)]
-        signs = (w_codes.clamp(min=0), w_codes.clamp(max=0)) if one_sided else (w_codes,)
-        sums = torch.cat([w.abs().sum(kernel) for w in signs], output_axis)
-        return sums if output_axis == 0 else sums.T
+    def _formats(self) -> tuple[IntegerFormat, IntegerFormat]:
+        both = (self._input_quantizer, self._weight_quantizer)
+        x_format, w_format = (cast(IntegerFormat, cast(Quantizer, q).format) for q in both)
+        return x_format, w_format
 
     def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
         shape = [1] * like.dim()
-        shape[self.feature_channel_dim] = -1
+        shape[self.axes.feature] = -1
         return values.view(shape)
 
 
@@ -165,11 +128,12 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
+        x_format, w_format = self._formats()
         convolution = IntegerConvolution(
             self._input_quantizer.range_of(x),
-            None if self._input_quantizer.is_shared else self._input_quantizer.format,
+            None if self._input_quantizer.is_shared else x_format,
             self._weight_quantizer.range_of(self.weight),
-            self._weight_quantizer.format,
+            w_format,
             lambda codes_x, codes_w: self._exact_sum(codes_x, codes_w, convolve),
             self._geometry(),
         )
@@ -178,8 +142,7 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         return convolution(x, self.weight, self.bias)
 
     def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
-        x_format = cast(Quantizer, self._input_quantizer).format
-        w_format = cast(Quantizer, self._weight_quantizer).format
+        x_format, w_format = self._formats()
         geometry = self._geometry()
         if int8_kernel.takes(x_codes, w_codes, x_format.qmax, w_format.largest_magnitude, geometry):
             return int8_kernel.convolve(x_codes, w_codes, geometry)
@@ -197,20 +160,20 @@ class QuantConv2d(_QuantizedDenseConvolution, nn.Conv2d):
     """Conv2d with a quantized weight (axis 0) and input."""
 
     kind = "Conv2d"
-    input_channel_dim = 1
+    axes = Axes(output=0, input=1)
 
 
 class QuantConvTranspose2d(_QuantizedDenseConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # no output_size
     """ConvTranspose2d with a quantized weight (axis 1, the output channels) and input."""
 
     kind = "ConvTranspose2d"
-    input_channel_dim = 0
+    axes = Axes(output=1, input=0)
 
 
 class _QuantizedSparseConvolution(QuantizedConvolution):
     """The sparse layers: features (V, C), weight KRSC."""
 
-    input_channel_dim = -1
+    axes = Axes(output=0, input=-1)
 
     convolve: Callable[[SparseConvTensor, Tensor], SparseConvTensor]
 
@@ -248,13 +211,15 @@ class QuantAdd(ResidualAdd):
     """
 
     kind = "ResidualAdd"
-    is_integer = True
+    is_bypassed = False
 
+    _is_integer: bool
     _input_quantizer: Quantizer
     _residual_quantizer: Quantizer | None
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizer."""
+        self._is_integer = scheme.arithmetic == "integer"
         self._input_quantizer = Quantizer(scheme.input)
         self._residual_quantizer = None
 
@@ -265,8 +230,10 @@ class QuantAdd(ResidualAdd):
         for quantizer, tensor in pairs:
             if quantizer._if_calib:
                 quantizer.collect(tensor)
-        if not self._input_quantizer.is_active:
+        if self.is_bypassed or not self._input_quantizer.is_active:
             return super().forward(branch, identity)
+        if not self._is_integer:
+            return super().forward(*(quantizer(tensor) for quantizer, tensor in pairs))
         (a, step_a), (b, step_b) = (quantizer.codes(tensor) for quantizer, tensor in pairs)
         return add_codes(a, step_a, b, step_b)
 

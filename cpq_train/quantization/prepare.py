@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cpq_train.quantization.calibration import quantizers
 from cpq_train.quantization.layers import QUANTIZED, quantize_layer
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, QuantizerScheme, Scheme
+from cpq_train.quantization.switches import quantizers
 
 RESIDUAL = ":residual"
 """In a group of consumers, `<name of a residual add>:residual` stands for the add's identity input."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from cpq_train.quantization import fake_quant
 from cpq_train.quantization.collectors import Collector, new_collector
+from cpq_train.quantization.formats import NumberFormat
 from cpq_train.quantization.scheme import QuantizerScheme
+from cpq_train.quantization.weight_ranges import largest_magnitude, weight_amax
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
@@ -29,18 +31,24 @@ class Range(NamedTuple):
         scale: Codes per unit, see `fake_quant.scale_of`.
         step: Value of code 1, see `fake_quant.step_of`.
         window: amax as a Python number, where it is static and stands for the whole tensor.
+        log_amax: The parameter that amax follows from, where it is learned.
     """
 
     amax: Tensor
     version: int
     scale: Tensor
     step: Tensor
-    window: float | None
+    window: float | None = None
+    log_amax: nn.Parameter | None = None
 
     @property
     def limit(self) -> Tensor | float:
         """amax, as a number if it is known as one."""
         return self.amax if self.window is None else self.window
+
+    def log_gradient(self, grad: Tensor, x: Tensor, codes: Tensor, fmt: NumberFormat) -> Tensor:
+        """Gradient of `log_amax`, see `fake_quant.log_range_gradient`; overwrites `codes`."""
+        return fake_quant.log_range_gradient(grad, x, codes, self.amax, self.step, fmt)
 
 
 class Quantizer(TensorQuantizer):
@@ -48,7 +56,8 @@ class Quantizer(TensorQuantizer):
 
     The buffer `_amax` exists from the start, as NaN until it is calibrated or loaded, so that a state dict
     loads on any device; `calibration.check_ranges` finds what was left NaN. A dynamic quantizer has no
-    buffer.
+    buffer. A learned range is trained as the parameter `_log_amax`, so that amax stays positive and a
+    learning rate means the same for a range of 0.01 and one of 100; the buffer follows it.
 
     Args:
         scheme: Bits, granularity, method and mode; `mode` is static or dynamic.
@@ -66,7 +75,7 @@ class Quantizer(TensorQuantizer):
     ) -> None:
         super().__init__(
             QuantDescriptor(
-                num_bits=scheme.bits,
+                num_bits=scheme.number_format.bits,
                 unsigned=not scheme.signed,
                 narrow_range=scheme.narrow_range,
                 axis=None if axis is None else (axis,),
@@ -75,9 +84,11 @@ class Quantizer(TensorQuantizer):
         )
         self._calibrator: Collector | None = None
         self.scheme = scheme
-        self.format = scheme.format
+        self.format = scheme.number_format
         self.is_shared = False
+        self._log_amax: nn.Parameter | None = None
         self._memo: tuple[Tensor, Tensor] | None = None
+        self._collected: Tensor | None = None
         self._range: Range | None = None
         if scheme.mode == "static":
             shape = [num_channels if d == axis else 1 for d in range(num_dims)] if axis is not None else []
@@ -90,17 +101,17 @@ class Quantizer(TensorQuantizer):
 
     @property
     def is_active(self) -> bool:
-        """Whether the tensor is rounded: not while switched off, nor while its range is being collected."""
-        return not self._disabled and not self._if_calib
+        """Whether the tensor is rounded."""
+        return not self._disabled
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The fake-quantized tensor; while a range is being collected, or switched off, the tensor itself."""
-        if self._if_calib:
-            self.collect(inputs)
+        """The fake-quantized tensor; while switched off, the tensor itself."""
         if not self.is_active:
             return inputs
         chosen = self.range_of(inputs)
-        return fake_quant.fake_quantize(inputs, chosen.amax, self.format, chosen.window, chosen.scale)
+        return fake_quant.fake_quantize(
+            inputs, chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
+        )
 
     def codes(self, inputs: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integer codes (held in fp32) and the value of one step.
@@ -116,67 +127,83 @@ class Quantizer(TensorQuantizer):
         if self.is_shared and self._memo is not None and self._memo[0] is inputs:
             return self._memo[1], chosen.step
         factor = None if step_other is None else step_other / chosen.step
-        codes = fake_quant.codes(inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale)
+        codes = fake_quant.codes(
+            inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
+        )
         if self.is_shared:
             self._memo = (inputs, codes)
         return codes, chosen.step
 
     def range_of(self, inputs: Tensor) -> Range:
         """The range to quantize `inputs` with; a static one is worked out, and read from its device, once."""
-        amax = self._get_amax(inputs)
         if self.scheme.mode != "static":
-            return self._new_range(amax, 0, None)
+            return self._new_range(self._largest(inputs), 0)
+        source = self._amax if self._log_amax is None else self._log_amax
         known = self._range
-        if known is None or known.amax is not amax or known.version != amax._version:
+        if known is None or known.amax is not self._amax or known.version != source._version:
             # Not in inference mode: what is made there could not be saved for a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._new_range(amax, amax._version, float(amax) if self.is_per_tensor else None)
+                known = self._static_range(source._version)
             self._range = known
         return known
 
-    def _new_range(self, amax: Tensor, version: int, window: float | None) -> Range:
-        fmt = self.format
-        return Range(amax, version, fake_quant.scale_of(amax, fmt), fake_quant.step_of(amax, fmt), window)
+    def _static_range(self, version: int) -> Range:
+        if self._log_amax is not None:
+            self._amax.copy_(self._log_amax.exp())
+            return self._new_range(self._amax, version, log_amax=self._log_amax)
+        return self._new_range(self._amax, version, float(self._amax) if self.is_per_tensor else None)
+
+    def _new_range(
+        self, amax: Tensor, version: int, window: float | None = None, log_amax: nn.Parameter | None = None
+    ) -> Range:
+        scale, step = fake_quant.scale_of(amax, self.format), fake_quant.step_of(amax, self.format)
+        return Range(amax, version, scale, step, window, log_amax)
+
+    def learn(self) -> None:
+        """Make a static range a parameter that starts at the present amax; nothing to do for others."""
+        if self.scheme.mode == "static" and self._log_amax is None:
+            log_amax = self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log()
+            self._log_amax = nn.Parameter(log_amax)
 
     def forget(self) -> None:
         """Drop the codes kept for the other consumers of a shared tensor."""
-        self._memo = None
+        self._memo = self._collected = None
 
     def start_collecting(self) -> None:
-        """Pass tensors through unrounded and gather their range; nothing to do for a dynamic quantizer."""
+        """Gather the range of the tensors that pass; nothing to do for a dynamic quantizer."""
         if self.scheme.mode == "static":
             self._calibrator = new_collector(self.scheme)
             self._if_calib = True
 
     def collect(self, inputs: Tensor) -> None:
         """Take in one tensor, once even where it has several consumers."""
-        if self._memo is not None and self._memo[0] is inputs:
+        if self._collected is inputs:
             return
         assert self._calibrator is not None
         self._calibrator.collect(inputs.detach())
         if self.is_shared:
-            self._memo = (inputs, inputs)
+            self._collected = inputs
 
-    def finish_collecting(self) -> None:
-        """Set amax from what was gathered; it stays NaN where nothing was seen."""
+    def finish_collecting(self, momentum: float = 1.0) -> None:
+        """Set amax from what was gathered; NaN where nothing was seen.
+
+        Args:
+            momentum: Share of the new amax in the result, the rest is the present one.
+        """
         if self._calibrator is not None:
-            self._amax.fill_(self._calibrator.compute_amax())
+            found = torch.full_like(self._amax, self._calibrator.compute_amax())
+            self._amax.copy_(found if momentum == 1.0 else self._amax.lerp(found, momentum))
         self._calibrator, self._if_calib = None, False
         self.forget()
 
     def set_amax_from(self, weight: Tensor) -> None:
-        """Static range of a weight: the largest magnitude, per output channel where the scheme says so."""
+        """Static range of a weight, per output channel where the scheme says so."""
         if self.scheme.mode == "static":
-            self._amax.copy_(self._largest(weight))
-
-    def _get_amax(self, inputs: Tensor) -> Tensor:
-        return self._amax if self.scheme.mode == "static" else self._largest(inputs)
+            axis = None if self._axis is None else self._axis[0]
+            self._amax.copy_(weight_amax(weight, self.scheme, axis))
 
     def _largest(self, tensor: Tensor) -> Tensor:
-        magnitude = tensor.detach().abs()
-        if self.is_per_tensor:
-            return magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
-        return magnitude.amax([d for d in range(tensor.dim()) if d not in self._axis], keepdim=True)
+        return largest_magnitude(tensor.detach(), None if self._axis is None else self._axis[0])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # pytorch-quantization's version calls .cuda() and warns about every amax.

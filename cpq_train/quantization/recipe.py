@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, coverage
-from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, QuantizerScheme, Scheme
+from cpq_train.quantization.scheme import QuantizerScheme, Scheme
 
 SCHEMA = 1
 ARMS = ("float", "float_tuned", "ptq", "qat")
@@ -52,16 +52,12 @@ def _layers(prepared: Prepared) -> dict[str, Any]:
         shared = prepared.shares_input_with.get(name) or prepared.shares_input_with.get(name + RESIDUAL)
         rows[name] = {
             "kind": kind,
-            "arithmetic": "float" if chosen.is_float else _arithmetic(kind, chosen.arithmetic),
-            "weight": _quantizer(chosen.weight, OUTPUT_CHANNEL_AXIS.get(kind)),
+            "arithmetic": chosen.arithmetic,
+            "weight": _quantizer(chosen.weight, chosen.weight_axis(kind)),
             "input": _quantizer(chosen.input, None),
             "shares_input_with": shared,
         }
     return rows
-
-
-def _arithmetic(kind: str, of_product: str) -> str:
-    return "integer" if kind == "ResidualAdd" else of_product
 
 
 def _quantizer(chosen: QuantizerScheme, axis: int | None) -> dict[str, Any]:

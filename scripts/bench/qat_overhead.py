@@ -39,8 +39,8 @@ from torch import Tensor
 from cpq_train.data.dataset import Batch
 from cpq_train.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.quantization.calibration import quantizers
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.quantization.switches import quantizers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"full": "centerpoint_voxel01.yaml", "quickstart": "quickstart_float.yaml"}

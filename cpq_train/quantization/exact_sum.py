@@ -1,0 +1,156 @@
+"""Convolutions of integer codes whose sums stay exact whole numbers.
+
+fp32 holds every whole number up to 2^24. A sum that could pass it is split over the input channels, and the
+parts are added in fp64. Codes of 9 to 16 bits are split first, into two digits of 8 bits each:
+`code = 256 * high + low`; a convolution is linear, so the sums of digits are put together in fp64, which is
+exact up to 2^53. The total is rounded to fp32 once, as an integer engine's 64-bit sum would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cpq_train.quantization.formats import IntegerFormat
+
+EXACT_LIMIT = 2.0**24
+"""fp32 holds every whole number up to here."""
+
+DIGIT = 256
+
+Convolve: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class Axes(NamedTuple):
+    """Where the channels of a convolution are.
+
+    Attributes:
+        output: Axis of the output channels in the weight.
+        input: Axis of the input channels in the weight.
+        feature: Axis of the channels in features.
+    """
+
+    output: int
+    input: int
+    feature: int = 1
+
+
+class Codes(NamedTuple):
+    """Whole numbers held in fp32, and the least and the largest they can be."""
+
+    values: Tensor
+    smallest: int
+    largest: int
+
+    @property
+    def magnitude(self) -> int:
+        """The largest magnitude they can have."""
+        return max(-self.smallest, self.largest)
+
+
+def exact_sum(
+    x_codes: Tensor,
+    w_codes: Tensor,
+    x_format: IntegerFormat,
+    w_format: IntegerFormat,
+    convolve: Convolve,
+    axes: Axes,
+) -> Tensor:
+    """`convolve(x_codes, w_codes)`, every sum exact and rounded to fp32 once.
+
+    Args:
+        x_codes: Codes of the features.
+        w_codes: Codes of the weight.
+        x_format: Of the features.
+        w_format: Of the weight.
+        convolve: Convolution of features with a weight, linear in both, for any number of input channels.
+        axes: Where the channels are.
+
+    Returns:
+        What `convolve` returns, in fp32, differentiable in both codes.
+    """
+    x = Codes(x_codes, x_format.qmin, x_format.qmax)
+    w = Codes(w_codes, w_format.qmin, w_format.qmax)
+    if max(x_format.bits, w_format.bits) <= 8:
+        return _sum_of_bytes(x, w, convolve, axes).float()
+    with torch.no_grad():
+        total = torch.stack(
+            [
+                _sum_of_bytes(x_digit, w_digit, convolve, axes).double().mul_(x_place * w_place)
+                for x_place, x_digit in _digits(x, x_format)
+                for w_place, w_digit in _digits(w, w_format)
+            ]
+        ).sum(0)
+    if not torch.is_grad_enabled():
+        return total.float()
+    return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total.float()))
+
+
+class _TakeGradient(Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, exact: Tensor) -> Tensor:
+        return exact
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _digits(codes: Codes, fmt: IntegerFormat) -> list[tuple[int, Codes]]:
+    """Place value and digit, which is signed for the high place and 0 to 255 for the low one."""
+    if fmt.bits <= 8:
+        return [(1, codes)]
+    high = torch.floor(codes.values / DIGIT)
+    low = codes.values - high * DIGIT
+    high_codes = Codes(high, codes.smallest // DIGIT, codes.largest // DIGIT)
+    return [(DIGIT, high_codes), (1, Codes(low, 0, DIGIT - 1))]
+
+
+def _sum_of_bytes(x: Codes, w: Codes, convolve: Convolve, axes: Axes) -> Tensor:
+    """In fp32 where one sum is exact there, else in fp64."""
+    num_parts = num_exact_parts(x, w, axes)
+    if num_parts == 1:
+        return convolve(x.values, w.values)
+    parts = zip(x.values.chunk(num_parts, axes.feature), w.values.chunk(num_parts, axes.input), strict=True)
+    return torch.stack([convolve(*part).double() for part in parts]).sum(0)
+
+
+def num_exact_parts(x: Codes, w: Codes, axes: Axes) -> int:
+    """Into how many groups of input channels a sum must be split so that every part stays below 2^24.
+
+    A layer's bound is the largest sum of |code_w| * max|code_x| over an output channel. Without negative
+    codes in the input (behind a ReLU) positive and negative products never add up, and the bound is about
+    half as large.
+    """
+    num_terms = w.values.numel() // w.values.shape[axes.output]
+    if num_terms * x.magnitude * w.magnitude < EXACT_LIMIT:
+        return 1
+    num_parts = _num_parts(w.values, x.magnitude, axes, one_sided=False)
+    if num_parts > 1 and x.values.numel() and float(x.values.detach().amin()) >= 0:
+        num_parts = _num_parts(w.values, x.largest, axes, one_sided=True)
+    return num_parts
+
+
+def _num_parts(w_codes: Tensor, largest_x: int, axes: Axes, one_sided: bool) -> int:
+    per_channel = _magnitudes(w_codes.detach(), axes, one_sided)
+    for num_parts in range(1, per_channel.shape[1] + 1):
+        parts = per_channel.chunk(num_parts, 1)
+        worst = max(float(part.sum(1).max()) for part in parts)
+        if worst * largest_x < EXACT_LIMIT and len(parts) == num_parts:
+            return num_parts
+    raise AssertionError("one input channel alone passes 2^24: no kernel of this network is that large")
+
+
+def _magnitudes(w_codes: Tensor, axes: Axes, one_sided: bool) -> Tensor:
+    """Sums of |code_w| by output (rows) and input channel (columns); one-sided, by sign too."""
+    output_axis, input_axis = axes.output, axes.input % w_codes.dim()
+    kernel = [d for d in range(w_codes.dim()) if d not in (output_axis, input_axis)]
+    signs = (w_codes.clamp(min=0), w_codes.clamp(max=0)) if one_sided else (w_codes,)
+    sums = torch.cat([w.abs().sum(kernel) for w in signs], output_axis)
+    return sums if output_axis == 0 else sums.T
