@@ -46,9 +46,7 @@ def _bits(scheme: QuantizerScheme) -> int:
     return FLOAT_BITS if scheme.is_off else scheme.bits
 
 
-def count_costs(
-    network: nn.Module, layers: Iterable[str], run: Callable[[], int]
-) -> dict[str, LayerCost]:
+def count_costs(network: nn.Module, layers: Iterable[str], run: Callable[[], int]) -> dict[str, LayerCost]:
     """Count weights, and MACs while samples pass.
 
     Args:

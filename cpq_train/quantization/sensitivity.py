@@ -17,69 +17,13 @@ from rich.progress import track
 from torch import nn
 
 from cpq_train.errors import UserError
+from cpq_train.quantization.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized
-
-FLOAT = "float"
-"""The option of a unit that is not quantized."""
 
 Scores: TypeAlias = dict[str, float]
 Prepare: TypeAlias = Callable[[Scheme], tuple[nn.Module, Callable[[], Scores]]]
 """Scheme -> the calibrated network, and what scores it as it is switched."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """A choice of bits; None for the inputs keeps those of the scheme."""
-
-    weight_bits: int
-    input_bits: int | None = None
-
-    @property
-    def name(self) -> str:
-        """`W4`, or `W4A8` where the inputs are chosen too."""
-        return f"W{self.weight_bits}" + ("" if self.input_bits is None else f"A{self.input_bits}")
-
-    def rule(self, layers: str) -> dict[str, Any]:
-        """The rule of a scheme that gives these bits to what is quantized of `layers`."""
-        inputs = {} if self.input_bits is None else {"input": {"bits": self.input_bits}}
-        return {"layers": layers, "weight": {"bits": self.weight_bits}, **inputs}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers that get the same option: a single layer, or those of the module `name`."""
-
-    name: str
-    layers: tuple[str, ...]
-
-    @property
-    def pattern(self) -> str:
-        """The glob of a scheme's rule."""
-        return self.name if self.layers == (self.name,) else f"{self.name}.*"
-
-
-def uniform_scheme(base: Scheme, option: Option) -> dict[str, Any]:
-    """`base` with the option's bits wherever it quantizes, as the content of a scheme file."""
-    return _extended(base, option.name, [option.rule("*")])
-
-
-def mixed_scheme(
-    base: Scheme, units: Iterable[Unit], options: Iterable[Option], assignment: Mapping[str, str]
-) -> dict[str, Any]:
-    """`base` with each unit's assigned option, as the content of a scheme file."""
-    by_name = {option.name: option for option in options}
-    rules = []
-    for unit in units:
-        option = by_name.get(assignment[unit.name])
-        off = {"layers": unit.pattern, "weight": "off", "input": "off"}
-        rules.append(off if option is None else option.rule(unit.pattern))
-    return _extended(base, "mixed", rules)
-
-
-def _extended(base: Scheme, suffix: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
-    content = base.to_dict()
-    return {**content, "name": f"{base.name}_{suffix}", "rules": [*content["rules"], *rules]}
 
 
 @dataclass(frozen=True)
@@ -108,7 +52,7 @@ class Case:
 
 
 def cases_of(scheme: Scheme, option: str, units: Collection[Unit]) -> list[Case]:
-    """Everything that is measured of a uniform scheme: nothing and all of it, each unit alone and left out."""
+    """What is measured of a uniform scheme: nothing and all of it, each unit alone and left out."""
     everything = tuple(layer for unit in units for layer in unit.layers)
     cases = [Case(scheme, option, "none", None, ()), Case(scheme, option, "all", None, everything)]
     for unit in units:
@@ -140,7 +84,9 @@ class MeasurementLog:
                 record = json.loads(line)
                 self._by_key[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}: no measurement; delete the line or the file") from error
+                raise UserError(
+                    f"{path}, line {number}: no measurement; delete the line or the file"
+                ) from error
         if whole != content:
             path.write_bytes(whole)
 
@@ -181,4 +127,13 @@ def measure(
                     scores = score()
                 named = {"option": case.option, "mode": case.mode, "unit": case.unit}
                 log.append({"key": case.key(context), **named, **scores})
-    return [log[case.key(context)] for case in cases]
+    return [{k: v for k, v in log[case.key(context)].items() if k != "key"} for case in cases]
+
+
+def alone(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Unit -> option -> loss of the network with that unit alone quantized."""
+    losses: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["mode"] == "alone":
+            losses.setdefault(record["unit"], {})[record["option"]] = max(record["loss"], 0.0)
+    return losses
