@@ -1,4 +1,4 @@
-"""The verbs: those that run a network go through LightningCLI, the others start without importing Lightning."""
+"""The verbs: those that run a network go through LightningCLI, the others start without Lightning."""
 
 from __future__ import annotations
 
