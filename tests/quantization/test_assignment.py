@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cpq_train.errors import UserError
 from cpq_train.quantization.assignment import Choice, assign, total
 
-# From losses that hardly matter to ones that decide everything; costs as small as a bias, as large as a level.
+# From losses that hardly matter to ones that decide everything; costs from nothing to a whole level.
 LOSSES = st.one_of(st.just(0.0), st.floats(1e-7, 10.0))
 COSTS = st.one_of(st.integers(0, 40).map(float), st.floats(1e-6, 1e3))
 OPTIONS = st.dictionaries(
@@ -37,5 +37,5 @@ def test_equals_brute_force(choices: dict[str, dict[str, Choice]], generosity: f
 def test_infeasible_budget_names_the_smallest() -> None:
     choices = {u: {"W8": Choice(0.1, 2.0), "W4": Choice(0.5, 1.0)} for u in ("a", "b")}
     assert assign(choices, 2.0, "MiB") == {"a": "W4", "b": "W4"}
-    with pytest.raises(UserError, match="budget 1.9 MiB cannot be met; the smallest possible is 2 MiB"):
+    with pytest.raises(UserError, match=r"budget 1\.9 MiB cannot be met; the smallest possible is 2 MiB"):
         assign(choices, 1.9, "MiB")

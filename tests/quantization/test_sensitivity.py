@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"key": "a"}) + "\nnonsense\n" + json.dumps({"key": "b"}) + "\n")
-    with pytest.raises(UserError, match="log.jsonl, line 2: no measurement"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: no measurement"):
         MeasurementLog(path)
 
 
