@@ -1,8 +1,8 @@
 """Where the network and quantization meet: the structure of each arm, and how a checkpoint becomes one.
 
-float BatchNorm trains, nothing is quantized. float_tuned BatchNorm folded as in qat, no quantizers: the
-control that says what more training alone brings. ptq, qat BatchNorm folded, layers quantized as the scheme
-says.
+float: BatchNorm trains, nothing is quantized. float_tuned: BatchNorm as in qat, no quantizers: the control
+that says what more training alone brings. ptq, qat: layers quantized as the scheme says, BatchNorm folded, or
+kept frozen or trained and folded behind training.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
+from cpq_train.interop.checkpoint import NETWORK_PREFIX, network_state, read_checkpoint, sha256_of
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
 from cpq_train.quantization.calibration import check_ranges, is_calibrated
 from cpq_train.quantization.layers import QUANTIZED
-from cpq_train.quantization.prepare import RESIDUAL, Prepared, fold_batchnorm, prepare, unquantized
-from cpq_train.quantization.recipe import recipe, same_scheme
+from cpq_train.quantization.prepare import RESIDUAL, Prepared, prepare, unquantized
+from cpq_train.quantization.range_policy import AmaxPolicy, apply_policy
+from cpq_train.quantization.recipe import amax_policy, recipe, same_scheme
 from cpq_train.quantization.scheme import Scheme
 
 Arm = Literal["float", "float_tuned", "ptq", "qat"]
@@ -35,8 +38,10 @@ class Subject:
         arm: Which arm it is.
         prepared: Which layers could be quantized, and what was.
         scheme: How it is quantized, None where it is not.
+        batchnorm: What became of its BatchNorm.
+        amax: What becomes of its ranges in training.
         calibration: How its ranges were found.
-        parents: Arm -> SHA-256 of the checkpoints it came from.
+        parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
         is_tuned: Whether its weights are no longer those it was calibrated or folded with.
     """
 
@@ -44,36 +49,54 @@ class Subject:
     arm: Arm
     prepared: Prepared
     scheme: Scheme | None = None
+    batchnorm: BatchNormPolicy = "folded"
+    amax: AmaxPolicy = "frozen"
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
     is_tuned: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The `quantization` entry of its checkpoint."""
-        batchnorm = "trained" if self.arm == "float" else "folded"
-        return recipe(self.arm, self.scheme, self.prepared, batchnorm, self.calibration, self.parents)
+        return recipe(
+            self.arm, self.scheme, self.prepared, self.batchnorm, self.amax, self.calibration, self.parents
+        )
 
 
-def build(config: NetworkConfig, arm: Arm, scheme: Scheme | None) -> Subject:
+def build(
+    config: NetworkConfig, arm: Arm, scheme: Scheme | None, batchnorm: BatchNormPolicy | None = None
+) -> Subject:
     """A network with fresh weights in the structure of `arm`; activation ranges are NaN.
 
     Raises:
         UserError: A quantized arm without a scheme.
     """
-    return _restructure(CenterPoint(config), arm, scheme)
+    return _restructure(CenterPoint(config), arm, scheme, batchnorm)
 
 
 def from_description(config: NetworkConfig, description: Mapping[str, Any]) -> Subject:
     """The structure that a checkpoint's `quantization` entry describes, its state not loaded yet."""
     scheme = None if description["scheme"] is None else Scheme.from_dict(description["scheme"], "checkpoint")
-    subject = build(config, description["arm"], scheme)
+    subject = build(config, description["arm"], scheme, description["batchnorm"])
+    set_range_policy(subject, amax_policy(description))
     subject.calibration = description["calibration"]
     subject.parents = dict(description["parents"])
     subject.is_tuned = subject.arm in ("float_tuned", "qat")
     return subject
 
 
-def from_weights(config: NetworkConfig, path: str | Path, arm: Arm | None, scheme: Scheme | None) -> Subject:
+def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
+    """Say what becomes of the ranges in training; learned ones become parameters."""
+    subject.amax = amax
+    apply_policy(subject.network, amax)
+
+
+def from_weights(
+    config: NetworkConfig,
+    path: str | Path,
+    arm: Arm | None,
+    scheme: Scheme | None,
+    batchnorm: BatchNormPolicy | None = None,
+) -> Subject:
     """Start from a checkpoint's weights.
 
     Args:
@@ -82,10 +105,12 @@ def from_weights(config: NetworkConfig, path: str | Path, arm: Arm | None, schem
             float_tuned.
         arm: What to become; None stays what the checkpoint is.
         scheme: How to quantize; None takes the checkpoint's.
+        batchnorm: What becomes of BatchNorm; None takes the checkpoint's, and folds that of a float network
+            that becomes another arm.
 
     Raises:
         UserError: The checkpoint is unreadable, of another architecture, of an arm that cannot become `arm`,
-            or its scheme differs from `scheme`.
+            its scheme differs from `scheme`, or its BatchNorm is folded and `batchnorm` would keep it.
     """
     checkpoint = read_checkpoint(path)
     description = checkpoint["quantization"]
@@ -99,13 +124,15 @@ def from_weights(config: NetworkConfig, path: str | Path, arm: Arm | None, schem
         _check_scheme(subject.scheme, scheme, path)
         _load(subject.network, state, path)
         subject.arm = target
+        _change_batchnorm(subject, batchnorm, path)
     elif quantized_source:
-        subject = build(config, target, None)
+        subject = build(config, target, None, description["batchnorm"])
         _load(subject.network, {k: v for k, v in state.items() if not k.endswith("_amax")}, path)
+        _change_batchnorm(subject, batchnorm, path)
     else:
         network = CenterPoint(config)
         _load(network, state, path)
-        subject = _restructure(network, target, scheme)
+        subject = _restructure(network, target, scheme, batchnorm)
     if is_quantized(subject) and quantized_source:
         check_ranges(subject.network)
     subject.parents = {**description["parents"]}
@@ -124,14 +151,50 @@ def needs_calibration(subject: Subject) -> bool:
     return is_quantized(subject) and not is_calibrated(subject.network)
 
 
-def _restructure(network: CenterPoint, arm: Arm, scheme: Scheme | None) -> Subject:
-    if arm in ("float", "float_tuned"):
-        if arm == "float_tuned":
+def fold_checkpoint(config: NetworkConfig, path: str | Path, output: str | Path) -> None:
+    """Write a checkpoint of the same network with BatchNorm folded; it holds no state of training.
+
+    Args:
+        config: Sizes of the network.
+        path: A float_tuned, ptq or qat checkpoint of this project.
+        output: Where to.
+    """
+    subject = from_weights(config, path, None, None, "folded")
+    state = {NETWORK_PREFIX + name: tensor for name, tensor in subject.network.state_dict().items()}
+    kept = ("epoch", "global_step", "hyper_parameters", "pytorch-lightning_version")
+    checkpoint = {key: value for key, value in read_checkpoint(path).items() if key in kept}
+    torch.save({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)
+
+
+def _restructure(
+    network: CenterPoint, arm: Arm, scheme: Scheme | None, batchnorm: BatchNormPolicy | None
+) -> Subject:
+    if arm == "float":
+        if batchnorm not in (None, "trained"):
+            raise UserError(f"model.batchnorm is {batchnorm!r}; accepted for arm 'float': trained")
+        return Subject(network, arm, unquantized(network), batchnorm="trained")
+    batchnorm = batchnorm or "folded"
+    if arm == "float_tuned":
+        if batchnorm == "folded":
             fold_batchnorm(network)
-        return Subject(network, arm, unquantized(network))
+        return Subject(network, arm, unquantized(network), batchnorm=batchnorm)
     if scheme is None:
         raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
-    return Subject(network, arm, prepare(network, scheme, tensors_read_together(network)), scheme)
+    prepared = prepare(network, scheme, tensors_read_together(network), fold=batchnorm == "folded")
+    return Subject(network, arm, prepared, scheme, batchnorm)
+
+
+def _change_batchnorm(subject: Subject, asked: BatchNormPolicy | None, path: str | Path) -> None:
+    if asked is None or asked == subject.batchnorm:
+        return
+    if subject.batchnorm == "folded" or subject.arm == "float":
+        raise UserError(
+            f"model.batchnorm is {asked!r}, but the BatchNorm of {str(path)!r} is {subject.batchnorm}; "
+            f"accepted: {subject.batchnorm}"
+        )
+    if asked == "folded":
+        fold_batchnorm(subject.network)
+    subject.batchnorm = asked
 
 
 def tensors_read_together(network: nn.Module) -> list[list[str]]:
@@ -179,13 +242,27 @@ def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:
 def _check_scheme(of_checkpoint: Scheme | None, asked: Scheme | None, path: str | Path) -> None:
     if asked is None or of_checkpoint is None or same_scheme(asked, of_checkpoint):
         return
-    mine, theirs = asked.to_dict(), of_checkpoint.to_dict()
+    mine, theirs = _settings(asked.to_dict()), _settings(of_checkpoint.to_dict())
     lines = [
-        f"  {key}: checkpoint {theirs[key]!r}, model.scheme {mine[key]!r}"
-        for key in mine
-        if mine[key] != theirs[key]
+        f"  {key}: checkpoint {theirs.get(key, 'none')}, model.scheme {mine.get(key, 'none')}"
+        for key in {**theirs, **mine}
+        if mine.get(key) != theirs.get(key) and key != "name"
     ]
     raise UserError(f"checkpoint {str(path)!r} was calibrated with another scheme:\n" + "\n".join(lines))
+
+
+def _settings(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every single setting; rules are numbered from 1."""
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        children = [(str(i), entry) for i, entry in enumerate(value, 1)]
+    else:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, child in children:
+        found |= _settings(child, f"{name}.{key}".lstrip("."))
+    return found
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
+from cpq_train.quantization.recipe import amax_policy
 
 
 def describe(checkpoint: Path) -> None:
@@ -35,6 +36,7 @@ def _summary(path: Path, content: dict[str, Any], description: dict[str, Any]) -
         "arm": description["arm"],
         "scheme": scheme["name"] if scheme else "none",
         "batchnorm": description["batchnorm"],
+        "ranges": amax_policy(description) if scheme else "none",
         "numbers": f"{sum(t.numel() for t in network_state(content).values()):,}",
         "epoch, step": f"{content.get('epoch')}, {content.get('global_step')}",
         "calibration": description["calibration"] or "none",
@@ -49,17 +51,24 @@ def _summary(path: Path, content: dict[str, Any], description: dict[str, Any]) -
 def _layers(layers: dict[str, Any]) -> Table:
     table = Table(title="Layers", title_justify="left")
     for header in ("layer", "kind", "arithmetic", "weight", "input", "shares its input with"):
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for name, layer in layers.items():
         weight, input_ = _quantizer(layer["weight"]), _quantizer(layer["input"])
-        table.add_row(
-            name, layer["kind"], layer["arithmetic"], weight, input_, layer["shares_input_with"] or ""
-        )
+        shared = layer["shares_input_with"] or ""
+        table.add_row(name, layer["kind"], _arithmetic(layer), weight, input_, shared)
     return table
+
+
+def _arithmetic(layer: dict[str, Any]) -> str:
+    why = layer.get("why_float") or layer.get("why_simulated")  # files of the first release lack both
+    return f"{layer['arithmetic']}: {why}" if why else str(layer["arithmetic"])
 
 
 def _quantizer(q: dict[str, Any]) -> str:
     if q["mode"] == "off":
         return "float"
     axis = "per tensor" if q["axis"] is None else f"axis {q['axis']}"
-    return f"{q['bits']} bit, {axis}, {q['method']}, {q['mode']}"
+    numbers = "FP8 E4M3" if q["format"] == "fp8_e4m3" else f"{q['bits']} bit"
+    unsigned, narrow = ("" if q["signed"] else " unsigned"), (" narrow" if q["narrow_range"] else "")
+    how = f"{q['method']}, static" if q["mode"] == "static" else q["mode"]
+    return f"{numbers}{unsigned}{narrow}, {axis}, {how}"

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import Self
 
 from cpq_train.arms import (
     Arm,
     Subject,
     build,
     check_state,
+    fold_checkpoint,
     from_description,
     from_weights,
     needs_calibration,
+    set_range_policy,
 )
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
-from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.quantization.batchnorm import (
+    BatchNormPolicy,
+    freeze_batchnorm,
+    trains_on_parts_of_a_batch,
+)
 from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.range_policy import (
+    RangePolicy,
+    finish_observing,
+    range_parameters,
+    start_observing,
+)
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.teacher import Teacher, find_teacher
 
 Batch = dict[str, Any]
 
@@ -44,10 +63,14 @@ class CenterPointDetector(LightningModule):
             run, or to load a finished one, use `--ckpt_path` instead.
         arm: float, float_tuned, ptq or qat; null is what `weights` is, or float without weights.
         scheme: YAML file that says what to quantize how; null takes that of `weights`.
+        batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
+            folded where a float network becomes another arm.
+        ranges: What becomes of the ranges while the qat arm trains.
         code_weights: Loss weight of each of the ten numbers of a box code.
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
         optimizer: Learning rate and schedule.
+        distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
     """
 
     network: CenterPoint  # built by `configure_model`
@@ -58,10 +81,13 @@ class CenterPointDetector(LightningModule):
         weights: str | None = None,
         arm: Arm | None = None,
         scheme: str | None = None,
+        batchnorm: BatchNormPolicy | None = None,
+        ranges: RangePolicy = RangePolicy(),  # noqa: B008
         code_weights: tuple[float, ...] = CODE_WEIGHTS,
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(
@@ -70,18 +96,24 @@ class CenterPointDetector(LightningModule):
                 "weights": weights,
                 "arm": arm,
                 "scheme": scheme,
+                "batchnorm": batchnorm,
+                "ranges": asdict(ranges),
                 "code_weights": list(code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
                 "optimizer": asdict(optimizer),
+                "distillation": distillation and asdict(distillation),
             },
             logger=False,
         )
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
+        self.batchnorm, self.ranges = batchnorm, ranges
         self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
+        self.distillation = distillation
         self.subject: Subject | None = None
+        self._teacher: Teacher | None = None
 
     def configure_model(self) -> None:
         """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
@@ -90,20 +122,23 @@ class CenterPointDetector(LightningModule):
         scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
         arm = self.arm or "float"
         if self.weights is not None and not self._is_resuming():
-            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme))
+            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
         elif arm == "float" or self._is_resuming():
-            self._adopt(build(self.network_config, arm, scheme))
+            self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
+        # Here and not when fitting starts: the optimizer and DDP are set up in between.
+        if self.subject is not None and self.subject.arm == "qat" and not self._is_resuming():
+            set_range_policy(self.subject, self.ranges.amax)
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None
 
     def _adopt(self, subject: Subject) -> None:
         self.subject = subject
-        for dense in (subject.network.backbone_2d, subject.network.dense_head):
-            dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU and GPU
+        subject.network.dense_channels_last()
         self.network = subject.network
+        self._freeze_batchnorm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what it is."""
@@ -131,12 +166,21 @@ class CenterPointDetector(LightningModule):
         """Loss of a batch; logs it with its parts."""
         config = self.network_config
         targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
-        losses = center_loss(self(batch), targets, self.code_weights, self.loc_weight)
+        heads, distilled = self._run_with_teacher(batch)
+        losses = center_loss(heads, targets, self.code_weights, self.loc_weight)
+        if distilled:
+            losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
         size = batch["batch_size"]
         self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
         parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
         self.log_dict(parts, batch_size=size)
         return losses["loss"]
+
+    def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
+        """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
+        if self._teacher is None:
+            return self(batch), {}
+        return self._teacher.instruct(self.network, batch, self.code_weights)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
@@ -152,10 +196,46 @@ class CenterPointDetector(LightningModule):
         assert self.subject is not None
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
+        if self.distillation is not None:
+            self._teacher = find_teacher(self.distillation, self.subject, self.weights, self._is_resuming())
         if needs_calibration(self.subject):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
+        self._freeze_batchnorm()
+        if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
+            rank_zero_warn(
+                "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
+            )
+
+    def on_fit_end(self) -> None:
+        """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
+        last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        assert self.subject is not None
+        is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
+        if is_kept and last and self.trainer.is_global_zero:
+            fold_checkpoint(self.network_config, last, Path(last).with_name("folded.ckpt"))
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; a frozen BatchNorm stays in evaluation."""
+        super().train(mode)
+        self._freeze_batchnorm()
+        return self
+
+    def _freeze_batchnorm(self) -> None:
+        if self.subject is not None and self.subject.batchnorm == "frozen":
+            freeze_batchnorm(self.network)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """In a step in which ranges move, let the quantizers look at its tensors."""
+        self._is_observing = self.ranges.moves_at(self.global_step)
+        if self._is_observing:
+            start_observing(self.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move the ranges towards what the quantizers saw."""
+        if self._is_observing:
+            finish_observing(self.network, self.ranges.momentum)
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
@@ -166,26 +246,37 @@ class CenterPointDetector(LightningModule):
                 "or set model.arm to float"
             )
 
-    def calibrate(self, datamodule: LightningDataModule) -> None:
+    def calibrate(self, datamodule: LightningDataModule, given: Mapping[str, Tensor] | None = None) -> None:
         """Find the activation ranges on the data module's calibration samples; every rank sees all of them.
+
+        Args:
+            datamodule: Gives the samples, where any are needed.
+            given: Ranges known already, by their names in the network's state dict.
 
         Raises:
             UserError: There are no such samples, or a range came out unfit.
         """
         assert self.subject is not None
-        loader = datamodule.calibration_dataloader()  # type: ignore[attr-defined]
         self.print_coverage()
-        with collecting_ranges(self.network):
-            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
-                self(self.to_device(batch))
+        given = dict(given or {})
+        self.network.load_state_dict(given, strict=False)
+        needs_samples = not given or needs_calibration(self.subject)
+        if needs_samples:
+            self._collect_ranges(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
+            self.network.load_state_dict(given, strict=False)
         self.subject.calibration = {
             "method": self.subject.scheme.input.method if self.subject.scheme else None,
-            "num_samples": datamodule.num_calibration_samples,  # type: ignore[attr-defined]
+            "num_samples": datamodule.num_calibration_samples if needs_samples else 0,  # type: ignore[attr-defined]
             "split": datamodule.train_split,  # type: ignore[attr-defined]
             "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
             "seed": datamodule.seed,  # type: ignore[attr-defined]
             "source_sha256": self.subject.parents.get("float"),
         }
+
+    def _collect_ranges(self, loader: Iterable[Batch]) -> None:
+        with collecting_ranges(self.network):
+            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
+                self(self.to_device(batch))
 
     def print_coverage(self) -> None:
         """Print how many layers of each kind are quantized, at what bits, and which stay float."""
@@ -200,7 +291,10 @@ class CenterPointDetector(LightningModule):
         return self._trainer is None or self._trainer.is_global_zero
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule over the whole run, stepped once per batch."""
+        """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = new_optimizer(list(self.parameters()), self.optimizer, steps)
+        ranges = range_parameters(self.network)
+        learned = set(map(id, ranges))
+        weights = [p for p in self.parameters() if p.requires_grad and id(p) not in learned]
+        optimizer, schedule = new_optimizer(weights, self.optimizer, steps, ranges, self.ranges.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

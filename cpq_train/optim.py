@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch.optim import AdamW
@@ -39,12 +39,25 @@ class OptimizerConfig:
 
 
 def new_optimizer(
-    parameters: list[torch.nn.Parameter], config: OptimizerConfig, num_steps: int
+    parameters: list[torch.nn.Parameter],
+    config: OptimizerConfig,
+    num_steps: int,
+    ranges: list[torch.nn.Parameter] | None = None,
+    range_lr: float = 0.0,
 ) -> tuple[AdamW, LRScheduler]:
-    """The optimizer and its schedule over `num_steps` steps."""
-    optimizer = AdamW(
-        parameters, lr=config.lr, betas=(0.95, 0.99), eps=1e-8, weight_decay=config.weight_decay
-    )
+    """The optimizer and its schedule over `num_steps` steps.
+
+    Args:
+        parameters: Of the network.
+        config: Learning rate, weight decay and schedule.
+        num_steps: Length of the schedule.
+        ranges: Learned ranges: a group of their own, without weight decay.
+        range_lr: Largest learning rate of `ranges`.
+    """
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if ranges:
+        groups.append({"params": ranges, "lr": range_lr, "weight_decay": 0.0})
+    optimizer = AdamW(groups, lr=config.lr, betas=(0.95, 0.99), eps=1e-8, weight_decay=config.weight_decay)
     return optimizer, _Schedule(optimizer, config, num_steps)
 
 
@@ -56,10 +69,14 @@ class _Schedule(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rate of the present step; sets beta1 along with it."""
-        lr, beta1 = learning_rate_and_momentum(self._config, self.last_epoch, self._num_steps)
-        for group in self.optimizer.param_groups:
+        rates = []
+        for group, largest in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            assert isinstance(largest, float)
+            config = replace(self._config, lr=largest)
+            lr, beta1 = learning_rate_and_momentum(config, self.last_epoch, self._num_steps)
             group["betas"] = (beta1, group["betas"][1])
-        return [lr for _ in self.optimizer.param_groups]
+            rates.append(lr)
+        return rates
 
     def state_dict(self) -> dict[str, int]:
         """The position alone: the rest is configuration."""

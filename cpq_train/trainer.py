@@ -8,10 +8,12 @@ from typing import Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
+from torch import Tensor
 
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
 
@@ -24,6 +26,7 @@ class QuantTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         output: Path,
+        ranges_file: Path | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -34,11 +37,14 @@ class QuantTrainer(Trainer):
                 how.
             datamodule: Gives `data.num_calibration_samples` training samples without augmentation.
             output: Where to write the PTQ checkpoint.
+            ranges_file: Checkpoint of NVIDIA's CenterPoint or another made with pytorch-quantization, whose
+                ranges are taken; samples are only used for the quantizers that it leaves without.
             ckpt_path: Not used: calibration starts from `model.weights`.
             weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
         Raises:
-            UserError: No weights or no scheme is given, there are no samples, or a range came out unfit.
+            UserError: No weights or no scheme is given, there are no samples, `ranges_file` holds no range,
+                or a range came out unfit.
         """
         assert isinstance(model, CenterPointDetector)
         if model.weights is None or ckpt_path is not None:
@@ -49,7 +55,8 @@ class QuantTrainer(Trainer):
         datamodule.prepare_data()
         model.configure_model()
         model.to(self.strategy.root_device)
-        model.calibrate(datamodule)
+        given = None if ranges_file is None else _ranges_of(ranges_file, model)
+        model.calibrate(datamodule, given)
         num_zero = check_ranges(model.network)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.save_checkpoint(output, weights_only=True)
@@ -107,3 +114,10 @@ class QuantTrainer(Trainer):
         settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
+
+
+def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:
+    """Take what fits of a file, and print every name that does not."""
+    matched = match_ranges(read_ranges(file), model.network.state_dict())
+    Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
+    return matched.values

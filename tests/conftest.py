@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import BASE, OVERLAY, tiny_options
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
@@ -44,3 +45,43 @@ def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("simulated") / "root"
     simulate(root, num_scenes=5, num_val_scenes=2, num_samples_per_scene=2, version="v1.0-trainval", seed=3)
     return root
+
+
+@pytest.fixture(scope="session")
+def arms(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All four arms of a tiny model, made by the command line."""
+    from cpq_train.cli import main
+
+    runs = tmp_path_factory.mktemp("runs")
+    fit = ["fit", "-c", BASE]
+    tune = ["-c", OVERLAY]
+    main([*fit, *tiny_options(simulated_root, runs / "float")])
+    weights = runs / "float/checkpoints/last.ckpt"
+    ptq = runs / "ptq/ptq.ckpt"
+    main(
+        [
+            "calibrate",
+            "-c",
+            BASE,
+            *tune,
+            *tiny_options(simulated_root, runs / "ptq"),
+            "--model.weights",
+            str(weights),
+            "--output",
+            str(ptq),
+        ]
+    )
+    main(["validate", "-c", BASE, *tiny_options(simulated_root, runs / "ptq"), "--model.weights", str(ptq)])
+    main([*fit, *tune, *tiny_options(simulated_root, runs / "qat"), "--model.weights", str(ptq)])
+    main(
+        [
+            *fit,
+            *tune,
+            *tiny_options(simulated_root, runs / "float_tuned"),
+            "--model.arm",
+            "float_tuned",
+            "--model.weights",
+            str(weights),
+        ]
+    )
+    return {arm: runs / arm for arm in ("float", "ptq", "qat", "float_tuned")}

@@ -10,63 +10,11 @@ import pytest
 import torch
 import wandb
 import yaml
+from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.cli import main
 
-BASE = "configs/quickstart_float.yaml"
-OVERLAY = "configs/quickstart_qat.yaml"
-
 Run = dict[str, Path]
-
-
-def _tiny(root: Path, run: Path) -> list[str]:
-    """Options that shrink the quickstart model and its schedule to a few seconds."""
-    return [
-        *("--data.root", str(root), "--trainer.default_root_dir", str(run)),
-        *("--model.network.voxel_size", "[0.64, 0.64, 0.32]", "--data.num_sweeps", "2"),
-        *("--data.batch_size", "2", "--data.num_workers", "0", "--data.num_calibration_samples", "2"),
-        *("--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1"),
-        *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
-        *("--baselines.cache_dir", str(run.parent / "baselines")),
-    ]
-
-
-@pytest.fixture(scope="module")
-def arms(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All four arms of a tiny model, made by the command line."""
-    runs = tmp_path_factory.mktemp("runs")
-    fit = ["fit", "-c", BASE]
-    tune = ["-c", OVERLAY]
-    main([*fit, *_tiny(simulated_root, runs / "float")])
-    weights = runs / "float/checkpoints/last.ckpt"
-    ptq = runs / "ptq/ptq.ckpt"
-    main(
-        [
-            "calibrate",
-            "-c",
-            BASE,
-            *tune,
-            *_tiny(simulated_root, runs / "ptq"),
-            "--model.weights",
-            str(weights),
-            "--output",
-            str(ptq),
-        ]
-    )
-    main(["validate", "-c", BASE, *_tiny(simulated_root, runs / "ptq"), "--model.weights", str(ptq)])
-    main([*fit, *tune, *_tiny(simulated_root, runs / "qat"), "--model.weights", str(ptq)])
-    main(
-        [
-            *fit,
-            *tune,
-            *_tiny(simulated_root, runs / "float_tuned"),
-            "--model.arm",
-            "float_tuned",
-            "--model.weights",
-            str(weights),
-        ]
-    )
-    return {arm: runs / arm for arm in ("float", "ptq", "qat", "float_tuned")}
 
 
 def test_every_run_says_its_arm(arms: Run) -> None:
@@ -172,7 +120,7 @@ def test_config_of_a_fit_feeds_other_verbs(arms: Run, tmp_path: Path) -> None:
 
 def test_qat_from_float_weights_calibrates_first(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
     weights = arms["float"] / "checkpoints/last.ckpt"
-    options = _tiny(simulated_root, tmp_path / "qat")
+    options = tiny_options(simulated_root, tmp_path / "qat")
     main(["fit", "-c", BASE, "-c", OVERLAY, *options, "--model.weights", str(weights)])
     new = torch.load(tmp_path / "qat/checkpoints/last.ckpt", weights_only=True)
     ptq = torch.load(arms["ptq"] / "ptq.ckpt", weights_only=True)
@@ -186,9 +134,85 @@ def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: 
     options = ["fit", "-c", BASE, "-c", OVERLAY, "--model.weights", str(arms["ptq"] / "ptq.ckpt")]
 
     def fit(run: Path, *more: str) -> dict[str, torch.Tensor]:
-        tiny = _tiny(simulated_root, run)
+        tiny = tiny_options(simulated_root, run)
         tiny[tiny.index("--trainer.max_epochs") + 1] = "2"
         main([*options, *tiny, *more])
+        return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    whole = fit(tmp_path / "whole", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
+    first = next(p for p in (tmp_path / "whole/checkpoints").glob("epoch00*.ckpt"))
+    resumed = fit(tmp_path / "resumed", "--ckpt_path", str(first))
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def _calibrate(root: Path, tmp_path: Path, weights: Path, *more: str) -> list[str]:
+    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *tiny_options(root, tmp_path / "run")]
+    return [*options, "--model.weights", str(weights), "--output", str(tmp_path / "p.ckpt"), *more]
+
+
+def test_ranges_of_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file holds every range no sample is read; where one is missing it is found on samples."""
+    weights, ptq = arms["float"] / "checkpoints/last.ckpt", arms["ptq"] / "ptq.ckpt"
+    state = torch.load(ptq, weights_only=True)["state_dict"]
+    amax = {f"module.{k}": 1.5 * v for k, v in state.items() if k.endswith("_amax")}
+    torch.save(amax, tmp_path / "all.pth")
+    options = _calibrate(simulated_root, tmp_path, weights)
+    main([*options, "--ranges_file", str(tmp_path / "all.pth"), "--data.num_calibration_samples", "0"])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 0
+
+    left_out = "network.backbone_2d.blocks.0.1._input_quantizer._amax"
+    del amax[f"module.{left_out}"]
+    torch.save(
+        {"state_dict": {**amax, "module.neck.x._input_quantizer._amax": torch.ones(1)}}, tmp_path / "f"
+    )
+    capsys.readouterr()
+    main([*options, "--ranges_file", str(tmp_path / "f")])
+    new = torch.load(tmp_path / "p.ckpt", weights_only=True)
+    for name, value in new["state_dict"].items():
+        assert torch.equal(value, amax.get(f"module.{name}", state[name])), name
+    assert new["quantization"]["calibration"]["num_samples"] == 2
+    printed = capsys.readouterr().out
+    assert left_out.removeprefix("network.") in printed
+    assert "module.neck.x._input_quantizer._amax: no static quantizer of this name here" in printed
+
+
+def _distilled(root: Path, run: Path, weights: Path, *more: str) -> list[str]:
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(root, run), "--model.weights", str(weights)]
+    return [*options, "--model.distillation.box_weight", "0.5", "--trainer.log_every_n_steps", "1", *more]
+
+
+def test_distillation(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Its parts are logged, and the teacher leaves no trace in the checkpoint but its SHA-256."""
+    teacher = arms["float"] / "checkpoints/last.ckpt"
+    given = ("--model.distillation.teacher", str(teacher))
+    main(_distilled(simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *given))
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/distill_heatmap", "train/distill_box", "train/distill_bev"} <= set(header)
+    plain, new = (
+        torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (arms["qat"], tmp_path)
+    )
+    assert new["state_dict"].keys() == plain["state_dict"].keys()
+    num_states = [len(checkpoint["optimizer_states"][0]["state"]) for checkpoint in (plain, new)]
+    assert num_states[0] == num_states[1]
+    assert any(not torch.equal(new["state_dict"][k], v) for k, v in plain["state_dict"].items())
+    assert new["quantization"]["parents"].pop("teacher") == new["quantization"]["parents"]["float"]
+    assert new["quantization"]["parents"] == plain["quantization"]["parents"]
+
+
+def test_resumed_distillation_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Started from float weights, which are then the teacher."""
+    weights = arms["float"] / "checkpoints/last.ckpt"
+
+    def fit(run: Path, *more: str) -> dict[str, torch.Tensor]:
+        options = _distilled(simulated_root, run, weights, "--model.arm", "float_tuned", *more)
+        options[options.index("--trainer.max_epochs") + 1] = "2"
+        main(options)
         return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
     whole = fit(tmp_path / "whole", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
@@ -203,7 +227,7 @@ def test_a_fit_logs_to_wandb(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt")]
     logger = ("--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
     main([*options, *logger, "--trainer.logger.save_dir", str(tmp_path), "--trainer.log_every_n_steps", "1"])
@@ -281,19 +305,27 @@ def test_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_missing_data_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = _fails(["fit", "-c", BASE, *_tiny(tmp_path / "nowhere", tmp_path / "run")], capsys)
+    error = _fails(["fit", "-c", BASE, *tiny_options(tmp_path / "nowhere", tmp_path / "run")], capsys)
     assert "nowhere" in error
 
 
 def test_wrong_version(simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [*_tiny(simulated_root, tmp_path / "run"), "--data.version", "v1.0-mini"]
+    options = [*tiny_options(simulated_root, tmp_path / "run"), "--data.version", "v1.0-mini"]
     error = _fails(["fit", "-c", BASE, *options], capsys)
     assert "v1.0-mini" in error
     assert "v1.0-trainval" in error
 
 
 def _validate(root: Path, tmp_path: Path, weights: Path, *more: str) -> list[str]:
-    return ["validate", "-c", BASE, *_tiny(root, tmp_path / "run"), "--model.weights", str(weights), *more]
+    return [
+        "validate",
+        "-c",
+        BASE,
+        *tiny_options(root, tmp_path / "run"),
+        "--model.weights",
+        str(weights),
+        *more,
+    ]
 
 
 def test_checkpoint_of_another_architecture(
@@ -351,15 +383,20 @@ def test_missing_and_foreign_checkpoint(
 def test_empty_calibration_set(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
-    options += [
-        "--model.weights",
-        str(arms["float"] / "checkpoints/last.ckpt"),
-        "--output",
-        str(tmp_path / "p.ckpt"),
-    ]
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
     error = _fails([*options, "--data.num_calibration_samples", "0"], capsys)
     assert "num_calibration_samples is 0: expected 1 to 6" in error
+    assert not (tmp_path / "p.ckpt").exists()
+
+
+def test_unfit_range_in_a_file(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "backbone_2d.blocks.0.1._input_quantizer"
+    torch.save({f"{name}._amax": torch.tensor(-1.0)}, tmp_path / "f.pth")
+    options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
+    error = _fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
+    assert f"{name}: negative in 1 of 1" in error
     assert not (tmp_path / "p.ckpt").exists()
 
 
@@ -367,7 +404,7 @@ def test_scheme_matching_no_layer(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"rules": [{"layers": "neck.*", "weight": "off"}]}))
-    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["float"] / "checkpoints/last.ckpt")]
     error = _fails([*options, "--model.scheme", str(tmp_path / "s.yaml")], capsys)
     assert "'neck.*'" in error
@@ -378,11 +415,12 @@ def test_another_scheme_than_the_checkpoints(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "w4", "defaults": {"weight": {"bits": 4}}}))
-    options = ["fit", "-c", BASE, "-c", OVERLAY, *_tiny(simulated_root, tmp_path / "run")]
+    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt"), "--model.scheme", str(tmp_path / "s.yaml")]
     error = _fails(options, capsys)
     assert "was calibrated with another scheme" in error
-    assert "defaults" in error
+    assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
+    assert "granularity" not in error  # equal in both
 
 
 def test_arm_that_cannot_descend(
@@ -396,14 +434,14 @@ def test_arm_that_cannot_descend(
 def test_validate_without_a_checkpoint(
     simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = _fails(["validate", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")], capsys)
+    error = _fails(["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")], capsys)
     assert "validate needs a checkpoint" in error
 
 
 def test_ckpt_path_is_checked_too(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["validate", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")]
+    options = ["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
     (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
     assert "is corrupt" in _fails([*options, "--ckpt_path", str(tmp_path / "bad.ckpt")], capsys)
     content = torch.load(arms["qat"] / "checkpoints/last.ckpt", weights_only=True)
@@ -440,11 +478,23 @@ def test_sensitivity_settings(
 def test_arms_that_fit_does_not_make(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit = ["fit", "-c", BASE, *_tiny(simulated_root, tmp_path / "run")]
+    fit = ["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
     error = _fails([*fit, "--model.weights", str(arms["ptq"] / "ptq.ckpt")], capsys)
     assert "fit makes float, float_tuned or qat" in error
     error = _fails([*fit, "-c", OVERLAY], capsys)
     assert "model.arm 'qat' starts from a checkpoint" in error
+
+
+def test_distillation_without_a_float_teacher(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _distilled(simulated_root, tmp_path / "run", arms["ptq"] / "ptq.ckpt")
+    assert "is 'ptq': give model.distillation.teacher" in _fails(options, capsys)
+    wrong = ("--model.distillation.teacher", str(arms["qat"] / "checkpoints/last.ckpt"))
+    assert "is 'qat': give model.distillation.teacher" in _fails([*options, *wrong], capsys)
+    options = ["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
+    error = _fails([*options, "--model.distillation.bev_weight", "1"], capsys)
+    assert "model.distillation is for model.arm qat or float_tuned, not for 'float'" in error
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])

@@ -96,9 +96,10 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
     """Hash of all that the score of a baseline depends on."""
     subject = module.subject
     assert subject is not None
+    parents = {name: sha256 for name, sha256 in subject.parents.items() if name != "teacher"}
     depends_on: dict[str, Any] = {
         "arm": arm,
-        "parents": subject.parents if arm == "ptq" else subject.parents.get("float"),
+        "parents": parents if arm == "ptq" else parents.get("float"),
         "scheme": subject.scheme.to_dict() if arm == "ptq" and subject.scheme else None,
         "calibration": subject.calibration if arm == "ptq" else None,
         "network": module.hparams["network"],

@@ -25,10 +25,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, corrupt, holds pickled code, or is no checkpoint of this project.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist")
-    checkpoint = _load(path)
+    checkpoint = read_plain(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
         keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(
@@ -38,7 +35,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _load(path: Path) -> Any:
+def read_plain(path: str | Path) -> Any:
+    """Load any file of `torch.save` on the CPU, with `weights_only=True`.
+
+    Raises:
+        UserError: The file is missing, corrupt, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cpq_train.errors import UserError
@@ -60,6 +61,11 @@ class CenterPoint(nn.Module):
     def geometry(self) -> BevGeometry:
         """The map of the head, for targets and decoding."""
         return self.config.geometry
+
+    def dense_channels_last(self) -> None:
+        """Store the dense layers' weights as channels_last, which is faster on CPU and GPU."""
+        for dense in (self.backbone_2d, self.dense_head):
+            dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, voxel_features_VC: Tensor, voxel_coords_V4: Tensor, batch_size: int

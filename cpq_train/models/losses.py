@@ -83,13 +83,18 @@ def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
     Returns:
         Errors summed over all objects and divided by their number, (10,).
     """
-    code_BCHW = torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
-    sample_B1 = torch.arange(len(code_BCHW), device=code_BCHW.device)[:, None]
-    # Indexing, not gather: its gradient has a deterministic kernel on CUDA.
-    predicted_BKC = code_BCHW.flatten(2)[sample_B1, :, target.indices]
+    predicted_BKC = box_codes_at(head, target.indices)
     known_BKC = target.mask[..., None] & ~target.boxes.isnan()
     # NaN is replaced before the subtraction: behind it, its gradient would be NaN even where it is not
     # selected.
     wanted_BKC = torch.where(known_BKC, target.boxes, 0.0)
     error_BKC = torch.where(known_BKC, (predicted_BKC - wanted_BKC).abs(), 0.0)
     return error_BKC.sum((0, 1)) / target.mask.sum().clamp(min=1)
+
+
+def box_codes_at(head: HeadOutput, cells_BK: Tensor) -> Tensor:
+    """Box codes of a head in the cells y * W + x, (B, K, 10) float32."""
+    code_BCHW = torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
+    sample_B1 = torch.arange(len(code_BCHW), device=code_BCHW.device)[:, None]
+    # Indexing, not gather: its gradient has a deterministic kernel on CUDA.
+    return code_BCHW.flatten(2)[sample_B1, :, cells_BK]

@@ -87,15 +87,15 @@ def exact_sum(
         ).sum(0)
     if not torch.is_grad_enabled():
         return total.float()
-    return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total.float()))
+    return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total))
 
 
 class _TakeGradient(Function):
-    """The second tensor, with the gradient of the first."""
+    """The second tensor in fp32, with the gradient of the first."""
 
     @staticmethod
     def forward(ctx: Any, differentiable: Tensor, exact: Tensor) -> Tensor:
-        return exact
+        return exact.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
+from cpq_train.quantization.batchnorm import fold_batchnorm
 from cpq_train.quantization.layers import QUANTIZED, quantize_layer
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, LayerScheme, QuantizerScheme, Scheme
+from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.switches import quantizers
 
 RESIDUAL = ":residual"
@@ -37,7 +35,9 @@ class Prepared:
     folded: list[str] = field(default_factory=list)
 
 
-def prepare(network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[str]] = ()) -> Prepared:
+def prepare(
+    network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[str]] = (), fold: bool = True
+) -> Prepared:
     """Turn a float network into its quantized structure, in place.
 
     Weight ranges are set; activation ranges are NaN until they are calibrated or loaded.
@@ -47,13 +47,14 @@ def prepare(network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[st
         scheme: What to quantize how.
         one_tensor: Groups of names whose layers read one tensor (`RESIDUAL` marks the identity of an add).
             Members with equal input settings share one quantizer, saved under every member's name.
+        fold: Multiply BatchNorm into its convolution first.
 
     Raises:
         UserError: A rule of the scheme matches no layer, or nothing would be quantized.
     """
     layers = quantizable_layers(network)
     schemes = scheme.resolve(layers)
-    folded = fold_batchnorm(network)
+    folded = fold_batchnorm(network) if fold else []
     for name, layer_scheme in schemes.items():
         if not layer_scheme.is_float:
             quantize_layer(network.get_submodule(name), layer_scheme)
@@ -74,45 +75,6 @@ def unquantized(network: nn.Module) -> Prepared:
 def quantizable_layers(network: nn.Module) -> dict[str, str]:
     """Name -> kind of every layer that a scheme may speak of, in the order of the network."""
     return {n: type(m).__name__ for n, m in network.named_modules() if type(m) in QUANTIZED}
-
-
-def fold_batchnorm(network: nn.Module) -> list[str]:
-    """Multiply every BatchNorm into the convolution registered directly before it, in place.
-
-    Computed in fp64, stored in fp32.
-
-    Covers sparse, Conv2d and ConvTranspose2d layers. The BatchNorm becomes an Identity, the convolution gets
-    a bias.
-
-    Returns:
-        The names of the convolutions.
-    """
-    pairs = list(_followed_by_batchnorm(network))
-    for _, parent, conv, bn_name in pairs:
-        bn = cast(_BatchNorm, getattr(parent, bn_name))
-        _fold(conv, bn, OUTPUT_CHANNEL_AXIS[type(conv).__name__])
-        setattr(parent, bn_name, nn.Identity())
-    return [name for name, *_ in pairs]
-
-
-def _followed_by_batchnorm(network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    for parent_name, parent in network.named_modules():
-        children = list(parent.named_children())
-        for (name, conv), (bn_name, bn) in pairwise(children):
-            if type(conv).__name__ in OUTPUT_CHANNEL_AXIS and isinstance(bn, _BatchNorm):
-                yield f"{parent_name}.{name}".lstrip("."), parent, conv, bn_name
-
-
-@torch.no_grad()
-def _fold(conv: Any, bn: _BatchNorm, axis: int) -> None:
-    gamma, beta, mean, var = (
-        cast(Tensor, t).double() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    )
-    factor = gamma / torch.sqrt(var + bn.eps)
-    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.double()
-    shape = [-1 if d == axis else 1 for d in range(conv.weight.dim())]
-    conv.weight.copy_(conv.weight.double() * factor.view(shape))
-    conv.bias = nn.Parameter((beta + (bias - mean) * factor).to(conv.weight.dtype))
 
 
 def _share(network: nn.Module, group: list[str], prepared: Prepared) -> None:

@@ -162,8 +162,15 @@ class Quantizer(TensorQuantizer):
     def learn(self) -> None:
         """Make a static range a parameter that starts at the present amax; nothing to do for others."""
         if self.scheme.mode == "static" and self._log_amax is None:
-            log_amax = self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log()
-            self._log_amax = nn.Parameter(log_amax)
+            self._log_amax = nn.Parameter(torch.empty_like(self._amax))
+            self._log_from_amax()
+
+    def freeze(self) -> None:
+        """Keep a learned range as it is."""
+        if self._log_amax is not None:
+            self._amax.copy_(self._log_amax.detach().exp())
+            del self._log_amax
+            self._log_amax = None
 
     def forget(self) -> None:
         """Drop the codes kept for the other consumers of a shared tensor."""
@@ -191,19 +198,40 @@ class Quantizer(TensorQuantizer):
             momentum: Share of the new amax in the result, the rest is the present one.
         """
         if self._calibrator is not None:
-            found = torch.full_like(self._amax, self._calibrator.compute_amax())
-            self._amax.copy_(found if momentum == 1.0 else self._amax.lerp(found, momentum))
+            self._move_amax(torch.full_like(self._amax, self._calibrator.compute_amax()), momentum)
         self._calibrator, self._if_calib = None, False
         self.forget()
 
-    def set_amax_from(self, weight: Tensor) -> None:
-        """Static range of a weight, per output channel where the scheme says so."""
+    def set_amax_from(self, weight: Tensor, momentum: float = 1.0) -> None:
+        """Static range of a weight, per channel where the scheme says so; `momentum` as above."""
         if self.scheme.mode == "static":
             axis = None if self._axis is None else self._axis[0]
-            self._amax.copy_(weight_amax(weight, self.scheme, axis))
+            self._move_amax(weight_amax(weight, self.scheme, axis), momentum)
+
+    def _move_amax(self, found: Tensor, momentum: float) -> None:
+        # At 1 the present amax has no part in it: it may be NaN.
+        self._amax.copy_(found if momentum == 1.0 else self._amax.lerp(found, momentum))
+        self._log_from_amax()
+
+    def scale_amax(self, factor: Tensor) -> None:
+        """Multiply a static range, as the weight it belongs to is; `factor` broadcasts to amax."""
+        if self.scheme.mode != "static":
+            return
+        self._amax.copy_(self._amax.double() * factor)
+        self._log_from_amax()
+
+    @torch.no_grad()
+    def _log_from_amax(self) -> None:
+        if self._log_amax is not None:
+            self._log_amax.copy_(self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log())
 
     def _largest(self, tensor: Tensor) -> Tensor:
         return largest_magnitude(tensor.detach(), None if self._axis is None else self._axis[0])
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._log_amax is not None:  # the optimizer may have stepped since the last forward
+            self._amax.copy_(self._log_amax.detach().exp())
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # pytorch-quantization's version calls .cuda() and warns about every amax.

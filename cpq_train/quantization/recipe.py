@@ -21,6 +21,7 @@ def recipe(
     scheme: Scheme | None,
     prepared: Prepared,
     batchnorm: str,
+    amax: str,
     calibration: Mapping[str, Any] | None,
     parents: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def recipe(
         scheme: The scheme, None for a float network.
         prepared: What `prepare` or `unquantized` returned.
         batchnorm: "folded", "frozen" or "trained".
+        amax: "frozen", "moving" or "learned".
         calibration: How the ranges were found, None where none were.
         parents: Arm -> SHA-256 of the checkpoints this one came from.
     """
@@ -39,13 +41,13 @@ def recipe(
         "arm": arm,
         "scheme": None if scheme is None else scheme.to_dict(),
         "batchnorm": batchnorm,
-        "layers": _layers(prepared),
+        "layers": _layers(prepared, amax),
         "calibration": None if calibration is None else dict(calibration),
         "parents": dict(parents),
     }
 
 
-def _layers(prepared: Prepared) -> dict[str, Any]:
+def _layers(prepared: Prepared, amax: str) -> dict[str, Any]:
     rows = {}
     for name, chosen in prepared.schemes.items():
         kind = prepared.layers[name]
@@ -53,24 +55,32 @@ def _layers(prepared: Prepared) -> dict[str, Any]:
         rows[name] = {
             "kind": kind,
             "arithmetic": chosen.arithmetic,
-            "weight": _quantizer(chosen.weight, chosen.weight_axis(kind)),
-            "input": _quantizer(chosen.input, None),
+            "weight": _quantizer(chosen.weight, chosen.weight_axis(kind), amax),
+            "input": _quantizer(chosen.input, None, amax),
+            "why_float": chosen.why_float,
+            "why_simulated": "" if chosen.is_float else chosen.why_simulated,
             "shares_input_with": shared,
         }
     return rows
 
 
-def _quantizer(chosen: QuantizerScheme, axis: int | None) -> dict[str, Any]:
+def _quantizer(chosen: QuantizerScheme, axis: int | None, amax: str) -> dict[str, Any]:
     return {
-        "format": "int",
+        "format": chosen.format,
         "bits": chosen.bits,
         "signed": chosen.signed,
         "narrow_range": chosen.narrow_range,
-        "axis": axis if chosen.granularity == "per_channel" else None,
+        "axis": axis,
         "method": chosen.method,
         "mode": chosen.mode,
-        "amax": "frozen",
+        "amax": amax,
     }
+
+
+def amax_policy(description: Mapping[str, Any]) -> Any:
+    """What became of the ranges of a checkpoint, from its `quantization` entry."""
+    quantizers = (layer[role] for layer in description["layers"].values() for role in ("weight", "input"))
+    return next((str(q["amax"]) for q in quantizers if q["mode"] == "static"), "frozen")
 
 
 def coverage_table(prepared: Prepared) -> Table:
@@ -94,7 +104,10 @@ def _label(kind: str) -> str:
 
 def _bits(prepared: Prepared, name: str) -> str:
     chosen = prepared.schemes[name]
-    weight, input_ = ("-" if q.is_off else str(q.bits) for q in (chosen.weight, chosen.input))
+    weight, input_ = (
+        "-" if q.is_off else "fp8" if q.format == "fp8_e4m3" else str(q.bits)
+        for q in (chosen.weight, chosen.input)
+    )
     return f"{weight} / {input_}{'' if chosen.input.mode != 'dynamic' else ' dynamic'}"
 
 

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from cpq_train.errors import UserError
-from cpq_train.quantization.scheme import Scheme
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization.prepare import quantizable_layers
+from cpq_train.quantization.scheme import KINDS, Scheme
 
+SMALL = NetworkConfig(point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0))
 LAYERS = {
     "backbone_3d.conv_input.0": "SubMConv3d",
     "backbone_3d.conv1.0.quant_add": "ResidualAdd",
@@ -23,6 +26,35 @@ def test_shipped_scheme() -> None:
     assert resolved["backbone_2d.blocks.0.1"].arithmetic == "integer"
     assert resolved["backbone_3d.conv1.0.quant_add"].weight.is_off
     assert Scheme.from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/schemes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_schemes_fit_the_network(file: Path) -> None:
+    scheme = Scheme.from_file(file)
+    assert scheme.name == file.stem
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+    layers = quantizable_layers(CenterPoint(SMALL))
+    quantized = {k for n, k in layers.items() if not scheme.resolve(layers)[n].is_float}
+    only = {"conv2d": {"Conv2d"}, "nvidia": {"SubMConv3d", "SparseConv3d", "ResidualAdd"}}
+    assert quantized == only.get(file.stem.split("_")[0], set(KINDS))
+
+
+def test_the_axis_is_that_of_the_kind() -> None:
+    for compatible, axis in ((False, 1), (True, 0)):
+        scheme = Scheme.from_dict({"tensorrt_conv_transpose": compatible})
+        layer = scheme.resolve(LAYERS)["backbone_2d.deblocks.1.0"]
+        assert layer.weight_axis("ConvTranspose2d") == axis
+        assert layer.arithmetic == ("simulated" if compatible else "integer")
+        assert "axis 0" in layer.why_simulated or not compatible
+        assert scheme.resolve(LAYERS)["backbone_2d.blocks.0.1"].weight_axis("Conv2d") == 0
+
+
+def test_a_float_layer_says_why() -> None:
+    scheme = Scheme.from_dict(
+        {"rules": [{"layers": "*", "kinds": ["Conv2d"], "weight": "off", "input": "off"}]}
+    )
+    assert scheme.resolve(LAYERS)["backbone_2d.blocks.0.1"].why_float == "rule 1 (*)"
+    assert scheme.resolve(LAYERS)["backbone_2d.deblocks.1.0"].why_float == ""
 
 
 def test_later_rules_win_and_kinds_restrict() -> None:
@@ -52,9 +84,16 @@ def test_yaml_off_without_quotes(tmp_path: Path) -> None:
     assert Scheme.from_file(file).resolve(LAYERS)["backbone_3d.conv_input.0"].is_float
 
 
-def test_wide_codes_are_simulated() -> None:
-    scheme = Scheme.from_dict({"defaults": {"input": {"bits": 16}}})
-    assert scheme.resolve(LAYERS)["backbone_2d.blocks.0.1"].arithmetic == "simulated"
+def test_arithmetic() -> None:
+    def arithmetic(**defaults: object) -> str:
+        scheme = Scheme.from_dict({"defaults": defaults})
+        return scheme.resolve(LAYERS)["backbone_2d.blocks.0.1"].arithmetic
+
+    assert arithmetic(input={"bits": 16}, weight={"bits": 16}) == "integer"
+    assert arithmetic(input={"mode": "dynamic"}) == "integer"
+    assert arithmetic(weight={"format": "fp8_e4m3"}) == "simulated"
+    assert arithmetic(weight={"mode": "off"}) == "simulated"
+    assert arithmetic(input={"mode": "off"}) == "simulated"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +107,7 @@ def test_wide_codes_are_simulated() -> None:
         ),
         ({"defaults": {"input": {"granularity": "per_channel"}}}, "got 'per_channel', accepted: per_tensor"),
         ({"defaults": {"input": {"mode": "sometimes"}}}, "got 'sometimes', accepted: static, dynamic, off"),
-        ({"default": {}}, "unknown key 'default'; accepted: defaults, name, rules, share_residual"),
+        ({"default": {}}, "unknown key 'default'; accepted: defaults, name, on_unfit_range, rules"),
         ({"rules": [{"weight": "off"}]}, "rule 1: needs 'layers'"),
         ({"rules": [{"layers": "*", "kinds": ["Linear"]}]}, "got 'Linear', accepted: SubMConv3d"),
         (["int8"], "expected a mapping, got"),

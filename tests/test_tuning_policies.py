@@ -1,0 +1,78 @@
+"""Policies of ranges and of BatchNorm through the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import BASE, OVERLAY, tiny_options
+
+from cpq_train.cli import main
+
+State = dict[str, torch.Tensor]
+
+
+def _fit(root: Path, run: Path, weights: Path, *more: str) -> dict[str, object]:
+    main(["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(root, run), "--model.weights", str(weights), *more])
+    return _read(run / "checkpoints/last.ckpt")
+
+
+def _read(checkpoint: Path) -> dict[str, object]:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
+def test_resume_with_learned_ranges_equals_uninterrupted(
+    arms: dict[str, Path], simulated_root: Path, tmp_path: Path
+) -> None:
+    options = ["--model.ranges.amax", "learned", "--model.ranges.lr", "0.01", "--trainer.max_epochs", "2"]
+    every_epoch = ("--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1")
+    ptq = arms["ptq"] / "ptq.ckpt"
+    whole = _fit(simulated_root, tmp_path / "whole", ptq, *options, *every_epoch)
+    first = next((tmp_path / "whole/checkpoints").glob("epoch00*.ckpt"))
+    resumed = _fit(simulated_root, tmp_path / "resumed", ptq, *options, "--ckpt_path", str(first))
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    start = _read(ptq)["state_dict"]
+    moved = [
+        n for n, v in start.items() if n.endswith("_amax") and not torch.equal(v, whole["state_dict"][n])
+    ]
+    assert len(moved) > 0.9 * sum(n.endswith("_amax") for n in start)
+    groups = whole["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert whole["quantization"]["layers"]["dense_head.shared_conv.0"]["input"]["amax"] == "learned"
+
+
+def test_moving_ranges_move_and_stop(arms: dict[str, Path], simulated_root: Path, tmp_path: Path) -> None:
+    ptq = arms["ptq"] / "ptq.ckpt"
+    moving = ("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "1")
+    states: list[State] = [
+        _fit(simulated_root, tmp_path / n, ptq, *moving, "--model.ranges.num_moving_steps", n)["state_dict"]
+        for n in ("0", "2")
+    ]
+    start = _read(ptq)["state_dict"]
+    inputs = [n for n in start if n.endswith("_input_quantizer._amax")]
+    assert all(torch.equal(start[n], states[0][n]) for n in inputs)
+    assert all(not torch.equal(start[n], states[1][n]) for n in inputs)
+
+
+@pytest.mark.parametrize("policy", ["frozen", "trained"])
+def test_batchnorm_kept_is_folded_behind_training(
+    policy: str, arms: dict[str, Path], simulated_root: Path, tmp_path: Path
+) -> None:
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    run = tmp_path / "qat"
+    kept = _fit(simulated_root, run, weights, "--model.batchnorm", policy)
+    folded = _read(run / "checkpoints/folded.ckpt")
+    assert kept["quantization"]["batchnorm"] == policy
+    assert folded["quantization"]["batchnorm"] == "folded"
+    assert not any("running_mean" in name for name in folded["state_dict"])
+    name = "network.backbone_2d.blocks.0.2.running_mean"
+    has_moved = not torch.equal(kept["state_dict"][name], _read(weights)["state_dict"][name])
+    assert has_moved == (policy == "trained")
+
+
+def test_a_folded_batchnorm_cannot_be_trained(
+    arms: dict[str, Path], simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _fit(simulated_root, tmp_path / "q", arms["ptq"] / "ptq.ckpt", "--model.batchnorm", "trained")
+    assert "is folded; accepted: folded" in " ".join(capsys.readouterr().err.split())
