@@ -256,34 +256,6 @@ def test_shipped_configs(configs: list[str], capsys: pytest.CaptureFixture[str])
     assert printed["model"]["arm"] == ("qat" if len(configs) == 2 else None)
 
 
-def _sensitivity(arms: Run, root: Path, output: Path, *more: str) -> list[str]:
-    options = ["sensitivity", "-c", BASE, "-c", OVERLAY, *_tiny(root, output / "run")]
-    weights = ("--model.weights", str(arms["float"] / "checkpoints/last.ckpt"))
-    return [*options, *weights, "--output", str(output), "--bits", "[8, 3]", "--num_samples", "1", *more]
-
-
-def test_sensitivity_measures_once_and_assigns_within_a_budget(
-    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(_sensitivity(arms, simulated_root, tmp_path))
-    log = (tmp_path / "measurements.jsonl").read_text().splitlines()
-    assert len(log) == 2 * (2 + 2 * 23)
-    report = json.loads((tmp_path / "sensitivity.json").read_text())
-    sizes = {network["name"]: network["mib"] for network in report["networks"]}
-    budget = (sizes["W8"] + sizes["W3"]) / 2
-    main(_sensitivity(arms, simulated_root, tmp_path, "--budget_mib", str(budget)))
-    assert (tmp_path / "measurements.jsonl").read_text().splitlines()[:-1] == log
-    report = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert sizes["W3"] < report["mixed"]["mib"] <= budget
-    assert set(report["assignment"].values()) <= {"float", "W8", "W3"}
-    assert (tmp_path / "sensitivity.png").stat().st_size > 10_000
-    ptq = [*_tiny(simulated_root, tmp_path / "ptq"), "--output", str(tmp_path / "ptq.ckpt")]
-    ptq += ["--model.weights", str(arms["float"] / "checkpoints/last.ckpt")]
-    main(["calibrate", "-c", BASE, "-c", OVERLAY, *ptq, "--model.scheme", str(tmp_path / "scheme.yaml")])
-    too_small = _sensitivity(arms, simulated_root, tmp_path, "--budget_mib", "0.01")
-    assert "the smallest possible is" in _fails(too_small, capsys)
-
-
 # Bad input: exit code 2, the thing, the value and what is accepted; no traceback.
 
 
@@ -448,31 +420,6 @@ def test_ckpt_path_is_checked_too(
     content["state_dict"].popitem()
     torch.save(content, tmp_path / "less.ckpt")
     assert "1 missing" in _fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--num_samples", "3"],
-            "--num_samples is 3: expected 1 to data.num_calibration_samples, which is 2",
-        ),
-        (["--input_bits", "[8]"], "--input_bits is [8]: expected one for each of --bits [8, 3]"),
-        (["--bits", "[4, 4]"], "--bits is [4, 4]: expected one choice or more, and none twice"),
-        (["--budget_mib", "1", "--budget_bit_macs", "0.1"], "are both given: expected one of them"),
-        (["--model.weights", "null"], "sensitivity needs model.weights"),
-    ],
-)
-def test_sensitivity_settings(
-    options: list[str],
-    message: str,
-    arms: Run,
-    simulated_root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert message in _fails([*_sensitivity(arms, simulated_root, tmp_path), *options], capsys)
-    assert not (tmp_path / "measurements.jsonl").exists()
 
 
 def test_arms_that_fit_does_not_make(

@@ -10,8 +10,8 @@ from math import log10
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 
@@ -56,24 +56,31 @@ def output_distance(
     return OutputDistance(heatmap / heatmap_weight, boxes / boxes_weight, sum(sqnrs) / len(sqnrs))
 
 
+def foreground_divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Kullback-Leibler divergence of independent class probabilities, weighted by the reference's.
+
+    Args:
+        logits: Raw heat maps, (B, C, H, W).
+        reference: Those of the reference.
+
+    Returns:
+        The weighted sum over all cells and classes, nats, and the sum of the weights; scalars.
+    """
+    probability = reference.sigmoid()
+    cross, own = (
+        F.binary_cross_entropy_with_logits(x, probability, reduction="none") for x in (logits, reference)
+    )
+    return (probability * (cross - own)).sum(), probability.sum()
+
+
 def _at_objects(reference: HeadOutput, output: HeadOutput, code_weights: Sequence[float]) -> Tensor:
     """Summed heat-map divergence and its weight, summed box divergence and its weight; (4,) fp64."""
-    p, q = reference["hm"].double(), output["hm"].double()
-    probability_BCHW = p.sigmoid()
-    divergence = probability_BCHW * (logsigmoid(p) - logsigmoid(q))
-    divergence += (1 - probability_BCHW) * (logsigmoid(-p) - logsigmoid(-q))
+    heatmap, heatmap_weight = foreground_divergence(output["hm"].double(), reference["hm"].double())
     difference_BCHW = _box_code(output) - _box_code(reference)
     weights_C = difference_BCHW.new_tensor(code_weights)
-    boxes_BHW = torch.einsum("bchw,c->bhw", difference_BCHW**2, weights_C) / 2
-    object_BHW = probability_BCHW.amax(1)
-    return torch.stack(
-        [
-            (probability_BCHW * divergence).sum(),
-            probability_BCHW.sum(),
-            (object_BHW * boxes_BHW).sum(),
-            object_BHW.sum(),
-        ]
-    )
+    boxes_BHW = torch.einsum("bchw,c->bhw", difference_BCHW.square(), weights_C) / 2
+    object_BHW = reference["hm"].double().amax(1).sigmoid()
+    return torch.stack([heatmap, heatmap_weight, (object_BHW * boxes_BHW).sum(), object_BHW.sum()])
 
 
 def _box_code(head: HeadOutput) -> Tensor:

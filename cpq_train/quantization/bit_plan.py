@@ -117,7 +117,10 @@ class BitPlan:
     @cached_property
     def uniform(self) -> dict[str, Scheme]:
         """Option -> the scheme with the option everywhere."""
-        return {o.name: Scheme.from_dict(uniform_scheme(self.base, o)) for o in self.options}
+        schemes = {o.name: Scheme.from_dict(uniform_scheme(self.base, o)) for o in self.options}
+        for scheme in schemes.values():
+            scheme.resolve(self.kinds)  # says now what is wrong with the bits
+        return schemes
 
     def size(self, scheme: Scheme) -> dict[str, float]:
         """What a scheme costs: MiB of the weights, and bit-MACs as a share of the float network's."""

@@ -203,4 +203,4 @@ def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
 def test_bits_that_do_not_exist() -> None:
     plan = replace(_plan(), options=(Option(1),))
     with pytest.raises(UserError, match="bits: got 1, accepted: whole numbers from 2 to 16"):
-        plan.size(plan.uniform["W1"])
+        _ = plan.uniform
