@@ -61,6 +61,20 @@ def _describe(args: list[str]) -> None:
     auto_cli(describe, args=args, prog="cpq_train describe")
 
 
+def _verify(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from cpq_train.verify import verify
+
+    parser = ArgumentParser(
+        prog="cpq_train verify", description="The integer reference against the training forward."
+    )
+    parser.add_function_arguments(verify, as_positional=True, skip={"cloud"})
+    # By itself jsonargparse would take a list in brackets only.
+    parser.add_argument("--cloud", nargs="+", type=Path, help="float32 files as nuScenes has them")
+    verify(**parser.parse_args(args).as_dict())
+
+
 def _compare(args: list[str]) -> None:
     from cpq_train.evaluation.compare import compare
 
@@ -75,6 +89,7 @@ PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
     "simulate": _simulate,
     "compare": _compare,
     "describe": _describe,
+    "verify": _verify,
 }
 
 

@@ -17,6 +17,7 @@ from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.quantization.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.quantization.verification import verify_layers
 
 KEY_FRAMES = ["3e8750f331d7499e9b5123e9eb70f2e2", "fdc39b23ab4242eda6ec5e1e6574fe33"]
 """The two samples whose clouds exist."""
@@ -98,3 +99,14 @@ def test_full_size_network_calibrates_and_takes_qat_steps(
     gradients = [p.grad for p in network.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert all(torch.equal(b, before[n]) for n, b in network.named_buffers())
+
+
+def test_full_size_network_equals_the_integer_reference(full_size: Subject, realdata_dir: Path) -> None:
+    features, coords, batch_size, _ = _ten_sweeps(realdata_dir)
+    network = full_size.network
+    with collecting_ranges(network):
+        network(features, coords, batch_size)
+    reports = verify_layers(network, (features, coords, batch_size))
+    assert len(reports) == 20 + 85 + 2 + 8
+    assert sum(report.num_sums for report in reports) > 1e8
+    assert [report for report in reports if report.num_mismatched or report.not_covered] == []

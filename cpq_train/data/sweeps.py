@@ -91,35 +91,44 @@ def time_lag_s(index: NuScenesIndex, row: int, frame: int) -> float:
 
 
 def load_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32]:
-    """Loads one file as (P, 5) x, y, z, intensity, 0 in its own sensor frame.
+    """Loads the file of a frame, see `read_cloud`.
 
     Raises:
         CloudError: the file is missing, truncated or holds NaN or infinite values.
     """
-    path = index.frame_path(frame)
-    token = index.sample_token(row)
+    return read_cloud(index.frame_path(frame), f" of sample {index.sample_token(row)}")
+
+
+def read_cloud(path: Path, of_sample: str = "") -> NDArray[np.float32]:
+    """Reads one file of float32 x, y, z, intensity, ring as (P, 5) x, y, z, intensity, 0.
+
+    Args:
+        path: the file.
+        of_sample: which sample it belongs to, for messages.
+
+    Raises:
+        CloudError: the file is missing, truncated or holds NaN or infinite values.
+    """
+    name = f"cloud {path}{of_sample}"
     try:
         values = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise CloudError(f"cloud {path} of sample {token} cannot be read: {error.strerror}") from error
+        raise CloudError(f"{name} cannot be read: {error.strerror}") from error
     point_bytes = _FILE_COLUMNS * 4
     if len(values) == 0 or len(values) % point_bytes:
-        raise CloudError(
-            f"cloud {path} of sample {token} is truncated: {len(values)} bytes, "
-            f"expected a multiple of {point_bytes}"
-        )
+        raise CloudError(f"{name} is truncated: {len(values)} bytes, expected a multiple of {point_bytes}")
     points = values.view(np.float32).reshape(-1, _FILE_COLUMNS)
-    _check_finite(points, path, token)
+    _check_finite(points, name)
     points[:, 4] = 0.0
     return points
 
 
-def _check_finite(points: NDArray[np.float32], path: Path, token: str) -> None:
+def _check_finite(points: NDArray[np.float32], name: str) -> None:
     is_finite = np.isfinite(points)
     if not is_finite.all():
         bad = ~is_finite.all(axis=1)
         raise CloudError(
-            f"cloud {path} of sample {token} holds NaN or infinite values in {np.count_nonzero(bad)} of "
+            f"{name} holds NaN or infinite values in {np.count_nonzero(bad)} of "
             f"{len(points)} points, first in point {int(np.argmax(bad))}: expected finite numbers"
         )
 

@@ -38,7 +38,8 @@ class QuantizedConvolution(nn.Module):
     """What the four quantized convolutions share; mixed in before the float layer.
 
     `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float. While `is_bypassed` the
-    layer is the float one, whatever its quantizers, which other layers may share, are doing.
+    layer is the float one, whatever its quantizers, which other layers may share, are doing. `why_simulated`
+    is empty where the layer is an integer sum, see `LayerScheme.why_simulated`.
     """
 
     kind: ClassVar[str]
@@ -49,11 +50,11 @@ class QuantizedConvolution(nn.Module):
     is_bypassed = False
     _input_quantizer: Quantizer | None
     _weight_quantizer: Quantizer | None
-    _is_integer: bool
+    why_simulated: str
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
-        self._is_integer = scheme.arithmetic == "integer"
+        self.why_simulated = scheme.why_simulated
         self._input_quantizer = None if scheme.input.is_off else Quantizer(scheme.input)
         self._weight_quantizer = None
         if not scheme.weight.is_off:
@@ -80,7 +81,7 @@ class QuantizedConvolution(nn.Module):
             convolve: The convolution of features with a weight, without bias; linear in both.
         """
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
-            if self._is_integer and len(self._active()) == 2:
+            if not self.why_simulated and len(self._active()) == 2:
                 return self._integer(x.float(), convolve)
             return self._simulated(x, convolve)
 
@@ -213,13 +214,13 @@ class QuantAdd(ResidualAdd):
     kind = "ResidualAdd"
     is_bypassed = False
 
-    _is_integer: bool
+    why_simulated: str
     _input_quantizer: Quantizer
     _residual_quantizer: Quantizer | None
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizer."""
-        self._is_integer = scheme.arithmetic == "integer"
+        self.why_simulated = scheme.why_simulated
         self._input_quantizer = Quantizer(scheme.input)
         self._residual_quantizer = None
 
@@ -232,7 +233,7 @@ class QuantAdd(ResidualAdd):
                 quantizer.collect(tensor)
         if self.is_bypassed or not self._input_quantizer.is_active:
             return super().forward(branch, identity)
-        if not self._is_integer:
+        if self.why_simulated:
             return super().forward(*(quantizer(tensor) for quantizer, tensor in pairs))
         (a, step_a), (b, step_b) = (quantizer.codes(tensor) for quantizer, tensor in pairs)
         return add_codes(a, step_a, b, step_b)

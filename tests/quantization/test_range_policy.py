@@ -83,7 +83,7 @@ def test_integer_and_simulated_layers_agree_on_gradients(kind: str) -> None:
     _learned(layer, inputs)
     gradients = []
     for is_integer in (True, False):
-        layer._is_integer = is_integer
+        layer.why_simulated = "" if is_integer else "to compare"
         out = layer(*inputs)
         out = out.features if isinstance(out, SparseConvTensor) else out
         torch.manual_seed(1)

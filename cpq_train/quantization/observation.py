@@ -1,0 +1,189 @@
+"""What a quantized layer did in a forward pass, and what the integer reference makes of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cpq_train.errors import UserError
+from cpq_train.quantization import reference
+from cpq_train.quantization.layers import QuantAdd
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.switches import QuantizedLayer
+from cpq_train.sparse import SparseConvTensor
+
+Array: TypeAlias = NDArray[Any]
+
+
+class Observed(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        codes: Of the input; of both inputs of an add, one behind the other.
+        weight_codes: Empty for an add.
+        sums: Before they were scaled; None for an add, whose sum is never a whole number.
+        output: Features or map.
+        positions: Of the output rows of a sparse layer, (V, 4) batch, z, y, x.
+        shape: Grid of these positions.
+    """
+
+    codes: Array
+    weight_codes: Array
+    sums: Array | None
+    output: Array
+    positions: Array | None = None
+    shape: tuple[int, ...] = ()
+
+
+Take: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Observed], None]
+
+
+def why_not_covered(layer: QuantizedLayer) -> str:
+    """Why the integer reference says nothing of a quantized layer; empty where it does."""
+    if layer.why_simulated:
+        return f"simulated: {layer.why_simulated}"
+    if isinstance(layer, QuantAdd):
+        is_on, groups = layer._input_quantizer.is_active, 1
+    else:
+        is_on, groups = len(layer._active()) == 2, cast(int, layer.groups)
+    if layer.is_bypassed or not is_on:
+        return "its quantizers are switched off"
+    return "" if groups == 1 else f"the reference has no convolution in {groups} groups"
+
+
+@contextmanager
+def observing(layers: Mapping[str, Any], take: Take) -> Iterator[None]:
+    """While open, hand every call of the layers to `take(name, layer, arguments, observed)`."""
+    handles, tapped = [], []
+    for name, layer in layers.items():
+        tap: list[Tensor] = []
+        if not isinstance(layer, QuantAdd):
+            _tap_sums(layer, tap)
+            tapped.append(layer)
+        handles.append(layer.register_forward_hook(_hook(name, tap, take)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in tapped:
+            del layer._exact_sum
+
+
+def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
+    """Keep what enters and leaves the layer's sum, which is the last point where both are whole numbers."""
+    exact_sum = layer._exact_sum
+
+    def tapped(x_codes: Tensor, w_codes: Tensor, *more: Any) -> Tensor:
+        sums: Tensor = exact_sum(x_codes, w_codes, *more)
+        tap[:] = [x_codes, w_codes.clone(), sums.clone()]  # both are scaled in place afterwards
+        return sums
+
+    layer._exact_sum = tapped
+
+
+def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if isinstance(layer, QuantAdd):
+            pairs = zip(_add_quantizers(layer), arguments, strict=True)
+            codes = np.stack([_array(quantizer.codes(tensor)[0]) for quantizer, tensor in pairs])
+            take(name, layer, arguments, Observed(codes, codes[:0], None, _array(output)))
+            return
+        codes, weight_codes, sums = map(_array, tap)
+        if isinstance(output, SparseConvTensor):
+            place = _array(output.indices).astype(np.int64), tuple(output.spatial_shape)
+            take(name, layer, arguments, Observed(codes, weight_codes, sums, _array(output.features), *place))
+        else:
+            take(name, layer, arguments, Observed(codes, weight_codes, sums, _array(output)))
+
+    return hook
+
+
+def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
+    """What the integer reference computes from the arguments of a layer's forward pass.
+
+    Raises:
+        UserError: An input has values without integer codes.
+    """
+    try:
+        return _evaluate(layer, arguments)
+    except UserError as error:
+        raise UserError(f"layer {name!r}: {error}") from error
+
+
+def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
+    if isinstance(layer, QuantAdd):
+        branch, identity = (_range(q) for q in _add_quantizers(layer))
+        return reference.add(_array(arguments[0]), branch, _array(arguments[1]), identity)
+    (x,) = arguments
+    if not isinstance(x, SparseConvTensor):
+        return reference.dense_convolution(_convolution(layer), _array(x))
+    positions = _array(x.indices).astype(np.int64)
+    grid = tuple(x.spatial_shape)
+    return reference.sparse_convolution(_convolution(layer), _array(x.features), positions, grid)
+
+
+def in_the_order_of(seen: Observed, expected: reference.Evaluation) -> tuple[reference.Evaluation, int]:
+    """The reference's rows in the order of a sparse layer's.
+
+    Returns:
+        The rows, NaN where the reference has no such voxel; how many voxels only the reference has.
+    """
+    assert expected.positions is not None
+    assert seen.positions is not None
+    rows = reference.RowOf(expected.positions, seen.shape)(seen.positions)
+    is_known = (rows >= 0)[:, None]
+    output = np.where(is_known, expected.output[rows], np.float32(np.nan))
+    sums = np.where(is_known, expected.sums[rows], np.iinfo(np.int64).min)
+    num_lost = len(expected.positions) - int(is_known.sum())
+    return expected._replace(output=output, sums=sums, positions=seen.positions), num_lost
+
+
+@torch.no_grad()
+def run(network: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The network's output in evaluation mode."""
+    training = network.training
+    network.eval()
+    try:
+        return network(*inputs)
+    finally:
+        network.train(training)
+
+
+def _convolution(layer: Any) -> reference.Convolution:
+    return reference.Convolution(
+        kind=layer.kind,
+        weight=_array(layer.weight),
+        bias=None if layer.bias is None else _array(layer.bias),
+        weight_range=_range(layer._weight_quantizer),
+        input_range=_range(layer._input_quantizer),
+        kernel=reference.Kernel(
+            *(tuple(g) for g in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
+        ),
+        output_padding=tuple(layer.output_padding),
+    )
+
+
+def _range(quantizer: Quantizer) -> reference.Range:
+    scheme = quantizer.scheme
+    return reference.Range(
+        scheme.bits,
+        scheme.signed,
+        scheme.narrow_range,
+        amax=None if scheme.mode == "dynamic" else _array(quantizer.amax),
+        axis=None if quantizer.is_per_tensor else quantizer._axis[0],
+    )
+
+
+def _add_quantizers(layer: QuantAdd) -> tuple[Quantizer, Quantizer]:
+    return layer._input_quantizer, layer._residual_quantizer or layer._input_quantizer
+
+
+def _array(tensor: Tensor) -> Array:
+    return cast(Array, tensor.detach().cpu().numpy())

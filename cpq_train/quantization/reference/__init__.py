@@ -1,0 +1,31 @@
+"""Quantized layers in whole numbers: what an integer engine computes, in NumPy.
+
+It shares no code with the layers that train and none of PyTorch, so that agreement with them proves
+something. Each layer is
+
+    codes = clamp(rint(x * (qmax / amax)));    sums in int64;    y = float32(sums) * (step_x * step_w) + bias
+
+with float32 operations that round once each.
+"""
+
+from cpq_train.quantization.reference.codes import Range, encode
+from cpq_train.quantization.reference.layers import (
+    Convolution,
+    Evaluation,
+    add,
+    dense_convolution,
+    sparse_convolution,
+)
+from cpq_train.quantization.reference.rulebook import Kernel, RowOf
+
+__all__ = [
+    "Convolution",
+    "Evaluation",
+    "Kernel",
+    "Range",
+    "RowOf",
+    "add",
+    "dense_convolution",
+    "encode",
+    "sparse_convolution",
+]

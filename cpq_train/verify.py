@@ -1,0 +1,258 @@
+"""`verify CHECKPOINT`: the integer reference against the forward pass that training uses."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.data.dataset import Batch, Item, collate
+from cpq_train.data.simulator import simulate
+from cpq_train.data.sweeps import read_cloud
+from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.detector import CenterPointDetector
+from cpq_train.errors import UserError
+from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
+from cpq_train.models import NetworkConfig
+from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.quantization.end_to_end import FLIP_REASON, Flips, verify_end_to_end
+from cpq_train.quantization.verification import LayerReport, verify_layers
+
+SIMULATED_VERSION: Final = "v1.0-mini"
+SIMULATED_SEED = 0
+MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS = 10, 60000
+
+
+@dataclass
+class Findings:
+    """What was compared over all samples.
+
+    Args:
+        layers: Name -> report.
+        flips: Of codes and head outputs, end to end.
+        num_detections: Boxes that the network found.
+        num_other_detections: Boxes that differ between the network and the network on the reference.
+    """
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    flips: Flips = field(default_factory=Flips)
+    num_detections: int = 0
+    num_other_detections: int = 0
+
+    def failures(self, max_flipped_share: float) -> list[str]:
+        """What is above its bound, a line each."""
+        wrong = [r.name for r in self.layers.values() if r.num_mismatched]
+        unseen = [r.name for r in self.layers.values() if r.not_covered and r.arithmetic == "integer"]
+        flips = self.flips
+        checks = {
+            f"{len(wrong)} layers differ from the integer reference: {', '.join(wrong)}": bool(wrong),
+            f"{len(unseen)} integer layers were not compared: {', '.join(unseen)}": bool(unseen),
+            f"a share of {flips.flipped_share:.2g} of the codes flipped end to end; "
+            f"max_flipped_share is {max_flipped_share:g}": flips.flipped_share > max_flipped_share,
+            f"{flips.num_further} codes are more than one step apart end to end": flips.num_further > 0,
+            f"{self.num_other_detections} detections differ": self.num_other_detections > 0,
+        }
+        return [text for text, failed in checks.items() if failed]
+
+
+def verify(
+    checkpoint: Path,
+    cloud: list[Path] | None = None,
+    root: Path | None = None,
+    version: str = "v1.0-trainval",
+    num_samples: int = 1,
+    num_sweeps: int = 10,
+    max_flipped_share: float = 1e-4,
+    output: Path | None = None,
+) -> None:
+    """Prove that a quantized checkpoint computes what an integer engine would.
+
+    Every integer layer is computed again in whole numbers, from the input that it really had: codes, sums
+    and outputs have to be equal. Then the whole network runs with the reference in place of these layers:
+    what it detects has to be equal. On the CPU, with validation samples of a data set, with clouds, or, by
+    default, with simulated key frames.
+
+    Args:
+        checkpoint: A PTQ or QAT checkpoint of this project.
+        cloud: Files of float32 x, y, z, intensity, ring, as nuScenes has them.
+        root: A data root in the nuScenes format.
+        version: Its folder of tables.
+        num_samples: Samples of the data root, or simulated.
+        num_sweeps: Of each sample.
+        max_flipped_share: Largest share of codes that may be one step apart end to end. Float operations in
+            between may differ by some 1e-6 of a value; that moves an 8-bit code, at most 127, across a tie in
+            1e-4 of the cases. Codes further apart, and differences inside a layer, are never accepted.
+        output: JSON file to write.
+
+    Raises:
+        UserError: Something is above its bound, or the checkpoint, a cloud or an argument is no good.
+    """
+    if not 0 <= max_flipped_share <= 1:
+        raise UserError(f"max_flipped_share is {max_flipped_share}: expected a number between 0 and 1")
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}: expected 1 or more")
+    if cloud and root is not None:
+        raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
+    detector = _detector(checkpoint)
+    findings = Findings()
+    with _samples(detector.network_config, cloud, root, version, num_samples, num_sweeps) as samples:
+        for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
+            _verify_one(detector, batch, findings)
+    failures = findings.failures(max_flipped_share)
+    _print(findings)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(_document(checkpoint, findings, failures), indent=2) + "\n")
+    if failures:
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
+        )
+
+
+def _detector(checkpoint: Path) -> CenterPointDetector:
+    """The detector of a quantized checkpoint, with its own sizes and post-processing.
+
+    Raises:
+        UserError: The checkpoint is unreadable, does not hold its sizes, or has no integer layer.
+    """
+    content = read_checkpoint(checkpoint)
+    layers = content["quantization"]["layers"]
+    if not any(layer["arithmetic"] == "integer" for layer in layers.values()):
+        arm = content["quantization"]["arm"]
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r}, arm {arm!r}, has no integer layer: nothing to verify; "
+            "calibrate makes a checkpoint that has"
+        )
+    if "hyper_parameters" not in content:
+        raise UserError(f"checkpoint {str(checkpoint)!r} does not hold its sizes (no 'hyper_parameters')")
+    settings = content["hyper_parameters"]
+    detector = CenterPointDetector(
+        network=NetworkConfig(**settings["network"]),
+        weights=str(checkpoint),
+        post_processing=PostProcessing(**settings["post_processing"]),
+    )
+    detector.configure_model()
+    return detector
+
+
+@contextmanager
+def _samples(
+    config: NetworkConfig,
+    clouds: list[Path] | None,
+    root: Path | None,
+    version: str,
+    num_samples: int,
+    num_sweeps: int,
+) -> Iterator[Iterator[Batch]]:
+    if clouds:
+        yield (_batch_of(path, config) for path in clouds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if root is None:
+            root, version = Path(folder) / "simulated", SIMULATED_VERSION
+            simulate(
+                root,
+                num_scenes=1,
+                num_val_scenes=1,
+                num_samples_per_scene=num_samples,
+                version=SIMULATED_VERSION,
+                seed=SIMULATED_SEED,
+            )
+        data = NuScenesDataModule(
+            str(root),
+            version,
+            num_sweeps=num_sweeps,
+            voxel_size=config.voxel_size,
+            point_cloud_range=config.point_cloud_range,
+            batch_size=1,
+            num_workers=0,
+        )
+        if num_samples > len(data.eval_rows):
+            raise UserError(f"num_samples is {num_samples}: {root} has {len(data.eval_rows)} for validation")
+        yield islice(data.evaluation_dataloader(), num_samples)
+
+
+def _batch_of(path: Path, config: NetworkConfig) -> Batch:
+    """A cloud file as a batch of one sample."""
+    voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
+    voxels, cells, num_points = voxelize(read_cloud(path))
+    item: Item = {
+        "voxel_features": mean_voxel_features(voxels, num_points),
+        "voxel_coords": cells,
+        "gt_boxes": torch.zeros(0, 10),
+        "sample_row": 0,
+        "token": path.name,
+    }
+    return collate([item])
+
+
+def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings) -> None:
+    inputs = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
+    for report in verify_layers(detector.network, inputs):
+        known = findings.layers.get(report.name)
+        findings.layers[report.name] = report if known is None else known + report
+    outputs = verify_end_to_end(detector.network, inputs, findings.flips)
+    config = detector.network_config
+    ours, theirs = (
+        decode(heads, config.class_groups, config.geometry, detector.post_processing)[0] for heads in outputs
+    )
+    findings.num_detections += len(ours.scores)
+    findings.num_other_detections += num_different(ours, theirs)
+
+
+def num_different(a: Detections, b: Detections) -> int:
+    """Rows of the longer list that differ in box, score or label, or have no counterpart."""
+    rows_a, rows_b = (torch.cat([d.boxes, d.scores[:, None], d.labels[:, None]], 1) for d in (a, b))
+    num_common = min(len(rows_a), len(rows_b))
+    num_unequal = int((rows_a[:num_common] != rows_b[:num_common]).any(1).sum())
+    return num_unequal + max(len(rows_a), len(rows_b)) - num_common
+
+
+def _print(findings: Findings) -> None:
+    table = Table(title="Layers against the integer reference", title_justify="left")
+    for header in ("layer", "kind", "arithmetic"):
+        table.add_column(header)
+    wrong = (f"mismatched {what}" for what in ("codes", "sums", "outputs"))
+    for header in ("compared", *wrong, "largest difference"):
+        table.add_column(header, justify="right")
+    table.add_column("where")
+    for r in findings.layers.values():
+        counts = (r.num_sums, r.mismatched_codes, r.mismatched_sums, r.mismatched_outputs)
+        numbers = [""] * 5 if r.not_covered else [*(f"{n:,}" for n in counts), f"{r.largest_difference:g}"]
+        where = f"not covered: {r.not_covered}" if r.not_covered else r.where
+        table.add_row(r.name, r.kind, r.arithmetic, *numbers, where)
+    console = Console()
+    console.print(table)
+    flips = findings.flips
+    console.print(
+        f"end to end: of {flips.num_codes:,} codes {flips.num_flipped:,} differ by one step and "
+        f"{flips.num_further:,} by more; of {flips.num_outputs:,} head outputs {flips.mismatched_outputs:,} "
+        f"differ, by up to {flips.largest_difference:g}; of {findings.num_detections:,} detections "
+        f"{findings.num_other_detections:,} differ"
+    )
+    if flips.by_layer:
+        first, count = next(iter(flips.by_layer.items()))
+        console.print(f"codes first differ at {first} ({count:,}): {FLIP_REASON}")
+
+
+def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "checkpoint": {"path": str(checkpoint), "sha256": sha256_of(checkpoint)},
+        "layers": [asdict(report) for report in findings.layers.values()],
+        "end_to_end": asdict(findings.flips),
+        "num_detections": findings.num_detections,
+        "num_other_detections": findings.num_other_detections,
+        "failures": failures,
+    }
