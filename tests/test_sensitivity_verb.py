@@ -55,10 +55,9 @@ def test_measures_once_and_assigns_within_a_budget(
     assert "the smallest possible is" in _fails(too_small, capsys)
 
 
-def test_detections_are_scored_where_asked(
+def test_detections_of_a_single_unit_are_scored_where_asked(
     arms: dict[str, Path], simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a scheme of which all but one block is float, so that there is little to measure."""
     scheme = tmp_path / "scheme.yaml"
     scheme.write_text(
         "rules: [{layers: '*', weight: off, input: off}, "
@@ -68,7 +67,11 @@ def test_detections_are_scored_where_asked(
     main(_sensitivity(arms, simulated_root, tmp_path / "out", *more))
     report = json.loads((tmp_path / "out/sensitivity.json").read_text())
     assert list(report["units"]) == ["dense_head.shared_conv.0"]
-    assert all(0 <= record["mAP"] <= record["NDS"] + 1 for record in report["measurements"])
+    assert len((tmp_path / "out/measurements.jsonl").read_text().splitlines()) == 2 * 2
+    by_mode = {r["mode"]: r for r in report["measurements"] if r["option"] == "W3"}
+    for same, as_mode in (("all", "alone"), ("none", "left_out")):
+        assert by_mode[same] | {"mode": "", "unit": ""} == by_mode[as_mode] | {"mode": "", "unit": ""}
+    assert {"mAP", "NDS"} <= by_mode["all"].keys()
     assert "NDS" in capsys.readouterr().out
 
 

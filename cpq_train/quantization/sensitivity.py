@@ -44,6 +44,11 @@ class Case:
     unit: str | None
     quantized: tuple[str, ...]
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What it is called in the results."""
+        return {"option": self.option, "mode": self.mode, "unit": self.unit}
+
     def key(self, context: Mapping[str, Any]) -> str:
         """Hash of all that the scores depend on; names of schemes and units are not among it."""
         scheme = {**self.scheme.to_dict(), "name": ""}
@@ -119,15 +124,14 @@ def measure(
     """
     cases = list(cases)
     for scheme, group in groupby(cases, key=lambda case: case.scheme):
-        missing = [case for case in group if case.key(context) not in log]
+        # By key: where there is one unit, it alone and all of them are the same.
+        missing = {case.key(context): case for case in group if case.key(context) not in log}
         if missing:
             network, score = prepare(scheme)
-            for case in track(missing, f"Measuring {scheme.name}"):
+            for key, case in track(missing.items(), f"Measuring {scheme.name}"):
                 with only_quantized(network, case.quantized):
-                    scores = score()
-                named = {"option": case.option, "mode": case.mode, "unit": case.unit}
-                log.append({"key": case.key(context), **named, **scores})
-    return [{k: v for k, v in log[case.key(context)].items() if k != "key"} for case in cases]
+                    log.append({"key": key, **case.labels, "scores": score()})
+    return [{**case.labels, **log[case.key(context)]["scores"]} for case in cases]
 
 
 def alone(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
