@@ -13,7 +13,7 @@ from cpq_train.arms import blocks_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
-from cpq_train.quantization.assignment import assign, total
+from cpq_train.quantization.assignment import assign, check_feasible, total
 from cpq_train.quantization.bit_plan import (
     FIXED,
     BitPlan,
@@ -85,10 +85,9 @@ def analyse(
     """
     if model.weights is None or model.scheme_file is None:
         raise UserError("sensitivity needs model.weights, a float checkpoint, and model.scheme")
-    base = Scheme.from_file(model.scheme_file)
-    folder, metric = settings.output / "schemes", settings.metric
-    bench = Bench(model, data, settings.num_samples, metric == "nds", folder, device)
-    plan = _plan(base, bench, settings)
+    folder = settings.output / "schemes"
+    bench = Bench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
+    plan = _plan(Scheme.from_file(model.scheme_file), bench, settings)
     folder.mkdir(parents=True, exist_ok=True)
     log = MeasurementLog(settings.output / "measurements.jsonl")
 
@@ -100,12 +99,8 @@ def analyse(
         "schema": 1,
         "checkpoint": model.weights,
         "depends_on": bench.context,
-        "base": base.to_dict(),
-        "by": settings.by,
-        "metric": metric,
-        "options": list(plan.uniform),
-        "units": {unit.name: list(unit.layers) for unit in plan.units},
-        "costs": {name: cost._asdict() for name, cost in plan.costs.items()},
+        "metric": settings.metric,
+        **_describe(plan, settings),
         "measurements": records,
         "networks": [_uniform(plan, name, records) for name in plan.uniform],
         **_assigned(plan, settings, records, measured),
@@ -117,7 +112,22 @@ def _plan(base: Scheme, bench: Bench, settings: Settings) -> BitPlan:
     kinds = quantizable_layers(bench.float_network)
     by_layer = {name: [name] for name in kinds}
     groups = by_layer if settings.by == "layer" else blocks_of(bench.float_network)
-    return BitPlan(base, kinds, bench.costs(kinds), groups, settings.options)
+    plan = BitPlan(base, kinds, bench.costs(kinds), groups, settings.options)
+    if settings.budget is not None:
+        kind, limit = settings.budget
+        unknown = {unit.name: dict.fromkeys(plan.uniform, 0.0) for unit in plan.units}
+        check_feasible(plan.choices(unknown, kind), limit, BUDGET_UNITS[kind])
+    return plan
+
+
+def _describe(plan: BitPlan, settings: Settings) -> Record:
+    return {
+        "base": plan.base.to_dict(),
+        "by": settings.by,
+        "options": list(plan.uniform),
+        "units": {unit.name: list(unit.layers) for unit in plan.units},
+        "costs": {name: cost._asdict() for name, cost in plan.costs.items()},
+    }
 
 
 def _uniform(plan: BitPlan, name: str, records: list[Record]) -> Record:
@@ -136,20 +146,16 @@ def _assigned(
     if settings.budget is None:
         return {"budget": None}
     kind, limit = settings.budget
-    choices = plan.choices(alone(records), kind)
-    assignment = assign(choices, limit, BUDGET_UNITS[kind])
+    choices, unit = plan.choices(alone(records), kind), BUDGET_UNITS[kind]
+    assignment = assign(choices, limit, unit)
     content = mixed_scheme(plan.base, plan.units, settings.options, assignment)
-    write_scheme(
-        settings.output / "scheme.yaml",
-        content,
-        f"least predicted loss within {limit:g} {BUDGET_UNITS[kind]}",
-    )
+    write_scheme(settings.output / "scheme.yaml", content, f"least predicted loss within {limit:g} {unit}")
     scheme = Scheme.from_dict(content)
     quantized = tuple(name for name, chosen in scheme.resolve(plan.kinds).items() if not chosen.is_float)
     (whole,) = measured([Case(scheme, "mixed", "all", None, quantized)])
     predicted = total(choices, assignment).loss
     return {
-        "budget": {"kind": kind, "limit": limit, "unit": BUDGET_UNITS[kind]},
-        "assignment": {unit: option for unit, option in assignment.items() if unit != FIXED},
+        "budget": {"kind": kind, "limit": limit, "unit": unit},
+        "assignment": {name: option for name, option in assignment.items() if name != FIXED},
         "mixed": {"name": "mixed", **plan.size(scheme), "predicted_loss": predicted, **whole},
     }

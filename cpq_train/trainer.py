@@ -81,7 +81,8 @@ class QuantTrainer(Trainer):
         """Measure what each part loses to quantization and write a mixed-precision scheme within a budget.
 
         A unit is quantized alone and left out alone, for each choice of bits. The loss is the divergence of
-        the heads from the float network's at its objects: heat maps, plus `model.loc_weight` times boxes.
+        the heads from the float network's at its objects: heat maps, plus `model.loc_weight` times boxes. The
+        scheme is the one whose units' losses, each alone, have the least sum; what it measures stands beside.
         Writes `sensitivity.json`, `sensitivity.png`, `schemes/` (the uniform schemes), with a budget
         `scheme.yaml`, and `measurements.jsonl`, from which an interrupted or repeated run goes on.
 

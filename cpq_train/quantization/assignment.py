@@ -33,7 +33,8 @@ def assign(choices: Choices, budget: float, unit_of_cost: str) -> dict[str, str]
     """Choose one option for every unit: the multiple-choice knapsack problem, solved exactly.
 
     Args:
-        choices: What can be chosen; losses are finite and not negative, and add up.
+        choices: What can be chosen. Losses are finite, not negative, and taken to add up, as divergences
+            of small and independent errors do.
         budget: What the chosen options may cost together.
         unit_of_cost: Of the budget, for the message.
 
@@ -43,16 +44,25 @@ def assign(choices: Choices, budget: float, unit_of_cost: str) -> dict[str, str]
     Raises:
         UserError: Even the cheapest options cost more than the budget.
     """
+    check_feasible(choices, budget, unit_of_cost)
+    bound = budget
+    while total(choices, assignment := _solve(choices, bound)).cost > budget:
+        bound -= 1e-9 * budget  # the solver's rounding let it exceed the budget
+    return assignment
+
+
+def check_feasible(choices: Choices, budget: float, unit_of_cost: str) -> None:
+    """Compare the budget with the cheapest options; losses do not matter.
+
+    Raises:
+        UserError: They cost more.
+    """
     smallest = fsum(min(choice.cost for choice in options.values()) for options in choices.values())
     if smallest > budget:
         raise UserError(
             f"budget {budget:g} {unit_of_cost} cannot be met; the smallest possible is "
             f"{smallest:.6g} {unit_of_cost}"
         )
-    bound = budget
-    while total(choices, assignment := _solve(choices, bound)).cost > budget:
-        bound -= 1e-9 * budget  # the solver's rounding let it exceed the budget
-    return assignment
 
 
 def total(choices: Choices, assignment: Mapping[str, str]) -> Choice:
