@@ -19,7 +19,8 @@ from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import NETWORK_PREFIX, network_state, read_checkpoint, sha256_of
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
-from cpq_train.quantization.calibration import check_ranges, is_calibrated
+from cpq_train.quantization.calibration import AMAX, is_calibrated, problems_of_state
+from cpq_train.quantization.health import refuse
 from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, prepare, unquantized
 from cpq_train.quantization.range_policy import AmaxPolicy, apply_policy
@@ -121,7 +122,7 @@ def from_weights(
     quantized_source = source in ("ptq", "qat")
     if source == target or (quantized_source and target in ("ptq", "qat")):
         subject = from_description(config, description)
-        _check_scheme(subject.scheme, scheme, path)
+        _check_scheme(subject, scheme, path)
         _load(subject.network, state, path)
         subject.arm = target
         _change_batchnorm(subject, batchnorm, path)
@@ -133,8 +134,6 @@ def from_weights(
         network = CenterPoint(config)
         _load(network, state, path)
         subject = _restructure(network, target, scheme, batchnorm)
-    if is_quantized(subject) and quantized_source:
-        check_ranges(subject.network)
     subject.parents = {**description["parents"]}
     if source != target:
         subject.parents[source] = sha256_of(path)
@@ -239,8 +238,13 @@ def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:
         )
 
 
-def _check_scheme(of_checkpoint: Scheme | None, asked: Scheme | None, path: str | Path) -> None:
-    if asked is None or of_checkpoint is None or same_scheme(asked, of_checkpoint):
+def _check_scheme(subject: Subject, asked: Scheme | None, path: str | Path) -> None:
+    of_checkpoint = subject.scheme
+    if asked is None or of_checkpoint is None:
+        return
+    if asked.on_unfit_range == "float":
+        asked = asked.with_float((subject.calibration or {}).get("left_in_float", ()))
+    if same_scheme(asked, of_checkpoint):
         return
     mine, theirs = _settings(asked.to_dict()), _settings(of_checkpoint.to_dict())
     lines = [
@@ -271,12 +275,16 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> 
 
 
 def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Compare a checkpoint's tensors with those of the network, by name and shape.
+    """Compare a checkpoint's tensors with those of the network, by name and shape, and look at its ranges.
 
     Raises:
-        UserError: They differ; says how many are missing, unexpected or of another shape.
+        UserError: They differ, and how many are missing, unexpected or of another shape; or ranges are
+            missing or unfit, with a table of them.
     """
-    own = network.state_dict()
+    problems = problems_of_state(network, state)
+    unfit = {problem.quantizer + AMAX for problem in problems}
+    own = {name: tensor for name, tensor in network.state_dict().items() if name not in unfit}
+    state = {name: tensor for name, tensor in state.items() if name not in unfit}
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
         f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
@@ -287,6 +295,7 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         parts = ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
         text = "; ".join(f"{len(names)} {what} ({_some(names)})" for names, what in parts if names)
         raise UserError(f"checkpoint {str(path)!r} is of another architecture than model.network: {text}")
+    refuse(problems, f"checkpoint {str(path)!r}: ")
 
 
 def _some(names: Iterable[str]) -> str:

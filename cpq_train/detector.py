@@ -40,13 +40,16 @@ from cpq_train.quantization.batchnorm import (
     freeze_batchnorm,
     trains_on_parts_of_a_batch,
 )
-from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.calibration import collecting_ranges, static_ranges
+from cpq_train.quantization.health import Problem, refuse, table
+from cpq_train.quantization.prepare import leave_in_float
 from cpq_train.quantization.range_policy import (
     RangePolicy,
     finish_observing,
     range_parameters,
     start_observing,
 )
+from cpq_train.quantization.ranks import check_equal_over_ranks
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.teacher import Teacher, find_teacher
@@ -192,7 +195,7 @@ class CenterPointDetector(LightningModule):
         return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
-        """Calibrate if the arm is quantized and started from float weights."""
+        """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
         assert self.subject is not None
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
@@ -202,6 +205,7 @@ class CenterPointDetector(LightningModule):
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         else:
             self.print_coverage()
+        check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
         if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
             rank_zero_warn(
@@ -247,36 +251,49 @@ class CenterPointDetector(LightningModule):
             )
 
     def calibrate(self, datamodule: LightningDataModule, given: Mapping[str, Tensor] | None = None) -> None:
-        """Find the activation ranges on the data module's calibration samples; every rank sees all of them.
+        """Find the activation ranges on the data module's calibration samples, each seen by one rank.
 
         Args:
             datamodule: Gives the samples, where any are needed.
             given: Ranges known already, by their names in the network's state dict.
 
         Raises:
-            UserError: There are no such samples, or a range came out unfit.
+            UserError: There are no such samples, or a range came out unfit and the scheme has it an error.
         """
         assert self.subject is not None
+        assert self.subject.scheme is not None
         self.print_coverage()
         given = dict(given or {})
         self.network.load_state_dict(given, strict=False)
-        needs_samples = not given or needs_calibration(self.subject)
-        if needs_samples:
+        samples: dict[str, Any] = {"num_samples": 0}
+        if not given or needs_calibration(self.subject):
             self._collect_ranges(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
             self.network.load_state_dict(given, strict=False)
+            samples = datamodule.calibration_info()  # type: ignore[attr-defined]
         self.subject.calibration = {
-            "method": self.subject.scheme.input.method if self.subject.scheme else None,
-            "num_samples": datamodule.num_calibration_samples if needs_samples else 0,  # type: ignore[attr-defined]
-            "split": datamodule.train_split,  # type: ignore[attr-defined]
-            "dataset": datamodule.index.dataset_info(),  # type: ignore[attr-defined]
-            "seed": datamodule.seed,  # type: ignore[attr-defined]
+            "method": self.subject.scheme.input.method,
+            **samples,
             "source_sha256": self.subject.parents.get("float"),
+            "left_in_float": list(self.subject.prepared.left_in_float),
         }
 
     def _collect_ranges(self, loader: Iterable[Batch]) -> None:
-        with collecting_ranges(self.network):
+        with collecting_ranges(self.network, self._on_unfit_ranges):
             for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
                 self(self.to_device(batch))
+
+    def _on_unfit_ranges(self, problems: list[Problem]) -> None:
+        """What the scheme has done about unfit ranges: an error, or a warning and layers left in float."""
+        subject = self.subject
+        assert subject is not None
+        assert subject.scheme is not None
+        if subject.scheme.on_unfit_range == "error":
+            refuse(problems)
+        subject.scheme = leave_in_float(self.network, subject.prepared, subject.scheme, problems)
+        if self._is_global_zero():
+            text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
+            Console(soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
+        self.print_coverage()
 
     def print_coverage(self) -> None:
         """Print how many layers of each kind are quantized, at what bits, and which stay float."""

@@ -123,10 +123,8 @@ class Bench:
             "network": asdict(model.network_config),
             "code_weights": list(model.code_weights),
             "loc_weight": model.loc_weight,
-            "dataset": data.index.dataset_info(),
+            "calibration": data.calibration_info(),
             "data": asdict(data.evaluation_config),
-            "num_calibration_samples": data.num_calibration_samples,
-            "seed": data.seed,
             "batch_size": data.batch_size,
             "samples": self._tokens(row for batch in self._batches for row in batch["sample_rows"]),
         }

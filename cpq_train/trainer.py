@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
@@ -50,18 +50,51 @@ class QuantTrainer(Trainer):
         if model.weights is None or ckpt_path is not None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         model.arm = "ptq"
-        model.trainer = self
-        self.strategy.connect(model)
-        datamodule.prepare_data()
-        model.configure_model()
-        model.to(self.strategy.root_device)
+        self._on_every_rank(self._calibrate, model, datamodule, output, ranges_file)
+
+    def _calibrate(
+        self,
+        model: CenterPointDetector,
+        datamodule: LightningDataModule,
+        output: Path,
+        ranges_file: Path | None,
+    ) -> None:
+        self._connect(model, datamodule)
         given = None if ranges_file is None else _ranges_of(ranges_file, model)
         model.calibrate(datamodule, given)
         num_zero = check_ranges(model.network)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.save_checkpoint(output, weights_only=True)
-        zero = f", {num_zero} output channels are all zero" if num_zero else ""
-        Console().print(f"PTQ checkpoint: {output}{zero}")
+        if self.is_global_zero:
+            zero = f", {num_zero} output channels are all zero" if num_zero else ""
+            Console().print(f"PTQ checkpoint: {output}{zero}")
+
+    def _on_every_rank(
+        self,
+        verb: Callable[..., None],
+        model: CenterPointDetector,
+        datamodule: LightningDataModule,
+        *args: Any,
+    ) -> None:
+        """Run a verb in the processes of the strategy, which are started where they are not running yet.
+
+        The data are prepared before that, once per node, so that no process waits for one that failed.
+        """
+        if self.local_rank == 0:
+            datamodule.prepare_data()
+        launcher = self.strategy.launcher
+        if launcher is None:
+            verb(model, datamodule, *args)
+        else:
+            launcher.launch(verb, model, datamodule, *args, trainer=self)
+
+    def _connect(self, model: CenterPointDetector, datamodule: LightningDataModule) -> None:
+        """Join the ranks, and build the network on the device."""
+        model.trainer = datamodule.trainer = self
+        self.strategy.connect(model)
+        self.strategy.setup_environment()
+        model.configure_model()
+        self.strategy.model_to_device()
 
     def sensitivity(
         self,
@@ -120,5 +153,6 @@ class QuantTrainer(Trainer):
 def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:
     """Take what fits of a file, and print every name that does not."""
     matched = match_ranges(read_ranges(file), model.network.state_dict())
-    Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
+    if model.trainer.is_global_zero:
+        Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
     return matched.values

@@ -1,8 +1,11 @@
 """The verbs as a user runs them: all arms of a tiny model, their comparison, and every bad input."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +131,29 @@ def test_qat_from_float_weights_calibrates_first(arms: Run, simulated_root: Path
     assert amax
     for name, value in amax.items():
         assert torch.equal(new["state_dict"][name], value), name
+
+
+def test_two_ranks_calibrate_as_one(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Three samples in batches of one, dealt to two processes that the verb itself starts."""
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    options = ["calibrate", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
+    options += ["--data.batch_size", "1", "--data.num_calibration_samples", "3"]
+    options += ["--model.weights", str(weights), "--output"]
+    main([*options, str(tmp_path / "one.ckpt")])
+    ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    threads = str(torch.get_num_threads())
+    subprocess.run(
+        [sys.executable, "-m", "cpq_train", *options, str(tmp_path / "two.ckpt"), *ranks],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        check=True,
+        timeout=300,
+    )
+    one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in ("one", "two"))
+    assert one["quantization"] == two["quantization"]
+    assert one["quantization"]["calibration"]["num_samples"] == 3
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
 
 
 def test_resume_equals_uninterrupted(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
@@ -419,7 +445,9 @@ def test_ckpt_path_is_checked_too(
     content = torch.load(arms["qat"] / "checkpoints/last.ckpt", weights_only=True)
     content["state_dict"].popitem()
     torch.save(content, tmp_path / "less.ckpt")
-    assert "1 missing" in _fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
+    error = _fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
+    assert "1 quantizers have no usable amax" in error
+    assert "missing" in error
 
 
 def test_arms_that_fit_does_not_make(

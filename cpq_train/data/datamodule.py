@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.samplers import EvaluationSampler, TrainingSampler
+from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.errors import UserError
 
 Rows = NDArray[np.int64]
@@ -34,12 +36,15 @@ class NuScenesDataModule(LightningDataModule):
         batch_size: samples per rank and step.
         num_workers: loading processes per rank and loader; 0 loads in the main process.
         seed: of the order of samples, the augmentation and the choice of calibration samples.
-        train_split: official split to train and calibrate on; "train" is mini_train in a mini version.
+        train_split: official split to train on; "train" is mini_train in a mini version.
         val_split: official split to validate on; "val" is mini_val in a mini version.
         test_split: official split that the test and predict verbs run on.
         sample_tokens: evaluate these samples only; all of them must belong to the split.
         augmentation: what is drawn anew for each training sample; null for none.
-        num_calibration_samples: training samples that quantizers are calibrated with.
+        num_calibration_samples: samples that quantizers are calibrated with; each scene gives equally many,
+            up to one.
+        calibration_split: official split to calibrate on; null for `train_split`.
+        force_calibration_on_val: calibrate on samples of `val_split` too, which makes its scores too good.
         cache_dir: where the index is kept; null for the data root, or the user's cache if that is read-only.
     """
 
@@ -69,6 +74,8 @@ class NuScenesDataModule(LightningDataModule):
         sample_tokens: list[str] | None = None,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen, and shown in the command's help
         num_calibration_samples: int = 256,
+        calibration_split: str | None = None,
+        force_calibration_on_val: bool = False,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +87,8 @@ class NuScenesDataModule(LightningDataModule):
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.sample_tokens = sample_tokens
         self.num_calibration_samples = num_calibration_samples
+        self.calibration_split = calibration_split or train_split
+        self.force_calibration_on_val = force_calibration_on_val
         self.evaluation_config = SampleConfig(
             num_sweeps=num_sweeps,
             voxel_size=voxel_size,
@@ -124,7 +133,7 @@ class NuScenesDataModule(LightningDataModule):
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
         if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""
@@ -145,22 +154,51 @@ class NuScenesDataModule(LightningDataModule):
         """A rank's share of the validation samples: each sample on exactly one rank, without augmentation."""
         return self._evaluation_loader(self.eval_rows, rank, world_size)
 
-    def calibration_dataloader(self) -> DataLoader[Item]:
-        """Exactly `num_calibration_samples` training samples drawn by the seed, without augmentation.
+    @property
+    def calibration_rows(self) -> Rows:
+        """Index rows (N,) of the `num_calibration_samples` samples to calibrate with, over all ranks.
 
         Raises:
-            UserError: there are not so many, or none are asked for.
+            UserError: there are not so many, none are asked for, or one is a validation sample.
         """
-        rows = self.index.sample_rows(self.train_split)
+        rows = self.index.sample_rows(self.calibration_split)
         if not 1 <= self.num_calibration_samples <= len(rows):
             raise UserError(
                 f"data.num_calibration_samples is {self.num_calibration_samples}: "
-                f"expected 1 to {len(rows)}, the samples of split {self.train_split!r}"
+                f"expected 1 to {len(rows)}, the samples of split {self.calibration_split!r}"
             )
-        rng = np.random.default_rng(self.seed)
-        return self._evaluation_loader(
-            np.sort(rng.choice(rows, self.num_calibration_samples, replace=False)), 0, 1
-        )
+        scenes = self.index.sample_scenes[rows]
+        chosen = stratified_choice(rows, scenes, self.num_calibration_samples, self.seed)
+        num_val = int(self.index.is_in_split(chosen, self.val_split).sum())
+        if num_val and not self.force_calibration_on_val:
+            raise UserError(
+                f"data.calibration_split {self.calibration_split!r}: {num_val} of the {len(chosen)} samples "
+                f"belong to data.val_split {self.val_split!r}, whose scores would be too good; "
+                "choose another split, or set data.force_calibration_on_val to true"
+            )
+        return chosen
+
+    def calibration_dataloader(self) -> DataLoader[Item]:
+        """This rank's batches of the calibration samples, without augmentation.
+
+        Raises:
+            UserError: see `calibration_rows`.
+        """
+        rows = self.calibration_rows
+        dataset = DetectionDataset(self.index, rows, self.evaluation_config)
+        batches = dealt_batches(len(rows), self.batch_size, *self._place())
+        return self._loader(dataset, batch_sampler=batches)
+
+    def calibration_info(self) -> dict[str, Any]:
+        """What a checkpoint says of the samples it was calibrated with."""
+        tokens = sorted(self.index.sample_token(row) for row in self.calibration_rows)
+        return {
+            "num_samples": len(tokens),
+            "split": self.calibration_split,
+            "dataset": self.index.dataset_info(),
+            "seed": self.seed,
+            "tokens_sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
+        }
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks; without a trainer there is one."""
@@ -168,13 +206,13 @@ class NuScenesDataModule(LightningDataModule):
 
     def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Item]:
         dataset = DetectionDataset(self.index, rows, self.evaluation_config)
-        return self._loader(dataset, EvaluationSampler(dataset, rank, world_size))
+        sampler = EvaluationSampler(dataset, rank, world_size)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
-    def _loader(self, dataset: DetectionDataset, sampler: Sampler[object]) -> DataLoader[Item]:
+    def _loader(self, dataset: DetectionDataset, **order: Any) -> DataLoader[Item]:
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            **order,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),

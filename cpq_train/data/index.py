@@ -159,10 +159,17 @@ class NuScenesIndex:
     def _rows_by_token(self) -> dict[str, int]:
         return {str(token, "utf-8"): row for row, token in enumerate(self.sample_tokens)}
 
-    def _split_rows(self, split: str) -> NDArray[np.int64]:
+    def is_in_split(self, rows: NDArray[np.int64], split: str) -> NDArray[np.bool_]:
+        """Which of the samples belong to a split; none to one that holds no scene here."""
         name = f"mini_{split}" if self.version.endswith("mini") and split in ("train", "val") else split
-        scenes = [scene.encode() for scene in self.splits.get(name, [])]
-        if not scenes:
+        scenes = np.array([scene.encode() for scene in self.splits.get(name, [])], dtype=np.bytes_)
+        inside = np.flatnonzero(np.isin(self.scene_names, scenes))
+        return np.isin(self.sample_scenes[rows], inside)
+
+    def _split_rows(self, split: str) -> NDArray[np.int64]:
+        all_rows = np.arange(len(self))
+        rows = all_rows[self.is_in_split(all_rows, split)]
+        if not len(rows):
             held = ", ".join(
                 f"{name} ({len(scenes)} scenes)" for name, scenes in self.splits.items() if scenes
             )
@@ -170,8 +177,7 @@ class NuScenesIndex:
                 f"split {split!r} holds no scene of {self.version} in {self.root}: "
                 f"the splits with scenes there are {held or 'none, its scene names are not official ones'}"
             )
-        is_inside = np.isin(self.scene_names, np.array(scenes, dtype=np.bytes_))
-        return np.flatnonzero(is_inside[self.sample_scenes])
+        return rows
 
     def dataset_info(self) -> dict[str, str]:
         """What a report says of the data set: name of the root's folder, version, fingerprint."""

@@ -2,36 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.quantization.health import Problem, is_weight, refuse, state_problems, value_problems
+from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.switches import quantizers, quantizers_off
+
+AMAX = "._amax"
+"""What follows a quantizer's name in a state dict."""
 
 
 @contextmanager
-def collecting_ranges(network: nn.Module) -> Iterator[None]:
+def collecting_ranges(
+    network: nn.Module, on_unfit: Callable[[list[Problem]], None] = refuse
+) -> Iterator[None]:
     """While open, forward passes run in float and gather ranges; on leaving, amax is set and checked.
 
+    Where there is a process group, what all ranks saw is put together on leaving, so every rank must come
+    here, with or without batches.
+
+    Args:
+        network: What is calibrated.
+        on_unfit: What to do about unfit ranges; by default they are an error.
+
     Raises:
-        UserError: A range came out unfit (`check_ranges`).
+        UserError: A range came out unfit.
     """
     training = network.training
-    inputs = [q for name, q in quantizers(network).items() if not name.endswith("_weight_quantizer")]
+    inputs = {name: q for name, q in quantizers(network).items() if not is_weight(name)}
     network.eval()
-    for quantizer in inputs:
+    for quantizer in inputs.values():
         quantizer.start_collecting()
     try:
         with quantizers_off(network), torch.no_grad():
             yield
+        problems = _set_ranges(network, inputs)
     finally:
-        for quantizer in inputs:
-            quantizer.finish_collecting()
+        for quantizer in inputs.values():
+            quantizer.stop_collecting()
         network.train(training)
-    check_ranges(network)
+    if problems:
+        on_unfit(problems)
+
+
+def _set_ranges(network: nn.Module, inputs: Mapping[str, Quantizer]) -> list[Problem]:
+    problems = []
+    for name, quantizer in inputs.items():
+        found = quantizer.finish_collecting()
+        if found:
+            problems.append(Problem(name, _layer_kind(network, name), *found))
+    return problems + [p for p in range_problems(network) if is_weight(p.quantizer)]
+
+
+def static_ranges(network: nn.Module) -> dict[str, Tensor]:
+    """Quantizer -> its amax, of those that are static."""
+    found = {name: quantizer.amax for name, quantizer in quantizers(network).items()}
+    return {name: amax for name, amax in found.items() if amax is not None}
+
+
+def _layer_kind(network: nn.Module, quantizer: str) -> str:
+    return getattr(network.get_submodule(quantizer.rpartition(".")[0]), "kind", "")
+
+
+def range_problems(network: nn.Module) -> list[Problem]:
+    """What is wrong with the static ranges of a network."""
+    return [
+        problem
+        for name, amax in static_ranges(network).items()
+        for problem in value_problems(name, _layer_kind(network, name), amax)
+    ]
 
 
 def check_ranges(network: nn.Module) -> int:
@@ -41,36 +84,23 @@ def check_ranges(network: nn.Module) -> int:
         The number of output channels whose weights are all zero; their amax is 0 and they quantize to 0.
 
     Raises:
-        UserError: An amax is missing (NaN), infinite, negative or zero, with a line for each.
+        UserError: An amax is missing (NaN), infinite, negative or zero, with a table of them.
     """
-    problems, num_zero_channels = [], 0
-    for name, quantizer in quantizers(network).items():
-        amax = quantizer.amax
-        if amax is None:
-            continue
-        is_weight = name.endswith("_weight_quantizer")
-        if is_weight:
-            num_zero_channels += int((amax == 0).sum())
-        problem = _problem(amax, zero_is_fine=is_weight and not quantizer.is_per_tensor)
-        if problem:
-            problems.append(f"  {name}: {problem}")
-    if problems:
-        raise UserError(f"{len(problems)} quantizers have no usable amax:\n" + "\n".join(problems))
-    return num_zero_channels
+    refuse(range_problems(network))
+    weights = [amax for name, amax in static_ranges(network).items() if is_weight(name)]
+    return sum(int((amax == 0).sum()) for amax in weights)
 
 
-def _problem(amax: Tensor, zero_is_fine: bool) -> str | None:
-    checks = {
-        "NaN (it saw no tensor, or no amax was loaded)": amax.isnan(),
-        "infinite": amax.isinf(),
-        "negative": amax < 0,
-    }
-    if not zero_is_fine:
-        checks["zero (the tensor it saw was zero)"] = amax == 0
-    found = [f"{text} in {int(bad.sum())} of {bad.numel()}" for text, bad in checks.items() if bad.any()]
-    return "; ".join(found) or None
+def problems_of_state(network: nn.Module, state: Mapping[str, Tensor]) -> list[Problem]:
+    """What is wrong with the ranges of a state dict that `network` is about to load, under every name."""
+    own = {key.removesuffix(AMAX): amax for key, amax in network.state_dict().items() if key.endswith(AMAX)}
+    return [
+        problem
+        for name, amax in own.items()
+        for problem in state_problems(name, _layer_kind(network, name), state.get(name + AMAX), amax)
+    ]
 
 
 def is_calibrated(network: nn.Module) -> bool:
     """Whether no static amax is still NaN."""
-    return not any(q.amax is not None and bool(q.amax.isnan().any()) for q in quantizers(network).values())
+    return not any(bool(amax.isnan().any()) for amax in static_ranges(network).values())

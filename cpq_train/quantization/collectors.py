@@ -1,101 +1,154 @@
 """Collectors: they see the activations and say their amax.
 
-Histograms are integer counts on a grid whose bin width is a power of two. When a larger value comes,
-neighbouring bins are merged until it fits; so the result depends on the values alone, not on their order or
-on how they were split into batches.
+Histograms are integer counts on a grid whose bin width is a power of two and follows from the largest value
+alone. When a larger value comes, neighbouring bins are merged until it fits; so the result depends on the
+values alone, not on their order, on how they were split into batches, or on which rank saw which batch.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpq_train.quantization.ranks import largest_over_ranks, sum_over_ranks
 from cpq_train.quantization.scheme import QuantizerScheme
 
 NUM_BINS = 4096
 NUM_MSE_CANDIDATES = 256
-
-
-class Collector(Protocol):
-    """Gathers what it needs of a stream of tensors to say their amax."""
-
-    def collect(self, values: Tensor) -> None:
-        """Take in one tensor of any shape."""
-
-    def compute_amax(self) -> float:
-        """The amax of all that was seen; NaN where nothing was."""
+LEAST_EXPONENT = -99
+"""Histograms never end below 2^-99, where bins would leave the range of fp32."""
 
 
 def new_collector(scheme: QuantizerScheme) -> Collector:
     """The collector for `scheme.method`."""
-    return MaxCollector() if scheme.method == "max" else HistogramCollector(scheme)
+    return Collector(scheme) if scheme.method == "max" else HistogramCollector(scheme)
 
 
-class MaxCollector:
-    """The largest magnitude."""
+class Collector:
+    """Gathers what it needs of a stream of tensors to say their amax; this one, the largest magnitude.
 
-    def __init__(self) -> None:
-        self._amax: Tensor | None = None
+    Args:
+        scheme: Of the quantizer; whether it is signed, and what its method needs.
+    """
+
+    def __init__(self, scheme: QuantizerScheme) -> None:
+        self._scheme = scheme
+        self._limits: Tensor | None = None  # -minimum and maximum, NaN once a NaN was seen
+        self._num_values = 0
+        self._num_negative: Tensor | int = 0
 
     def collect(self, values: Tensor) -> None:
-        """Take in one tensor; stays on its device."""
-        if values.numel():
-            amax = values.abs().max()
-            self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
+        """Take in one tensor of any shape; what is kept stays on its device."""
+        if not values.numel():
+            return
+        low, high = values.aminmax()
+        limits = torch.stack([-low, high]).float()
+        self._limits = limits if self._limits is None else torch.maximum(self._limits, limits)
+        self._num_values += values.numel()
+        if not self._scheme.signed:
+            self._num_negative = self._num_negative + (values < 0).sum()
+
+    def reduce(self, device: torch.device) -> None:
+        """Take in what the other ranks saw; every rank must call this, also one that saw nothing.
+
+        Args:
+            device: Where the process group exchanges tensors.
+        """
+        unseen = torch.full((2,), -torch.inf, device=device)
+        self._limits = largest_over_ranks(unseen if self._limits is None else self._limits)
+        counts = torch.tensor([self._num_values, int(self._num_negative)], device=device)
+        self._num_values, self._num_negative = sum_over_ranks(counts).tolist()
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude seen, NaN where nothing or a NaN was."""
+        return float("nan") if self._limits is None or not self._num_values else float(self._limits.max())
 
     def compute_amax(self) -> float:
-        """The largest magnitude seen; NaN where nothing was."""
-        return float("nan") if self._amax is None else float(self._amax)
+        """The amax of all that was seen; NaN where nothing was, NaN or infinite where such a value was."""
+        return self.largest
+
+    def problem(self) -> tuple[str, str] | None:
+        """What makes the range unfit and in how many of the values seen, None where it is fit."""
+        some = f"some of {self._num_values}"
+        if not self._num_values:
+            return "nothing: it saw no tensor", "0 of 0"
+        if math.isnan(self.largest):
+            return "NaN in the tensors it saw", some
+        if math.isinf(self.largest):
+            return "infinite values in the tensors it saw", some
+        if self.largest == 0:
+            return "zero: all values it saw are zero", f"{self._num_values} of {self._num_values}"
+        if self._num_negative:
+            return self._clipped(), f"{int(self._num_negative)} of {self._num_values}"
+        return None
+
+    def _clipped(self) -> str:
+        assert self._limits is not None
+        lowest = -float(self._limits[0])
+        return f"negative values down to {lowest:.4g}; an unsigned quantizer clips them: use signed: true"
 
 
-class HistogramCollector:
+class HistogramCollector(Collector):
     """A histogram of magnitudes, and amax from it by percentile, mean squared error or entropy.
+
+    Zeros are counted where `scheme.count_zeros` says so; never for mse, to which they add no error whatever
+    the range.
 
     Args:
         scheme: `method`, `percentile`, `count_zeros` and the format whose rounding the methods weigh.
     """
 
     def __init__(self, scheme: QuantizerScheme) -> None:
-        self._scheme = scheme
+        super().__init__(scheme)
         self._counts = np.zeros(NUM_BINS, np.int64)
-        self._width = 0.0
-        self._largest = float("nan")
+        self._exponent = LEAST_EXPONENT
+
+    @property
+    def _width(self) -> float:
+        return 2.0**self._exponent / NUM_BINS
 
     def collect(self, values: Tensor) -> None:
         """Take in one tensor."""
-        if not self._scheme.count_zeros:
+        super().collect(values)
+        if not self._scheme.count_zeros or self._scheme.method == "mse":
             values = values[values != 0]
         if not values.numel():
             return
         magnitude = values.abs().float().flatten()
         largest = float(magnitude.max())
-        if not np.isfinite(largest):
-            self._largest = largest
-            return
-        self._largest = max(largest, self._largest) if self._largest == self._largest else largest
-        self._fit(largest)
+        if not math.isfinite(largest):
+            return  # the limits say so
+        self._grow(_exponent_above(largest))
         # width is a power of two: the division is exact, and so is the choice of the bin.
-        bins = (magnitude / self._width).long().clamp_(max=NUM_BINS - 1)
+        bins = (magnitude / self._width).int()
         self._counts += torch.bincount(bins, minlength=NUM_BINS).cpu().numpy()
 
-    def _fit(self, largest: float) -> None:
-        if self._width == 0.0:
-            self._width = 2.0 ** (np.frexp(max(largest, 2.0**-100))[1] - np.log2(NUM_BINS))
-        while largest > self._width * NUM_BINS:
-            merged = self._counts.reshape(-1, 2).sum(1)
-            self._counts = np.concatenate([merged, np.zeros(NUM_BINS // 2, np.int64)])
-            self._width *= 2
+    def _grow(self, exponent: int) -> None:
+        """Merge bins until they reach to 2^exponent."""
+        if exponent <= self._exponent:
+            return
+        merged = self._counts.reshape(-1, min(2 ** (exponent - self._exponent), NUM_BINS)).sum(1)
+        self._counts = np.pad(merged, (0, NUM_BINS - len(merged)))
+        self._exponent = exponent
+
+    def reduce(self, device: torch.device) -> None:
+        """Take in what the other ranks saw: the widest grid, and the sums of the counts on it."""
+        super().reduce(device)
+        exponent = torch.tensor([float(self._exponent)], device=device)
+        self._grow(int(largest_over_ranks(exponent)))
+        self._counts = sum_over_ranks(torch.from_numpy(self._counts).to(device)).cpu().numpy()
 
     def compute_amax(self) -> float:
         """The amax that the scheme's method picks; NaN where nothing was seen."""
-        if not np.isfinite(self._largest) or not self._counts.any():
-            return self._largest if self._largest != 0 else 0.0
+        if not math.isfinite(self.largest) or not self._counts.any():
+            return self.largest
         method = {"percentile": self._percentile, "mse": self._mse, "entropy": self._entropy}
-        return float(min(method[self._scheme.method](), self._largest))
+        return float(min(method[self._scheme.method](), self.largest))
 
     def _percentile(self) -> float:
         share = np.cumsum(self._counts) / self._counts.sum()
@@ -106,25 +159,33 @@ class HistogramCollector:
         centres = (np.arange(NUM_BINS) + 0.5) * self._width
         used = np.flatnonzero(self._counts)
         centres, counts = centres[used], self._counts[used].astype(np.float64)
-        candidates = self._largest * np.arange(1, NUM_MSE_CANDIDATES + 1) / NUM_MSE_CANDIDATES
-        qmax = self._scheme.number_format.qmax
-        errors = [
-            float(counts @ (np.minimum(np.rint(centres * (qmax / a)), qmax) * (a / qmax) - centres) ** 2)
-            for a in candidates
-        ]
-        return float(candidates[int(np.argmin(errors))])
+        candidates = self.largest * np.arange(1, NUM_MSE_CANDIDATES + 1) / NUM_MSE_CANDIDATES
+        fmt = self._scheme.number_format
+
+        def error(amax: float) -> float:
+            rounded = fmt.round_(torch.from_numpy(centres * (fmt.qmax / amax))).numpy()
+            return float(counts @ (rounded * (amax / fmt.qmax) - centres) ** 2)
+
+        return float(candidates[int(np.argmin([error(amax) for amax in candidates]))])
 
     def _entropy(self) -> float:
         """The range whose quantized distribution has the least Kullback-Leibler divergence, as TensorRT does.
 
-        Every candidate range keeps its clipped counts in its last bin; the distribution quantized to qmax + 1
-        levels spreads each level's count evenly over the bins that were not empty.
+        Every candidate range keeps its clipped counts in its last bin; the distribution quantized to as many
+        levels as the format has codes for magnitudes spreads each level's count evenly over the bins that
+        were not empty.
         """
-        levels = self._scheme.number_format.qmax + 1
+        fmt = self._scheme.number_format
+        levels = 2 ** (fmt.bits - int(fmt.signed))
         num_used = int(np.flatnonzero(self._counts)[-1]) + 1
         ends = range(min(levels, num_used), num_used + 1, max(1, NUM_BINS // 512))
         divergences = [_divergence(self._counts, end, levels) for end in ends]
         return ends[int(np.argmin(divergences))] * self._width
+
+
+def _exponent_above(magnitude: float) -> int:
+    """The least e, not below `LEAST_EXPONENT`, with magnitude < 2^e."""
+    return max(math.frexp(magnitude)[1], LEAST_EXPONENT) if magnitude else LEAST_EXPONENT
 
 
 def _divergence(counts: NDArray[np.int64], end: int, levels: int) -> float:

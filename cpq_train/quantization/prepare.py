@@ -9,7 +9,8 @@ from typing import Any, cast
 from torch import nn
 
 from cpq_train.quantization.batchnorm import fold_batchnorm
-from cpq_train.quantization.layers import QUANTIZED, quantize_layer
+from cpq_train.quantization.health import Problem, is_weight, refuse
+from cpq_train.quantization.layers import QUANTIZED, quantize_layer, unquantize_layer
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.switches import quantizers
@@ -27,12 +28,14 @@ class Prepared:
         schemes: Name -> what was chosen for it.
         shares_input_with: Name -> the first consumer whose input quantizer it shares.
         folded: Names of the convolutions that took over a BatchNorm.
+        left_in_float: Names of the layers that `leave_in_float` took the quantizers out of.
     """
 
     layers: dict[str, str]
     schemes: dict[str, LayerScheme]
     shares_input_with: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    left_in_float: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -63,6 +66,38 @@ def prepare(
         _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
     network.register_forward_hook(_forget_codes)
     return prepared
+
+
+def leave_in_float(network: nn.Module, prepared: Prepared, scheme: Scheme, problems: list[Problem]) -> Scheme:
+    """Take the quantizers out of the layers that read a tensor of unfit range, in place.
+
+    Args:
+        network: What `prepare` made.
+        prepared: What it said; says afterwards what is left.
+        scheme: What it was given.
+        problems: The unfit ranges, of inputs only.
+
+    Returns:
+        The scheme that prepares the structure that is left.
+
+    Raises:
+        UserError: The range of a weight is unfit, or nothing would be left quantized.
+    """
+    refuse([problem for problem in problems if is_weight(problem.quantizer)])
+    unfit = {network.get_submodule(problem.quantizer) for problem in problems}
+    readers = [
+        name
+        for name, module in network.named_modules()
+        if unfit & {getattr(module, "_input_quantizer", None), getattr(module, "_residual_quantizer", None)}
+    ]
+    scheme = scheme.with_float(readers)
+    prepared.schemes = scheme.resolve(prepared.layers)
+    for name in readers:
+        unquantize_layer(network.get_submodule(name))
+        for member in (name, name + RESIDUAL):
+            prepared.shares_input_with.pop(member, None)
+    prepared.left_in_float += readers
+    return scheme
 
 
 def unquantized(network: nn.Module) -> Prepared:

@@ -191,14 +191,25 @@ class Quantizer(TensorQuantizer):
         if self.is_shared:
             self._collected = inputs
 
-    def finish_collecting(self, momentum: float = 1.0) -> None:
-        """Set amax from what was gathered; NaN where nothing was seen.
+    def finish_collecting(self, momentum: float = 1.0) -> tuple[str, str] | None:
+        """Set amax from what all ranks gathered; it is NaN where nothing was seen.
 
         Args:
             momentum: Share of the new amax in the result, the rest is the present one.
+
+        Returns:
+            What makes the range unfit, and in how many values; None where nothing does.
         """
+        problem = None
         if self._calibrator is not None:
+            self._calibrator.reduce(self._amax.device)
             self._move_amax(torch.full_like(self._amax, self._calibrator.compute_amax()), momentum)
+            problem = self._calibrator.problem()
+        self.stop_collecting()
+        return problem
+
+    def stop_collecting(self) -> None:
+        """Round again; what was gathered is dropped."""
         self._calibrator, self._if_calib = None, False
         self.forget()
 

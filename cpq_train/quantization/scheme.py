@@ -213,6 +213,11 @@ class Scheme:
             ],
         }
 
+    def with_float(self, names: Iterable[str]) -> Scheme:
+        """The scheme with a rule more for each of these layers, which leaves it in float."""
+        off = {"mode": "off"}
+        return replace(self, rules=self.rules + tuple(Rule(name, weight=off, input=off) for name in names))
+
     def resolve(self, layers: Mapping[str, str]) -> dict[str, LayerScheme]:
         """Decide for every layer.
 

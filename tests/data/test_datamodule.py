@@ -1,6 +1,8 @@
+import hashlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch
+from cpq_train.data.samplers import stratified_choice
 from cpq_train.data.sweeps import CloudError
 from cpq_train.errors import UserError
 
@@ -115,6 +118,52 @@ def test_calibration_samples(pristine_root: Path) -> None:
     assert set(tokens(4, 0)) == train
     plain = by_token(list(datamodule(pristine_root, val_split="train").evaluation_dataloader()))
     assert same(by_token(list(data.calibration_dataloader())), plain)
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 9, 13])
+def test_calibration_samples_are_spread_over_scenes(number: int) -> None:
+    """Scenes of 2, 4 and 7 samples: equally many each, up to one, until one runs out."""
+    rows = np.arange(100, 113)
+    scenes = np.repeat([8, 3, 5], [2, 4, 7]).astype(np.int32)
+    choices = {tuple(stratified_choice(rows, scenes, number, seed).tolist()) for seed in range(20)}
+    assert (len(choices) == 1) == (number == 13)
+    for choice in choices:
+        assert sorted(set(choice)) == list(choice)
+        counts = np.bincount(scenes[np.array(choice) - 100], minlength=9)[[8, 3, 5]]
+        assert counts.sum() == number
+        sizes = np.array([2, 4, 7])
+        assert all(counts[i] == sizes[i] or counts[i] >= counts.max() - 1 for i in range(3))
+
+
+def test_calibration_batches_are_dealt_whole(pristine_root: Path) -> None:
+    """Three samples in batches of two, over one to three ranks: the third rank gets none."""
+    data = datamodule(pristine_root, num_calibration_samples=3, batch_size=2)
+    whole = [batch["tokens"] for batch in data.calibration_dataloader()]
+    assert [len(tokens) for tokens in whole] == [2, 1]
+    for world_size in (2, 3):
+        shares = []
+        for rank in range(world_size):
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+            shares.append([batch["tokens"] for batch in data.calibration_dataloader()])
+        assert shares == [[whole[0]], [whole[1]], []][:world_size]
+
+
+def test_calibration_on_validation_samples_is_refused(pristine_root: Path) -> None:
+    arguments = {"num_calibration_samples": 3, "calibration_split": "val"}
+    with pytest.raises(UserError, match=r"3 of the 3 samples belong to data.val_split 'val'"):
+        datamodule(pristine_root, **arguments).calibration_dataloader()
+    forced = datamodule(pristine_root, **arguments, force_calibration_on_val=True)
+    assert len(forced.calibration_dataloader()) == 3
+    info = forced.calibration_info()
+    tokens = sorted(forced.index.sample_token(row) for row in forced.calibration_rows)
+    assert info["split"] == "val"
+    assert info["num_samples"] == 3
+    assert info["tokens_sha256"] == hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+
+
+def test_calibration_where_the_validation_split_is_absent(pristine_root: Path) -> None:
+    data = datamodule(pristine_root, num_calibration_samples=4, val_split="test")
+    assert len(data.calibration_dataloader()) == 4
 
 
 @pytest.mark.parametrize("number", [0, 5, -1])

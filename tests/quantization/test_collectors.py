@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpq_train.quantization.collectors import NUM_BINS, HistogramCollector, MaxCollector, new_collector
+from cpq_train.quantization.collectors import NUM_BINS, Collector, HistogramCollector, new_collector
 from cpq_train.quantization.scheme import QuantizerScheme
 
 METHODS = ("max", "percentile", "mse", "entropy")
@@ -43,6 +43,17 @@ def test_max_is_the_largest_magnitude() -> None:
     assert _amax("max", torch.tensor([1.0, -3.5]), torch.tensor([2.0])) == 3.5
 
 
+def test_a_power_of_two_is_binned_alike_in_any_order() -> None:
+    grids = []
+    for values in ([1.0, 4.0, 0.3], [0.3, 1.0, 4.0], [4.0, 0.3, 1.0]):
+        collector = HistogramCollector(QuantizerScheme(method="percentile"))
+        for value in values:
+            collector.collect(torch.tensor([value]))
+        grids.append((collector._width, collector._counts.tolist()))
+    assert grids[0] == grids[1] == grids[2]
+    assert grids[0][0] * NUM_BINS == 8.0  # the next power of two above 4
+
+
 def test_percentile_of_a_known_distribution() -> None:
     values = torch.arange(1, 10_001) / 10_000
     assert _amax("percentile", values, percentile=90.0) == pytest.approx(0.9, abs=1e-3)
@@ -69,6 +80,15 @@ def test_mse_finds_the_least_error() -> None:
     assert amax < 40
 
 
+def test_mse_weighs_the_rounding_of_the_format() -> None:
+    """An outlier that 8-bit integers clip costs FP8, whose steps are relative, next to nothing to keep."""
+    values = torch.cat(
+        [torch.randn(50_000, generator=torch.Generator().manual_seed(0)), torch.tensor([40.0])]
+    )
+    assert _amax("mse", values) < 35
+    assert _amax("mse", values, format="fp8_e4m3") > 38
+
+
 def test_entropy_cuts_a_lone_outlier() -> None:
     values = torch.cat([torch.randn(100_000).abs(), torch.full((3,), 100.0)])
     assert 2.0 < _amax("entropy", values) < 20.0
@@ -77,24 +97,59 @@ def test_entropy_cuts_a_lone_outlier() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_seen_and_only_zeros(method: str) -> None:
     assert np.isnan(_amax(method))
-    zeros = _amax(method, torch.zeros(10))
-    assert zeros == 0.0 or np.isnan(zeros)
+    assert _amax(method, torch.zeros(10)) == 0.0
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_non_finite_value_is_not_hidden(method: str) -> None:
-    assert not np.isfinite(_amax(method, torch.tensor([1.0, torch.inf]), torch.tensor([2.0])))
+    first, last = torch.tensor([1.0, -2.0]), torch.tensor([3.0])
+    assert _amax(method, first, torch.tensor([1.0, -torch.inf]), last) == torch.inf
+    assert np.isnan(_amax(method, first, torch.tensor([1.0, torch.nan]), last))
+    assert np.isnan(_amax(method, torch.tensor([torch.nan]), torch.tensor([torch.inf])))
 
 
 def test_counts_beyond_fp32() -> None:
-    """2^24 + 1 equal values: an fp32 counter would stop at 2^24."""
-    collector = HistogramCollector(QuantizerScheme(method="mse"))
-    collector.collect(torch.ones(2**24))
-    collector.collect(torch.ones(1))
-    assert collector._counts.sum() == 2**24 + 1
+    """2^24 + 3 equal values in one tensor: an fp32 counter would stop at 2^24."""
+    collector = HistogramCollector(QuantizerScheme(method="percentile", count_zeros=True))
+    collector.collect(torch.zeros(2**24 + 3))
+    collector.collect(torch.ones(5))
+    assert collector._counts.sum() == 2**24 + 8
+    assert collector._counts[0] == 2**24 + 3
+    assert collector.problem() is None
 
 
-def test_max_collector_keeps_no_graph() -> None:
-    collector = MaxCollector()
-    collector.collect(torch.ones(3, requires_grad=True).detach())
-    assert collector.compute_amax() == 1.0
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_ranges_of_counts_beyond_fp32(method: str) -> None:
+    """A histogram and the same one with every count times 2^30 mean the same distribution."""
+    collector = HistogramCollector(QuantizerScheme(method=method, percentile=99.9))
+    collector.collect(torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
+    amax = collector.compute_amax()
+    collector._counts *= 2**30
+    assert collector.compute_amax() == amax
+
+
+def test_zeros_do_not_change_mse() -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(1))
+    with_zeros = torch.cat([values, torch.zeros(100_000)])
+    assert _amax("mse", with_zeros, count_zeros=True) == _amax("mse", values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_negative_values_of_an_unsigned_quantizer(method: str) -> None:
+    collector = new_collector(QuantizerScheme(method=method, signed=False))
+    for values in ([1.0, -0.5, 2.0], [3.0], [-0.25, 1.0]):
+        collector.collect(torch.tensor(values))
+    problem, affected = collector.problem()
+    assert problem.startswith("negative values down to -0.5;")
+    assert "signed: true" in problem
+    assert affected == "2 of 6"
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [([], "it saw no tensor"), ([0.0, 0.0], "zero"), ([1.0, torch.nan], "NaN"), ([-torch.inf], "infinite")],
+)
+def test_problems_of_a_range(values: list[float], problem: str) -> None:
+    collector = Collector(QuantizerScheme())
+    collector.collect(torch.tensor(values))
+    assert problem in collector.problem()[0]

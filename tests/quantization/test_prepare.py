@@ -141,8 +141,9 @@ def test_weight_amax_has_the_channel_axis_of_its_kind() -> None:
 
 def test_uncalibrated_ranges_are_found() -> None:
     subject = build(SMALL, "ptq", INT8)
+    row = r"hm.1._input_quantizer *Conv2d *nothing: it saw no tensor *0 of 0"
     with (
-        pytest.raises(UserError, match=r"38 quantizers have no usable amax(.|\n)*hm.1._input_quantizer: NaN"),
+        pytest.raises(UserError, match=rf"38 quantizers have no usable amax(.|\n)*{row}"),
         collecting_ranges(subject.network.dense_head),
     ):
         pass  # nothing is seen
