@@ -21,6 +21,7 @@ from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
 from cpq_train.quantization.calibration import AMAX, is_calibrated, problems_of_state
 from cpq_train.quantization.health import refuse
+from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, prepare, unquantized
 from cpq_train.quantization.range_policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.recipe import amax_policy, recipe, same_scheme
@@ -226,21 +227,18 @@ def tensors_read_together(network: nn.Module) -> list[list[str]]:
     return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
 
 
-def reconstruction_blocks(network: CenterPoint) -> list[str]:
-    """Names of CenterPoint's blocks in the order in which they run: what rounding is learned over.
+def blocks_of(network: nn.Module) -> dict[str, list[str]]:
+    """Name of each block of CenterPoint -> its layers that can be quantized, in the order of the network.
 
-    Residual blocks, strided convolutions, levels of the BEV pyramid with their upsampling, and the branches
-    of each class group.
+    A block is a residual block, a strided convolution, a level of the BEV backbone, its upsampling, or the
+    branches of one class group; it is named as the module that holds its layers.
     """
-    names = ["backbone_3d.conv_input"]
-    for stage in ("conv1", "conv2", "conv3", "conv4"):
-        blocks = network.get_submodule(f"backbone_3d.{stage}").named_children()
-        names += [f"backbone_3d.{stage}.{name}" for name, _ in blocks]
-    names.append("backbone_3d.conv_out")
-    for level in range(len(network.backbone_2d.blocks)):
-        names += [f"backbone_2d.blocks.{level}", f"backbone_2d.deblocks.{level}"]
-    groups = range(len(network.dense_head.heads_list))
-    return [*names, "dense_head.shared_conv", *(f"dense_head.heads_list.{i}" for i in groups)]
+    blocks: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, tuple(QUANTIZED)):
+            parents = name.split(".")[:-1]
+            blocks.setdefault(".".join(parents[:3]), []).append(name)
+    return blocks
 
 
 def _check_descent(source: Arm, target: Arm, path: str | Path) -> None:

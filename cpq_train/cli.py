@@ -1,4 +1,4 @@
-"""The verbs: fit, validate and calibrate through LightningCLI, the others without importing Lightning."""
+"""The verbs: those that run a network go through LightningCLI, the others start without Lightning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpq_train.errors import UserError
 
-LIGHTNING_VERBS = ("fit", "validate", "calibrate")
+LIGHTNING_VERBS = ("fit", "validate", "calibrate", "sensitivity")
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 

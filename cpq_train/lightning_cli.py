@@ -40,7 +40,8 @@ class QuantCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
-        return {"fit": theirs["fit"], "validate": theirs["validate"], "calibrate": {"model", "datamodule"}}
+        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity")}
+        return {"fit": theirs["fit"], "validate": theirs["validate"], **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks every run has, and what the data shares with the network."""

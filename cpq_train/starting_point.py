@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import distributed, nn
 
-from cpq_train.arms import Subject, reconstruction_blocks
+from cpq_train.arms import Subject, blocks_of
 from cpq_train.errors import UserError
 from cpq_train.models.foreground import foreground_error
 from cpq_train.quantization.adaround import BlockRounding, round_adaptively
@@ -92,7 +92,7 @@ def improve(
             twins = Twins.of(network, spread(new_loader(), config.num_batches), forward, show_progress)
             search_ranges(replace(twins, batches=twins.batches[:NUM_SEARCH_BATCHES]), foreground_error)
             if config.adaround_num_steps:
-                blocks = reconstruction_blocks(network)
+                blocks = list(blocks_of(network))
                 roundings = round_adaptively(twins, blocks, config.adaround_num_steps)
                 Console(quiet=not show_progress).print(rounding_table(roundings))
             if config.bias_correction:

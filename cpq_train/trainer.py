@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor
 
+from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
+from cpq_train.sensitivity import Settings, analyse
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer, and `calibrate`."""
+    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`."""
 
     def calibrate(
         self,
@@ -93,6 +95,59 @@ class QuantTrainer(Trainer):
         self.strategy.setup_environment()
         model.configure_model()
         self.strategy.model_to_device()
+
+    def sensitivity(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        output: Path,
+        by: Literal["block", "layer"] = "block",
+        bits: Sequence[int] = (8, 4),
+        input_bits: Sequence[int] | None = None,
+        budget_mib: float | None = None,
+        budget_bit_macs: float | None = None,
+        metric: Literal["proxy", "nds"] = "proxy",
+        num_samples: int = 8,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure what each part loses to quantization and write a mixed-precision scheme within a budget.
+
+        A unit is quantized alone and left out alone, for each choice of bits. The loss is the divergence of
+        the heads from the float network's at its objects: heat maps, plus `model.loc_weight` times boxes. The
+        scheme is the one whose units' losses, each alone, have the least sum; what it measures stands beside.
+        Writes `sensitivity.json`, `sensitivity.png`, `schemes/` (the uniform schemes), with a budget
+        `scheme.yaml`, and `measurements.jsonl`, from which an interrupted or repeated run goes on.
+
+        Args:
+            model: The detector; `model.weights` names the float checkpoint, `model.scheme` gives everything
+                but the bits. What it leaves in float stays float.
+            datamodule: Gives the samples for calibration and comparison.
+            output: Folder of the results.
+            by: What gets bits of its own: a block (such as a residual block or a level) or a layer.
+            bits: Weight bits to choose from; float is always a choice.
+            input_bits: Input bits that go with each of `bits`; null keeps those of the scheme.
+            budget_mib: What the weights may take, in MiB at the bits they are stored with (float: 32).
+            budget_bit_macs: What multiply-accumulates times bits of weight times bits of input may be, as a
+                share of the float network's (32 x 32).
+            metric: proxy, or nds to score mAP and NDS on the validation samples too, at every step.
+            num_samples: Training samples on which outputs are compared.
+            ckpt_path: Not used: the analysis starts from `model.weights`.
+            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
+
+        Raises:
+            UserError: Weights or scheme are missing or unfit, settings contradict one another, or the budget
+                cannot be met.
+        """
+        assert isinstance(model, CenterPointDetector)
+        assert isinstance(datamodule, NuScenesDataModule)
+        if ckpt_path is not None:
+            raise UserError("sensitivity starts from model.weights, a float checkpoint, not from --ckpt_path")
+        if self.world_size != 1:
+            raise UserError(f"sensitivity runs on one device, not {self.world_size}: set --trainer.devices 1")
+        settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
+        datamodule.prepare_data()
+        analyse(model, datamodule, settings, self.strategy.root_device)
 
 
 def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:

@@ -59,13 +59,11 @@ class Plan:
 
 LEARNED = ("--model.ranges.amax", "learned", "--model.ranges.lr", "0.002")
 DISTILLED = ("--model.distillation.teacher", FLOAT)
+SINGLY = ("--data.batch_size", "1", "--model.calibration.num_batches", "16")
 STRONG = {
     "ptq": (),
-    "ptq_bias": ("--model.calibration.bias_correction", "true"),
-    "ptq_adaround": (
-        *("--model.calibration.bias_correction", "true"),
-        *("--model.calibration.adaround_num_steps", "200"),
-    ),
+    "ptq_bias": (*SINGLY, "--model.calibration.bias_correction", "true"),
+    "ptq_adaround": (*SINGLY, "--model.calibration.adaround_num_steps", "200"),
 }
 ALL_TUNINGS = (
     Tuning("float_tuned", "float_tuned"),

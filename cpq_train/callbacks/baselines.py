@@ -10,17 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.progress import track
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.quantization.switches import quantizers_off
+from cpq_train.scoring import score_detector
 
 Score = dict[str, float]
 
@@ -115,16 +113,9 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
 
 
 def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> Score:
-    metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(module.device)
-    loader = data.evaluation_dataloader(trainer.global_rank, trainer.world_size)
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), quantizers_off(module.network) if arm == "float" else nullcontext():
-        for batch in track(loader, f"Scoring the {arm} baseline", disable=not trainer.is_global_zero):
-            metric.update(batch["sample_rows"], module.detect(module.to_device(batch)))
-    module.train(was_training)
-    scores = metric.compute().scores
-    return {"mAP": scores.mean_ap, "NDS": scores.nds}
+    title = f"Scoring the {arm} baseline" if trainer.is_global_zero else None
+    with quantizers_off(module.network) if arm == "float" else nullcontext():
+        return score_detector(module, data, title, trainer.global_rank, trainer.world_size)
 
 
 def _write(file: Path, score: Score) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cpq_train.errors import UserError
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
+from cpq_train.models.divergence import foreground_divergence
 from cpq_train.models.losses import box_code_error, box_codes_at
 from cpq_train.models.targets import HeadTargets
 
@@ -133,11 +134,8 @@ def _heatmap_divergence(heads: Sequence[tuple[HeadOutput, HeadOutput]]) -> Tenso
     """
     mine = torch.cat([student["hm"] for student, _ in heads], dim=1).float()
     theirs = torch.cat([teacher["hm"] for _, teacher in heads], dim=1).float()
-    probability = theirs.sigmoid()
-    cross, own = (
-        F.binary_cross_entropy_with_logits(logits, probability, reduction="none") for logits in (mine, theirs)
-    )
-    return (probability * (cross - own)).sum() / probability.sum().clamp(min=1)
+    divergence, weight = foreground_divergence(mine, theirs)
+    return divergence / weight.clamp(min=1)
 
 
 def _feature_error(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:

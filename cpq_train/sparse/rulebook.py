@@ -112,6 +112,15 @@ def _build_implicit_gemm(layer: SparseConvolution, x: SparseConvTensor) -> Impli
     )
 
 
+def num_pairs(rulebook: Rulebook) -> int:
+    """How often an input voxel meets an output voxel: a convolution costs C_in * C_out products for each."""
+    if isinstance(rulebook, ImplicitGemmIndiceData):
+        return int((rulebook.pair_fwd >= 0).sum())
+    listed = int(rulebook.indice_pair_num.sum())
+    # Of a submanifold kernel Native lists one half; the other mirrors it, and every voxel meets itself.
+    return 2 * listed + len(rulebook.indices) if rulebook.is_subm else listed
+
+
 def gather_multiply_scatter(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     """The convolution proper, differentiable in features and weight.
 

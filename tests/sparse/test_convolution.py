@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SparseSequential, SubMConv3d
+from cpq_train.sparse.rulebook import find_or_build, num_pairs
 
 SHAPE = (9, 12, 10)
 DEVICES = [
@@ -67,6 +68,17 @@ def test_strided_equals_dense_and_keeps_touched_sites(device: str, training: boo
     ones = x.replace_feature(torch.ones_like(x.features[:, :1]))
     touched = dense_reference(ones, torch.ones_like(layer.weight[:1, ..., :1]), stride=2)[:, 0] > 0
     assert len(out.indices) == int(touched.sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [SubMConv3d, SparseConv3d])
+def test_pairs_are_what_a_sum_of_ones_counts(device: str, kind: type[SubMConv3d | SparseConv3d]) -> None:
+    stride = 1 if kind is SubMConv3d else 2
+    layer = kind(8, 8, 3, stride=stride, padding=1, bias=False, indice_key="a").to(device)
+    x = sparse_input(8, device)
+    ones = x.replace_feature(torch.ones_like(x.features))
+    met = layer.convolve(ones, torch.ones_like(layer.weight)).features
+    assert num_pairs(find_or_build(layer, ones)) == int(met.sum()) // (8 * 8)
 
 
 def test_train_and_eval_are_bit_equal_with_a_bias() -> None:

@@ -1,0 +1,41 @@
+"""The nuScenes scores of a detector outside of Lightning's own validation."""
+
+from __future__ import annotations
+
+import torch
+from rich.progress import track
+
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.detector import CenterPointDetector
+from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
+
+
+def score_detector(
+    detector: CenterPointDetector,
+    data: NuScenesDataModule,
+    title: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, float]:
+    """Detect in the validation samples and score.
+
+    Args:
+        detector: On its device; its mode is kept.
+        data: Gives each rank its share of the samples.
+        title: Of the progress bar; None shows none.
+        rank: This process.
+        world_size: Number of processes; all of them take part.
+
+    Returns:
+        mAP and NDS over the samples of all ranks.
+    """
+    metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(detector.device)
+    loader = data.evaluation_dataloader(rank, world_size)
+    was_training = detector.training
+    detector.eval()
+    with torch.no_grad():
+        for batch in track(loader, title or "", disable=title is None):
+            metric.update(batch["sample_rows"], detector.detect(detector.to_device(batch)))
+    detector.train(was_training)
+    scores = metric.compute().scores
+    return {"mAP": scores.mean_ap, "NDS": scores.nds}
