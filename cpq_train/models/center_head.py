@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 HeadOutput: TypeAlias = dict[str, Tensor]
@@ -23,6 +24,11 @@ of length, width, height, metres. rot: cosine, sine of the yaw. vel: velocity (x
 
 HEATMAP_PRIOR = -2.19
 """Initial logit of the heat map: probability 0.1, so that the first losses are not swamped by background."""
+
+
+def box_codes(head: HeadOutput) -> Tensor:
+    """The box branches as one map of box codes, (B, 10, H, W)."""
+    return torch.cat([head[name] for name in BOX_BRANCHES], dim=1)
 
 
 class SeparateHead(nn.Module):

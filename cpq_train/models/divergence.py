@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
+from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput, box_codes
 
 _FLOAT32_NOISE = torch.finfo(torch.float32).eps ** 2
 """Noise below this share of the signal's power is that of fp32; it keeps the SQNR finite."""
@@ -76,15 +76,11 @@ def foreground_divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Te
 def _at_objects(reference: HeadOutput, output: HeadOutput, code_weights: Sequence[float]) -> Tensor:
     """Summed heat-map divergence and its weight, summed box divergence and its weight; (4,) fp64."""
     heatmap, heatmap_weight = foreground_divergence(output["hm"].double(), reference["hm"].double())
-    difference_BCHW = _box_code(output) - _box_code(reference)
+    difference_BCHW = box_codes(output).double() - box_codes(reference).double()
     weights_C = difference_BCHW.new_tensor(code_weights)
     boxes_BHW = torch.einsum("bchw,c->bhw", difference_BCHW.square(), weights_C) / 2
     object_BHW = reference["hm"].double().amax(1).sigmoid()
     return torch.stack([heatmap, heatmap_weight, (object_BHW * boxes_BHW).sum(), object_BHW.sum()])
-
-
-def _box_code(head: HeadOutput) -> Tensor:
-    return torch.cat([head[name] for name in BOX_BRANCHES], dim=1).double()
 
 
 def _signal_and_noise(reference: Tensor, output: Tensor) -> Tensor:

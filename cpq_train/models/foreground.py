@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
+from cpq_train.models.center_head import HeadOutput, box_codes
 
 SCORE_THRESHOLD = 0.1
 """Cells below it are background; also what decoding keeps by default."""
@@ -52,9 +52,5 @@ def foreground_error(float_heads: Sequence[HeadOutput], heads: Sequence[HeadOutp
 
 def _error(wanted: HeadOutput, head: HeadOutput, weight_B1HW: Tensor) -> Tensor:
     heatmap = (head["hm"].float().sigmoid() - wanted["hm"].float().sigmoid()).abs().sum(1, keepdim=True)
-    box_codes = (_box_code(head) - _box_code(wanted)).abs().mean(1, keepdim=True)
-    return (weight_B1HW * (heatmap + box_codes)).sum() / weight_B1HW.sum().clamp(min=1e-6)
-
-
-def _box_code(head: HeadOutput) -> Tensor:
-    return torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
+    boxes = (box_codes(head).float() - box_codes(wanted).float()).abs().mean(1, keepdim=True)
+    return (weight_B1HW * (heatmap + boxes)).sum() / weight_B1HW.sum().clamp(min=1e-6)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
+from cpq_train.models.center_head import HeadOutput, box_codes
 from cpq_train.models.targets import HeadTargets
 
 CODE_WEIGHTS: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2, 1.0, 1.0)
@@ -94,7 +94,7 @@ def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
 
 def box_codes_at(head: HeadOutput, cells_BK: Tensor) -> Tensor:
     """Box codes of a head in the cells y * W + x, (B, K, 10) float32."""
-    code_BCHW = torch.cat([head[name] for name in BOX_BRANCHES], dim=1).float()
+    code_BCHW = box_codes(head).float()
     sample_B1 = torch.arange(len(code_BCHW), device=code_BCHW.device)[:, None]
     # Indexing, not gather: its gradient has a deterministic kernel on CUDA.
     return code_BCHW.flatten(2)[sample_B1, :, cells_BK]
