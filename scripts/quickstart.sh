@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a float checkpoint to a QAT checkpoint with its nuScenes score, on simulated LiDAR, without a GPU:
-# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), compares.
+# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), proves the result in integers, compares.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
@@ -23,6 +23,8 @@ cpq calibrate "${base[@]}" "${qat[@]}" --model.weights "$float" --output "$runs/
 cpq validate  "${base[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/ptq"
 cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$float" --model.arm float_tuned --trainer.default_root_dir "$runs/float_tuned"
 cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/qat"
+
+cpq verify "$runs/qat/checkpoints/last.ckpt" --root "$data" --num_sweeps 5
 
 cpq compare "$runs/float" "$runs/float_tuned" "$runs/ptq" "$runs/qat" --output "$runs"
 echo
