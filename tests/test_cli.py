@@ -394,7 +394,7 @@ def test_unfit_range_in_a_file(
     torch.save({f"{name}._amax": torch.tensor(-1.0)}, tmp_path / "f.pth")
     options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
     error = _fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
-    assert f"{name}: negative in 1 of 1" in error
+    assert f"{name} Conv2d negative 1 of 1" in error
     assert not (tmp_path / "p.ckpt").exists()
 
 
