@@ -221,6 +221,11 @@ class CenterPointDetector(LightningModule):
                 "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
             )
 
+    def on_train_end(self) -> None:
+        """Ranks that moved or learned ranges must still agree on them."""
+        learned = {name: p for name, p in self.network.named_parameters() if name.endswith("_log_amax")}
+        check_equal_over_ranks({**static_ranges(self.network), **learned})
+
     def on_fit_end(self) -> None:
         """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
         last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")

@@ -57,7 +57,7 @@ class Plan:
     tunings: tuple[Tuning, ...] = (Tuning("float_tuned", "float_tuned"), Tuning("qat"))
 
 
-LEARNED = ("--model.ranges.amax", "learned", "--model.ranges.lr", "0.002")
+LEARNED = ("--model.ranges.amax", "learned", "--model.ranges.lr", "0.02")
 DISTILLED = ("--model.distillation.teacher", FLOAT)
 SINGLY = ("--data.batch_size", "1", "--model.calibration.num_batches", "16")
 STRONG = {

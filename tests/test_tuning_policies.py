@@ -1,5 +1,8 @@
 """Policies of ranges and of BatchNorm through the command line."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,27 @@ def test_moving_ranges_move_and_stop(arms: dict[str, Path], simulated_root: Path
     inputs = [n for n in start if n.endswith("_input_quantizer._amax")]
     assert all(torch.equal(start[n], states[0][n]) for n in inputs)
     assert all(not torch.equal(start[n], states[1][n]) for n in inputs)
+
+
+@pytest.mark.parametrize("policy", ["learned", "moving"])
+def test_two_ranks_keep_equal_ranges(
+    policy: str, arms: dict[str, Path], simulated_root: Path, tmp_path: Path
+) -> None:
+    """A fit ends with an error if they do not."""
+    ptq, run = arms["ptq"] / "ptq.ckpt", tmp_path / "run"
+    ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    options = ["--model.ranges.amax", policy, "--model.ranges.every_num_steps", "1", "--data.batch_size", "1"]
+    command = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, run), *options, *ranks]
+    subprocess.run(
+        [sys.executable, "-m", "cpq_train", *command, "--model.weights", str(ptq)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    start, end = (_read(file)["state_dict"] for file in (ptq, run / "checkpoints/last.ckpt"))
+    assert any(
+        not torch.equal(start[name], end[name]) for name in start if name.endswith("input_quantizer._amax")
+    )
 
 
 @pytest.mark.parametrize("policy", ["frozen", "trained"])

@@ -22,7 +22,8 @@ class RangePolicy:
         amax: frozen (as calibrated); moving (every `every_num_steps` steps amax moves towards what the
             scheme's method finds in the tensors of that step, until `num_moving_steps`, then it is frozen);
             learned (LSQ: a parameter of the optimizer).
-        lr: Largest learning rate of log(amax) where it is learned, on the schedule of the weights.
+        lr: Largest learning rate of log(amax) where it is learned, on the schedule of the weights. A step
+            moves a range by about this share: a short run wants more of it than a long one.
         every_num_steps: See `amax`.
         num_moving_steps: See `amax`.
         momentum: Share of the new amax each time a range moves.
