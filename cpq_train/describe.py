@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from cpq_train.console import table_console
 from cpq_train.interop.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.quantization.recipe import amax_policy
 
@@ -23,7 +23,7 @@ def describe(checkpoint: Path) -> None:
     """
     content = read_checkpoint(checkpoint)
     description = content["quantization"]
-    console = Console()
+    console = table_console()
     console.print(_summary(checkpoint, content, description))
     if description["layers"]:
         console.print(_layers(description["layers"]))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from cpq_train.console import table_console
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, Item, collate
 from cpq_train.data.simulator import simulate
@@ -232,7 +232,7 @@ def _print(findings: Findings) -> None:
         numbers = [""] * 5 if r.not_covered else [*(f"{n:,}" for n in counts), f"{r.largest_difference:g}"]
         where = f"not covered: {r.not_covered}" if r.not_covered else r.where
         table.add_row(r.name, r.kind, r.arithmetic, *numbers, where)
-    console = Console()
+    console = table_console()
     console.print(table)
     flips = findings.flips
     console.print(

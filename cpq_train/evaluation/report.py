@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as RichTable
 
+from cpq_train.console import table_console
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 _NONE = "n/a"
-_LOG_WIDTH = 140
-"""Columns of a log file, which has no window to fit."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class Table:
 
 def print_report(report: Document) -> None:
     """Print the headline tables."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_LOG_WIDTH)
+    console = table_console()
     for table in _headline(report):
         rich_table = RichTable(title=table.title, title_justify="left")
         for column, name in enumerate(table.header):

@@ -8,8 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
+
+from cpq_train.console import table_console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any]
 Records = dict[tuple[str, str], dict[str, Any]]
 """(option, unit) -> measurement."""
-
-MIN_WIDTH = 120
-"""Of the tables, where the terminal is narrower or there is none."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -35,7 +33,7 @@ def write_report(folder: Path, result: Result) -> None:
     """
     (folder / "sensitivity.json").write_text(json.dumps(result, indent=1))
     draw(folder / "sensitivity.png", result)
-    console = Console(width=max(Console().width, MIN_WIDTH))
+    console = table_console()
     console.print(units_table(result))
     console.print(networks_table(result))
     console.print(f"Report: {folder / 'sensitivity.json'}, {folder / 'sensitivity.png'}")
