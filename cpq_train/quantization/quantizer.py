@@ -149,7 +149,7 @@ class Quantizer(TensorQuantizer):
 
     def _static_range(self, version: int) -> Range:
         if self._log_amax is not None:
-            self._amax.copy_(self._log_amax.exp())
+            self._amax_from_log()
             return self._new_range(self._amax, version, log_amax=self._log_amax)
         return self._new_range(self._amax, version, float(self._amax) if self.is_per_tensor else None)
 
@@ -168,7 +168,7 @@ class Quantizer(TensorQuantizer):
     def freeze(self) -> None:
         """Keep a learned range as it is."""
         if self._log_amax is not None:
-            self._amax.copy_(self._log_amax.detach().exp())
+            self._amax_from_log()
             del self._log_amax
             self._log_amax = None
 
@@ -191,11 +191,12 @@ class Quantizer(TensorQuantizer):
         if self.is_shared:
             self._collected = inputs
 
-    def finish_collecting(self, momentum: float = 1.0) -> tuple[str, str] | None:
+    def finish_collecting(self, momentum: float | None = None) -> tuple[str, str] | None:
         """Set amax from what all ranks gathered; it is NaN where nothing was seen.
 
         Args:
-            momentum: Share of the new amax in the result, the rest is the present one.
+            momentum: Instead of setting amax, move it so far towards what was gathered, if that is fit: a
+                range that was found once outlasts a step without a voxel.
 
         Returns:
             What makes the range unfit, and in how many values; None where nothing does.
@@ -203,8 +204,10 @@ class Quantizer(TensorQuantizer):
         problem = None
         if self._calibrator is not None:
             self._calibrator.reduce(self._amax.device)
-            self._move_amax(torch.full_like(self._amax, self._calibrator.compute_amax()), momentum)
             problem = self._calibrator.problem()
+            if momentum is None or problem is None:
+                found = torch.full_like(self._amax, self._calibrator.compute_amax())
+                self._move_amax(found, 1.0 if momentum is None else momentum)
         self.stop_collecting()
         return problem
 
@@ -214,7 +217,12 @@ class Quantizer(TensorQuantizer):
         self.forget()
 
     def set_amax_from(self, weight: Tensor, momentum: float = 1.0) -> None:
-        """Static range of a weight, per channel where the scheme says so; `momentum` as above."""
+        """Static range of a weight, per channel where the scheme says so.
+
+        Args:
+            weight: The weight.
+            momentum: Share of the new amax in the result, the rest is the present one.
+        """
         if self.scheme.mode == "static":
             axis = None if self._axis is None else self._axis[0]
             self._move_amax(weight_amax(weight, self.scheme, axis), momentum)
@@ -236,6 +244,11 @@ class Quantizer(TensorQuantizer):
         self._log_from_amax()
 
     @torch.no_grad()
+    def _amax_from_log(self) -> None:
+        if self._log_amax is not None:
+            self._amax.copy_(self._log_amax.exp())
+
+    @torch.no_grad()
     def _log_from_amax(self) -> None:
         if self._log_amax is not None:
             self._log_amax.copy_(self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log())
@@ -244,8 +257,7 @@ class Quantizer(TensorQuantizer):
         return largest_magnitude(tensor.detach(), None if self._axis is None else self._axis[0])
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._log_amax is not None:  # the optimizer may have stepped since the last forward
-            self._amax.copy_(self._log_amax.detach().exp())
+        self._amax_from_log()  # the optimizer may have stepped since the last forward
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -134,6 +134,18 @@ def test_ranges_move_by_the_momentum() -> None:
     assert rounded.max() < nn.functional.conv2d(torch.full((1, 4, 5, 5), 4.0), layer.weight, layer.bias).max()
 
 
+@pytest.mark.parametrize("x", [torch.zeros(0, 4, 5, 5), torch.zeros(1, 4, 5, 5)])
+def test_a_step_that_shows_nothing_moves_no_range(x: Tensor) -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    quantize_layer(layer, PER_CHANNEL)
+    with collecting_ranges(layer):
+        layer(torch.full((1, 4, 5, 5), 2.0))
+    start_observing(layer)
+    layer(x)
+    finish_observing(layer, momentum=0.25)
+    assert float(layer._input_quantizer.amax) == 2.0
+
+
 def test_when_ranges_move() -> None:
     policy = RangePolicy("moving", every_num_steps=3, num_moving_steps=7)
     assert [step for step in range(12) if policy.moves_at(step)] == [0, 3, 6]
