@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def read_plain(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise UserError(
-                f"checkpoint {str(path)!r} holds pickled code and is refused; "
+                f"checkpoint {str(path)!r} holds pickled code{_named(str(error))} and is refused; "
                 "accepted: tensors and plain values"
             ) from error
         raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error
@@ -66,6 +67,12 @@ def _is_refusal(message: str, path: Path) -> bool:
     with path.open("rb") as file:
         is_pickle = file.read(1) == b"\x80"
     return "Unsupported" in message and (is_pickle or "Unsupported operand" not in message)
+
+
+def _named(message: str) -> str:
+    """The class or function that torch refused, in brackets, where its message says it."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f" ({found[1]})" if found else ""
 
 
 def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
