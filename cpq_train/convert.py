@@ -127,9 +127,10 @@ def _converted(
 ) -> Converted:
     if isinstance(content, Mapping) and "quantization" in content:
         raise UserError(f"checkpoint {str(path)!r} is of this project: it can be model.weights as it is")
+    theirs = foreign_state(content, path)
+    own = CenterPoint(network).state_dict()
     try:
-        own = CenterPoint(network).state_dict()
-        return to_ours(foreign_state(content, path), convention, own, sparse_layout)
+        return to_ours(theirs, convention, own, sparse_layout)
     except UserError as error:
         raise UserError(f"checkpoint {str(path)!r}: {error}") from error
 

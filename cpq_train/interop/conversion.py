@@ -126,7 +126,7 @@ def _check_names(missing: list[str], filled: list[str], unexpected: Mapping[str,
     if unexpected:
         parts.append(f"not known here: {_some(list(unexpected))}")
     parts += [hint for what, hint in _HINTS.items() if any(re.search(what, name) for name in unexpected)]
-    raise UserError("the file is of another network; " + "; ".join(parts))
+    raise UserError("the file is of another network than `config` says; " + "; ".join(parts))
 
 
 def _in_our_convention(
@@ -154,7 +154,7 @@ def _check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Non
         if tensor.shape != own[name].shape
     ]
     if shapes:
-        raise UserError(f"the file is of another network; shapes in our order of axes: {_some(shapes)}")
+        raise UserError(f"the file is of another network than `config` says: {_some(shapes)}")
     unfit = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if unfit:
         raise UserError(f"values that are not finite: {_some(unfit)}")

@@ -100,4 +100,6 @@ def _is_plain(value: Any) -> bool:
 def _kind(value: Any) -> str:
     if isinstance(value, Mapping) and not value:
         return "an empty dictionary"
+    if isinstance(value, Placeholder):
+        return "an object of NumPy or mmengine"
     return f"a {type(value).__name__}"

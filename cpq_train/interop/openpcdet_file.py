@@ -16,8 +16,7 @@ from cpq_train.interop.checkpoint import network_state
 def openpcdet_content(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """What OpenPCDet's `save_checkpoint` would save of this network, without the state of its optimizer.
 
-    Names and shapes of the network's tensors are OpenPCDet's already; sparse weights stay in the layout of
-    spconv 2, which OpenPCDet reads under spconv 1 and 2.
+    Names and shapes of the network's tensors are OpenPCDet's already, with spconv 2.
 
     Args:
         checkpoint: Content of a float or float_tuned checkpoint of this project.

@@ -37,7 +37,10 @@ def choose_layout(shapes: Mapping[str, tuple[Shape, Shape]], asked: SparseLayout
     fitting = [layout for layout, misfit in misfits.items() if misfit is None]
     if not fitting:
         closest = asked or max(misfits, key=lambda layout: list(shapes).index(str(misfits[layout])))
-        raise UserError(f"the sparse weights have no layout in common: {_text(shapes, misfits[closest])}")
+        raise UserError(
+            f"the sparse weights have no layout in common, or other sizes than `config` says: "
+            f"{_text(shapes, misfits[closest])}"
+        )
     if asked is not None and asked not in fitting:
         raise UserError(
             f"sparse_layout {asked!r} contradicts the shapes: {_text(shapes, misfits[asked])}; "
