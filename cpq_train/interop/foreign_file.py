@@ -29,6 +29,7 @@ class Placeholder:
 PLACEHOLDERS = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",  # mmengine: methods of HistoryBuffer
+    "builtins.bytes",  # the data of an empty array
     "numpy.dtype",
     "numpy.ndarray",
     "numpy.core.multiarray.scalar",
