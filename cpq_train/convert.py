@@ -16,8 +16,8 @@ from cpq_train.arms import build, from_weights
 from cpq_train.console import table_console
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
-from cpq_train.interop.conversion import Converted, to_ours
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
+from cpq_train.interop.conversion import Converted, to_ours
 from cpq_train.interop.foreign_file import foreign_state, read_foreign, stated_mmdet3d_version
 from cpq_train.interop.openpcdet_file import openpcdet_content
 from cpq_train.interop.sparse_layouts import SparseLayout
@@ -48,7 +48,7 @@ def convert(
         output: Where to.
         source: The project that wrote `input`; tianweiy is tianweiy/CenterPoint, which NVIDIA uses too.
         target: Instead of `source`: write a float checkpoint of ours in this project's file layout.
-        mmdet3d_version: Major version that trained a checkpoint of mmdet3d; boxes changed their meaning in 1.0.
+        mmdet3d_version: Major version that trained a checkpoint of mmdet3d; 1.0 changed what its boxes mean.
         sparse_layout: Axes of the sparse weights (out k, kernel r s t, in c), where shapes do not tell them:
             krsc (spconv 2), rsck (spconv 1), rskc (Native of spconv 2.0 and 2.1).
         config: YAML file whose `model.network` has the sizes of the network; default: nuScenes.
@@ -69,11 +69,11 @@ def convert(
     content = read_foreign(input)
     convention = _convention(source, mmdet3d_version, content)
     converted = _converted(input, content, convention, network, sparse_layout)
-    _write(input, output, source, convention, converted, network)
+    num_voxels = _write(input, output, source, convention, converted, network)
     console = table_console()
     console.print(_report(input, converted))
     console.print(
-        f"forward pass of {output} on {CHECK_NUM_VOXELS} random voxels: "
+        f"forward pass of {output} on {num_voxels} random voxels: "
         f"{len(network.class_groups)} heads, every output finite and of the right shape"
     )
 
@@ -92,11 +92,12 @@ def _check_options(
         raise UserError(f"sparse_layout {sparse_layout!r} says how `source` wrote a file; target needs none")
     if (source == "mmdet3d") != (mmdet3d_version is not None):
         raise UserError(
-            f"mmdet3d_version is {mmdet3d_version} with source {source}: expected 0 or 1 with source mmdet3d, "
-            "whose boxes changed their meaning in 1.0, and nothing else"
+            f"mmdet3d_version is {mmdet3d_version} with source {source}: expected 0 or 1 with source mmdet3d "
+            "(1.0 changed what its boxes mean), and none with another"
         )
-    if input.resolve() == output.resolve():
-        raise UserError(f"output {str(output)!r} is the input: expected another file")
+    if output.is_dir() or input.resolve() == output.resolve():
+        what = "a folder" if output.is_dir() else "the input"
+        raise UserError(f"output {str(output)!r} is {what}: expected another file")
 
 
 def _network_config(path: Path | None) -> NetworkConfig:
@@ -142,8 +143,12 @@ def _write(
     convention: Convention,
     converted: Converted,
     network: NetworkConfig,
-) -> None:
-    """Write the checkpoint beside `output`, run what was written, and only then give it its name."""
+) -> int:
+    """Write the checkpoint beside `output`, run what was written, and only then give it its name.
+
+    Returns:
+        Number of voxels that it ran on.
+    """
     subject = build(network, "float", None)
     subject.parents = {source: sha256_of(input)}
     checkpoint = {
@@ -159,21 +164,23 @@ def _write(
     part = output.with_name(output.name + ".part")
     try:
         torch.save(checkpoint, part)
-        _run(from_weights(network, part, None, None).network)
+        num_voxels = _run(from_weights(network, part, None, None).network)
         part.replace(output)
+        return num_voxels
     finally:
         part.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
-def _run(network: CenterPoint) -> None:
-    """A forward pass on a seeded cloud.
+def _run(network: CenterPoint) -> int:
+    """A forward pass on a seeded cloud; the number of its voxels.
 
     Raises:
         UserError: An output is not finite or of another shape than the head's.
     """
     geometry = network.geometry
-    heads = network.eval()(*_random_voxels(network.config), 1)
+    features, coords = _random_voxels(network.config)
+    heads = network.eval()(features, coords, 1)
     for group, head in zip(network.config.class_groups, heads, strict=True):
         for branch, channels in {**BOX_BRANCHES, "hm": len(group)}.items():
             shape = tuple(head[branch].shape)
@@ -183,14 +190,15 @@ def _run(network: CenterPoint) -> None:
                     f"the converted network gives {branch} of {', '.join(group)} as {shape}, "
                     f"{'' if is_finite else 'not '}all finite"
                 )
+    return len(coords)
 
 
 def _random_voxels(config: NetworkConfig) -> tuple[Tensor, Tensor]:
-    """Features (V, C) and coordinates (V, 4) of voxels in the middle of the grid, where they have neighbours."""
+    """Features (V, C) and coordinates (V, 4) of voxels in the middle of the grid, close to one another."""
     generator = torch.Generator().manual_seed(0)
     grid_zyx = torch.tensor(config.grid_size[::-1])
-    around = torch.randn(CHECK_NUM_VOXELS, 3, generator=generator) * torch.tensor([4.0, 12.0, 12.0])
-    cells = (grid_zyx // 2 + around.long()).clamp(torch.zeros(3, dtype=torch.long), grid_zyx - 1).unique(dim=0)
+    offsets = torch.randn(CHECK_NUM_VOXELS, 3, generator=generator) * torch.tensor([4.0, 12.0, 12.0])
+    cells = (grid_zyx // 2 + offsets.long()).clamp(torch.zeros_like(grid_zyx), grid_zyx - 1).unique(dim=0)
     size, low = torch.tensor(config.voxel_size), torch.tensor(config.point_cloud_range[:3])
     features = torch.rand(len(cells), max(3, config.num_point_features), generator=generator)
     features[:, :3] = low + (cells.flip(1) + 0.5) * size

@@ -62,11 +62,13 @@ def read_plain(path: str | Path) -> Any:
 def _is_refusal(message: str, path: Path) -> bool:
     """Whether torch met a call or class it does not admit, rather than bytes that make no sense.
 
-    It says "Unsupported operand" of a pickle of a newer protocol and of garbage; a pickle starts with 0x80.
+    It names what it does not admit as GLOBAL, and says "Unsupported operand" of a pickle of a newer protocol
+    and of garbage; a pickle starts with 0x80, an archive with PK.
     """
     with path.open("rb") as file:
-        is_pickle = file.read(1) == b"\x80"
-    return "Unsupported" in message and (is_pickle or "Unsupported operand" not in message)
+        start = file.read(4)
+    is_pickle = start[:1] == b"\x80" or start == b"PK\x03\x04"
+    return "GLOBAL" in message or ("Unsupported operand" in message and is_pickle)
 
 
 def _named(message: str) -> str:

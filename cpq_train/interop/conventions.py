@@ -1,7 +1,7 @@
 """How OpenPCDet, tianweiy/CenterPoint and mmdetection3d name the tensors of this network, and what they mean.
 
-OpenPCDet's names and meaning are ours. The others differ in names, in the order of a box's sizes, in its yaw,
-and in the layer that brings a BEV level to the map of the head without changing its scale. tianweiy's yaw, and
+OpenPCDet's names and meaning are ours. The others differ in names, in the sizes and the yaw of a box, and in
+the layer that brings a BEV level to the map of the head where the scale stays the same. tianweiy's yaw, and
 that of mmdetection3d before 1.0, is y' = -y - pi/2, so that (sin y', cos y') = (-cos y, -sin y).
 """
 

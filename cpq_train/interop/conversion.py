@@ -26,7 +26,7 @@ _HINTS = {
     "_amax": "it is quantized; convert float weights, and give this file to calibrate as --ranges_file",
     "pfn_layers": "these are pillars (PointPillars); this network has voxels",
     "feature_adapt|conv_offset": "deformable convolutions (DCN) have no counterpart here",
-    r"backbone(_3d)?\.conv1\.0\.0\.": "this is VoxelBackBone8x, without residual blocks; ours is VoxelResBackBone8x",
+    r"backbone(_3d)?\.conv1\.0\.0\.": "this is VoxelBackBone8x; ours, VoxelResBackBone8x, has residual blocks",
 }
 """What in unexpected names -> what that says."""
 
@@ -68,22 +68,18 @@ def to_ours(
     named, dropped = _our_names(theirs, convention)
     missing = [name for name in own if name not in named]
     filled = [name for name in missing if _may_be_missing(name, convention)]
-    _check_names(missing, filled, {theirs_: n for n, theirs_ in named.items() if n not in own})
-    tensors = {ours: theirs[name] for ours, name in named.items()}
-    sparse = {n: (tuple(tensors[n].shape), tuple(t.shape)) for n, t in own.items() if t.dim() == 5}
+    _check_names(missing, filled, [name for ours, name in named.items() if ours not in own])
+    tensors = {name: theirs[named[name]] for name in own if name in named}
+    sparse = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in tensors.items() if own[n].dim() == 5}
     layout = choose_layout(sparse, asked_layout)
     changes: dict[str, list[str]] = {AS_IT_IS: []}
-    state = {}
-    for name, tensor in own.items():
-        if name in filled:
-            state[name] = torch.zeros_like(tensor)
-            continue
-        change, value = _in_our_convention(name, tensors[name], tensor, convention, layout)
-        state[name] = value
+    state = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    for name, tensor in tensors.items():
+        change, state[name] = _in_our_convention(name, tensor, own[name], convention, layout)
         changes.setdefault(change, []).append(name)
+    changes |= {what: names for what, names in ((FILLED, filled), (DROPPED, dropped)) if names}
     _check_values(state, own)
     state = {name: tensor.to(own[name].dtype).contiguous() for name, tensor in state.items()}
-    changes |= {what: names for what, names in ((FILLED, filled), (DROPPED, dropped)) if names}
     return Converted(state, changes, layout)
 
 
@@ -118,13 +114,13 @@ def _may_be_missing(name: str, convention: Convention) -> bool:
     return name.endswith(".num_batches_tracked") or bool(has_no_bias)
 
 
-def _check_names(missing: list[str], filled: list[str], unexpected: Mapping[str, str]) -> None:
+def _check_names(missing: list[str], filled: list[str], unexpected: list[str]) -> None:
     lost = [name for name in missing if name not in filled]
     if not (lost or unexpected):
         return
     parts = [f"missing here: {_some(lost)}"] if lost else []
     if unexpected:
-        parts.append(f"not known here: {_some(list(unexpected))}")
+        parts.append(f"not known here: {_some(unexpected)}")
     parts += [hint for what, hint in _HINTS.items() if any(re.search(what, name) for name in unexpected)]
     raise UserError("the file is of another network than `config` says; " + "; ".join(parts))
 

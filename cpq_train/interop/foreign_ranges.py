@@ -70,9 +70,7 @@ def read_ranges(path: str | Path) -> dict[str, Tensor]:
     state: Any = content if isinstance(content, Mapping) else {}
     state = next((state[key] for key in STATE_KEYS if key in state), state)
     found = {
-        name: value
-        for name, value in state.items()
-        if str(name).endswith(AMAX) and isinstance(value, Tensor)
+        name: value for name, value in state.items() if str(name).endswith(AMAX) and isinstance(value, Tensor)
     }
     if not found:
         raise UserError(

@@ -1,6 +1,6 @@
 """Axes of the weights of sparse convolutions, by the spconv that wrote them.
 
-Letters: K output channels, R S T kernel along z, y, x, C input channels. Ours, as spconv 2's own, is K R S T C.
+Letters: K output channels, R S T kernel along z, y, x, C input channels. Ours is K R S T C, as spconv 2's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """CenterPoint as OpenPCDet, tianweiy/CenterPoint and mmdetection3d would save and run it.
 
 Independent of the code under test: names and conventions are written down once more, from the description of
-each project, and the forward pass is plain torch on a dense grid (`conv3d` and a mask of active voxels), straight
-from the tensors of the file.
+each project, and the forward pass is plain torch on a dense grid (`conv3d` and a mask of active voxels),
+straight from the tensors of the file.
 """
 
 from __future__ import annotations
@@ -179,7 +179,13 @@ class ForeignNetwork:
         return self.norm(x, names[1], 1e-3) * mask, mask
 
     def dense(
-        self, x: Tensor, names: tuple[str, str], channels: int, eps: float, stride: int = 1, bias: bool = False
+        self,
+        x: Tensor,
+        names: tuple[str, str],
+        channels: int,
+        eps: float,
+        stride: int = 1,
+        bias: bool = False,
     ) -> Tensor:
         """3x3 convolution, BatchNorm, ReLU."""
         weight = self.weight(names[0], x.shape[1] * 9, channels, x.shape[1], 3, 3)
