@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,7 +13,7 @@ import yaml
 from rich.table import Table
 from torch import Tensor
 
-from cpq_train.arms import build, from_weights
+from cpq_train.arms import Subject, build, from_weights
 from cpq_train.console import table_console
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
@@ -58,24 +59,39 @@ def convert(
             missing or contradicts it.
     """
     _check_options(input, output, source, target, mmdet3d_version, sparse_layout)
+    console = table_console()
     if source is None:
         content = openpcdet_content(read_checkpoint(input), input)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
-        torch.save(content, output, _use_new_zipfile_serialization=False)
-        table_console().print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
+        with _whole_file(output) as part:
+            # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
+            torch.save(content, part, _use_new_zipfile_serialization=False)
+        console.print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
         return
-    network = _network_config(config)
+    subject = build(_network_config(config), "float", None)
     content = read_foreign(input)
     convention = _convention(source, mmdet3d_version, content)
-    converted = _converted(input, content, convention, network, sparse_layout)
-    num_voxels = _write(input, output, source, convention, converted, network)
-    console = table_console()
+    converted = _converted(input, content, convention, subject.network, sparse_layout)
+    subject.parents = {source: sha256_of(input)}
+    with _whole_file(output) as part:
+        torch.save(_checkpoint(subject, converted, convention, source), part)
+        num_voxels = _run(from_weights(subject.network.config, part, None, None).network)
     console.print(_report(input, converted))
     console.print(
         f"forward pass of {output} on {num_voxels} random voxels: "
-        f"{len(network.class_groups)} heads, every output finite and of the right shape"
+        f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
     )
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write; it takes its name only where nothing failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check_options(
@@ -123,35 +139,22 @@ def _converted(
     path: Path,
     content: Any,
     convention: Convention,
-    network: NetworkConfig,
+    network: CenterPoint,
     sparse_layout: SparseLayout | None,
 ) -> Converted:
     if isinstance(content, Mapping) and "quantization" in content:
         raise UserError(f"checkpoint {str(path)!r} is of this project: it can be model.weights as it is")
     theirs = foreign_state(content, path)
-    own = CenterPoint(network).state_dict()
     try:
-        return to_ours(theirs, convention, own, sparse_layout)
+        return to_ours(theirs, convention, network.state_dict(), sparse_layout)
     except UserError as error:
         raise UserError(f"checkpoint {str(path)!r}: {error}") from error
 
 
-def _write(
-    input: Path,
-    output: Path,
-    source: Source,
-    convention: Convention,
-    converted: Converted,
-    network: NetworkConfig,
-) -> int:
-    """Write the checkpoint beside `output`, run what was written, and only then give it its name.
-
-    Returns:
-        Number of voxels that it ran on.
-    """
-    subject = build(network, "float", None)
-    subject.parents = {source: sha256_of(input)}
-    checkpoint = {
+def _checkpoint(
+    subject: Subject, converted: Converted, convention: Convention, source: Source
+) -> dict[str, Any]:
+    return {
         "state_dict": {NETWORK_PREFIX + name: tensor for name, tensor in converted.state.items()},
         "quantization": subject.describe(),
         "conversion": {
@@ -160,15 +163,6 @@ def _write(
             "input_sha256": subject.parents[source],
         },
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    try:
-        torch.save(checkpoint, part)
-        num_voxels = _run(from_weights(network, part, None, None).network)
-        part.replace(output)
-        return num_voxels
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @torch.inference_mode()

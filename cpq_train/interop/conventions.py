@@ -55,7 +55,7 @@ def unwrapped(name: str) -> str:
 
 
 OPENPCDET = Convention(
-    "openpcdet", ("backbone_3d", "backbone_2d", "dense_head", "vfe", "global_step"), upsamples_by_conv=False
+    "openpcdet", ("vfe", "backbone_3d", "backbone_2d", "dense_head"), upsamples_by_conv=False
 )
 
 TIANWEIY = Convention(

@@ -26,7 +26,7 @@ _HINTS = {
     "_amax": "it is quantized; convert float weights, and give this file to calibrate as --ranges_file",
     "pfn_layers": "these are pillars (PointPillars); this network has voxels",
     "feature_adapt|conv_offset": "deformable convolutions (DCN) have no counterpart here",
-    r"backbone(_3d)?\.conv1\.0\.0\.": "this is VoxelBackBone8x; ours, VoxelResBackBone8x, has residual blocks",
+    r"\.conv1\.0\.0\.": "this is VoxelBackBone8x; ours has residual blocks, VoxelResBackBone8x",
 }
 """What in unexpected names -> what that says."""
 
@@ -87,9 +87,9 @@ def _check_source(theirs: Iterable[str], convention: Convention) -> None:
     source = convention.project.split()[0]
     found = sources_of(theirs)
     if found and source not in found:
+        example = next(name for name in theirs if sources_of([name]))
         raise UserError(
-            f"source is {source!r}, but the names are those of {' and '.join(sorted(found))} "
-            f"({next(iter(theirs))}, ...)"
+            f"source is {source!r}, but the names are those of {' and '.join(sorted(found))} ({example}, ...)"
         )
 
 
