@@ -50,7 +50,7 @@ def read_plain(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise UserError(
-                f"checkpoint {str(path)!r} holds pickled code{_named(str(error))} and is refused; "
+                f"checkpoint {str(path)!r} holds pickled code and is refused{_named(str(error))}; "
                 "accepted: tensors and plain values"
             ) from error
         raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error

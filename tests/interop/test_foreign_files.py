@@ -126,7 +126,7 @@ def test_the_payloads_would_run(tmp_path: Path) -> None:
 
 def test_a_refusal_names_the_function(tmp_path: Path) -> None:
     _zip({"model_state": WEIGHTS, "x": PAYLOADS["posix.system"]()}, tmp_path / "f.pth")
-    with pytest.raises(UserError, match=r"holds pickled code \(posix\.system\) and is refused; accepted"):
+    with pytest.raises(UserError, match=r"holds pickled code and is refused \(posix\.system\); accepted"):
         read_foreign(tmp_path / "f.pth")
 
 
