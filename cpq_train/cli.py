@@ -75,6 +75,17 @@ def _verify(args: list[str]) -> None:
     verify(**parser.parse_args(args).as_dict())
 
 
+def _convert(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from cpq_train.convert import convert
+
+    # Not auto_cli, which has a --config of its own.
+    parser = ArgumentParser(prog="cpq_train convert", description="Checkpoints of other projects.")
+    parser.add_function_arguments(convert)
+    convert(**parser.parse_args(args).as_dict())
+
+
 def _compare(args: list[str]) -> None:
     from cpq_train.evaluation.compare import compare
 
@@ -90,6 +101,7 @@ PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "describe": _describe,
     "verify": _verify,
+    "convert": _convert,
 }
 
 

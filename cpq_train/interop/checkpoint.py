@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def read_plain(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise UserError(
-                f"checkpoint {str(path)!r} holds pickled code and is refused; "
+                f"checkpoint {str(path)!r} holds pickled code and is refused{_named(str(error))}; "
                 "accepted: tensors and plain values"
             ) from error
         raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of garbage, torch's unpickler may raise anything
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} is corrupt: {first}") from error
 
@@ -61,11 +62,19 @@ def read_plain(path: str | Path) -> Any:
 def _is_refusal(message: str, path: Path) -> bool:
     """Whether torch met a call or class it does not admit, rather than bytes that make no sense.
 
-    It says "Unsupported operand" of a pickle of a newer protocol and of garbage; a pickle starts with 0x80.
+    It names what it does not admit as GLOBAL, and says "Unsupported operand" of a pickle of a newer protocol
+    and of garbage; a pickle starts with 0x80, an archive with PK.
     """
     with path.open("rb") as file:
-        is_pickle = file.read(1) == b"\x80"
-    return "Unsupported" in message and (is_pickle or "Unsupported operand" not in message)
+        start = file.read(4)
+    is_pickle = start[:1] == b"\x80" or start == b"PK\x03\x04"
+    return "GLOBAL" in message or ("Unsupported operand" in message and is_pickle)
+
+
+def _named(message: str) -> str:
+    """The class or function that torch refused, in brackets, where its message says it."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f" ({found[1]})" if found else ""
 
 
 def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
