@@ -14,7 +14,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
-from cpq_train.loggers import WandbRunLogger
+from cpq_train.loggers.start import logged_calibration
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
 
@@ -62,18 +62,12 @@ class QuantTrainer(Trainer):
         ranges_file: Path | None,
     ) -> None:
         self._connect(model, datamodule)
-        wandb_loggers = [logger for logger in self.loggers if isinstance(logger, WandbRunLogger)]
-        for logger in wandb_loggers:
-            logger.run_dir = output.parent
-            logger.start(self, model, datamodule)
-        given = None if ranges_file is None else _ranges_of(ranges_file, model)
-        model.calibrate(datamodule, given)
-        num_zero = check_ranges(model.network)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.save_checkpoint(output, weights_only=True)
-        for logger in wandb_loggers:
-            logger.log_checkpoint(output, ["latest"])
-            logger.finalize("success")
+        with logged_calibration(self, model, datamodule, output):
+            given = None if ranges_file is None else _ranges_of(ranges_file, model)
+            model.calibrate(datamodule, given)
+            num_zero = check_ranges(model.network)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.save_checkpoint(output, weights_only=True)
         if self.is_global_zero:
             zero = f", {num_zero} output channels are all zero" if num_zero else ""
             Console().print(f"PTQ checkpoint: {output}{zero}")

@@ -6,15 +6,14 @@ run wrote are the same, wherever the file lies and whenever the runs were synced
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cpq_train.detector import CenterPointDetector
+from cpq_train.detector import FOLDED_FILE, CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
 
 if TYPE_CHECKING:
@@ -76,28 +75,34 @@ def inputs(trainer: Trainer, module: CenterPointDetector, run_dir: Path) -> list
     """
     teacher = module.distillation and module.distillation.teacher
     given = [Path(path) for path in (trainer.ckpt_path or module.weights, teacher) if path is not None]
-    return _distinct(path for path in given if not path.resolve().is_relative_to(run_dir.resolve()))
-
-
-def _distinct(paths: Iterable[Path]) -> list[Path]:
-    return list({os.path.realpath(path): path for path in paths if path.is_file()}.values())
+    foreign = [path for path in given if not path.resolve().is_relative_to(run_dir.resolve())]
+    return list({path.resolve(): path for path in foreign if path.is_file()}.values())
 
 
 def outputs(trainer: Trainer) -> dict[Path, tuple[list[str], Mapping[str, float]]]:
-    """Checkpoint -> its aliases and scores: the best and the last one of a fit, which may be the same."""
+    """Checkpoint -> its aliases and scores: what a fit has made.
+
+    The best and the last one, which may be the same, and the last one with BatchNorm folded.
+    """
     callback = trainer.checkpoint_callback
-    found: dict[Path, tuple[list[str], Mapping[str, float]]] = {}
     if not isinstance(callback, ModelCheckpoint):
-        return found
-    best, last = callback.best_model_path, callback.last_model_path
-    if last and Path(last).is_file():
-        now = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("NDS", "mAP")}
-        scores = {name: float(value) for name, value in now.items() if value is not None}
-        found[Path(os.path.realpath(last))] = (["latest", "last"], scores)
-    if best and Path(best).is_file():
-        score = callback.best_model_score
-        name = str(callback.monitor).removeprefix("val/")
-        known = {} if score is None else {name: float(score)}
-        aliases, scores = found.get(Path(os.path.realpath(best)), ([], {}))
-        found[Path(os.path.realpath(best))] = (["best", *aliases], {**known, **scores})
+        return {}
+    now, best = _scores(trainer.callback_metrics), _scores({str(callback.monitor): callback.best_model_score})
+    last = Path(callback.last_model_path)
+    made = [(last, ["latest", "last"], now), (Path(callback.best_model_path), ["best"], best)]
+    folded = last.with_name(FOLDED_FILE)
+    if folded.is_file() and folded.stat().st_mtime >= last.stat().st_mtime:  # else of a former fit
+        made.append((folded, ["folded"], now))
+    found: dict[Path, tuple[list[str], Mapping[str, float]]] = {}
+    for path, aliases, scores in made:
+        if path.is_file():
+            path = path.resolve()
+            others, known = found.get(path, ([], {}))
+            found[path] = ([*others, *aliases], {**scores, **known})
     return found
+
+
+def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """NDS and mAP, as far as they are there."""
+    names = {name: metrics.get(f"val/{name}") for name in ("NDS", "mAP")}
+    return {name: float(value) for name, value in names.items() if value is not None}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -31,10 +35,32 @@ class StartLoggers(Callback):
 
 
 def _start_wandb(trainer: Trainer, module: LightningModule) -> None:
-    """Open the W&B run of a trainer, if it has one."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(module, CenterPointDetector)
     assert isinstance(data, NuScenesDataModule)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbRunLogger):
+    for logger in _wandb_loggers(trainer):
+        logger.start(trainer, module, data)
+
+
+def _wandb_loggers(trainer: Trainer) -> list[WandbRunLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbRunLogger)]
+
+
+@contextmanager
+def logged_calibration(
+    trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule, output: Path
+) -> Iterator[None]:
+    """Log what happens inside to W&B as the run of the folder of `output`, the checkpoint written there."""
+    loggers = _wandb_loggers(trainer)
+    status = "failed"
+    try:
+        for logger in loggers:
+            logger.run_dir = output.parent
             logger.start(trainer, module, data)
+        yield
+        for logger in loggers:
+            logger.log_checkpoint(output, ["latest"])
+        status = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(status)

@@ -17,6 +17,7 @@ from typing_extensions import override
 from cpq_train.arms import Subject
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
+from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import read_checkpoint
 from cpq_train.loggers import artifacts
 
@@ -51,6 +52,7 @@ class WandbRunLogger(WandbLogger):
         log_model: bool = True,
     ) -> None:
         super().__init__(project=project or os.environ.get("WANDB_PROJECT", "cpq_train"))
+        del self._wandb_init["anonymous"]  # W&B warns of it, whatever its value
         self.run_dir = Path()
         self.run_config: Mapping[str, Any] = {}
         self._group, self._tags, self._takes_checkpoints = group, tags, log_model
@@ -65,7 +67,11 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def start(self, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> None:
-        """Open the run, or go on with it, once the network is what it will be."""
+        """Open the run, or go on with it, once the network is what it will be.
+
+        Raises:
+            UserError: W&B has no login, or cannot be reached.
+        """
         subject = module.subject
         assert subject is not None
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,14 +89,25 @@ class WandbRunLogger(WandbLogger):
             "allow_val_change": True,
         }
         self._trainer = trainer
-        for name in BEST:
-            self.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary="max,last")
+        self._open()
+        if trainer.state.fn == "validate":
+            num_steps = int(read_checkpoint(trainer.ckpt_path or str(module.weights))["global_step"])
+            self._scored_step = max(num_steps - 1, 0)  # a fit logs at the number of its last step, from 0 on
         self._log_inputs(trainer, module)
 
+    def _open(self) -> None:
+        import wandb
+
+        try:
+            for name in BEST:
+                self.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary="max,last")
+        except wandb.Error as error:
+            raise UserError(
+                f"trainer.logger: W&B opens no run ({error}); accepted: a login (`wandb login` or "
+                "WANDB_API_KEY), or WANDB_MODE=offline"
+            ) from error
+
     def _log_inputs(self, trainer: Trainer, module: CenterPointDetector) -> None:
-        if trainer.state.fn == "validate":
-            scored = str(trainer.ckpt_path or module.weights)
-            self._scored_step = int(read_checkpoint(scored)["global_step"])
         if self._takes_checkpoints:
             for path in artifacts.inputs(trainer, module, self.run_dir):
                 artifacts.use(self.experiment, artifacts.checkpoint_artifact(path))
