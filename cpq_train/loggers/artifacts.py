@@ -73,7 +73,7 @@ def inputs(trainer: Trainer, module: CenterPointDetector, run_dir: Path) -> list
 
     Those of its own run directory are left out: a run does not descend from itself.
     """
-    teacher = module.distillation and module.distillation.teacher
+    teacher = None if module.distillation is None else module.distillation.teacher
     given = [Path(path) for path in (trainer.ckpt_path or module.weights, teacher) if path is not None]
     foreign = [path for path in given if not path.resolve().is_relative_to(run_dir.resolve())]
     return list({path.resolve(): path for path in foreign if path.is_file()}.values())

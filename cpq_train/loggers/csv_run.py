@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
@@ -99,7 +99,9 @@ class CSVRunLogger(Logger):
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".csv.partial")
-        partial.write_text(_text(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows]))
+        partial.write_text(
+            _text(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+        )
         os.replace(partial, self.file)
 
 

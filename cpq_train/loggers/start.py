@@ -16,7 +16,7 @@ from cpq_train.loggers.wandb_run import WandbRunLogger
 
 
 class StartLoggers(Callback):
-    """Opens W&B when the arm is known and before anything is computed, the CSV file when the step is known."""
+    """Opens W&B when the arm is known and nothing is computed yet, the CSV file when the step is known."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import DummyExperiment, rank_zero_experiment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cpq_train.arms import Subject
@@ -61,9 +61,9 @@ class WandbRunLogger(WandbLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:  # type: ignore[override]
+    def experiment(self) -> Any:
         """The W&B run on rank 0. Lightning asks for it early: before `start` the arm is unknown."""
-        return DummyExperiment() if self._trainer is None else super().experiment
+        return _DummyExperiment() if self._trainer is None else super().experiment
 
     @rank_zero_only
     def start(self, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> None:
@@ -129,7 +129,7 @@ class WandbRunLogger(WandbLogger):
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run; "finished" is Lightning's word for a job that SLURM requeues, and that still goes on."""
+        """End the run; "finished" is Lightning's word for a job that SLURM will requeue, and it goes on."""
         if self._experiment is None or status == "finished":
             return
         assert self._trainer is not None

@@ -45,9 +45,9 @@ class OfflineRun:
     def read_artifacts(self) -> list[str]:
         return [artifact.name for artifact in self.artifacts if artifact.use_after_commit]
 
-    def written(self) -> dict[str, list[str]]:
+    def written(self) -> dict[str, set[str]]:
         """Name -> aliases."""
-        return {a.name: list(a.aliases) for a in self.artifacts if not a.use_after_commit}
+        return {a.name: set(a.aliases) for a in self.artifacts if not a.use_after_commit}
 
     def at_step(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of each logged value."""
@@ -70,7 +70,10 @@ def read(file: Path) -> OfflineRun:
                 found.summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         elif kind == "history":
             found.history.append(
-                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
             )
         elif kind == "metric":
             found.metrics[record.metric.name or record.metric.glob_name] = record.metric

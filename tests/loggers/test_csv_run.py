@@ -39,7 +39,10 @@ def test_a_row_per_call_and_columns_that_grow(tmp_path: Path) -> None:
     table = _table(_log(tmp_path, ROWS))
     assert list(table[0]) == ["epoch", "lr", "step", "train/loss", "val/NDS"]
     for row, (metrics, step) in zip(table, ROWS, strict=True):
-        assert {k: float(v) for k, v in row.items() if v} == {"step": step, **{k: float(v) for k, v in metrics.items()}}
+        assert {k: float(v) for k, v in row.items() if v} == {
+            "step": step,
+            **{k: float(v) for k, v in metrics.items()},
+        }
 
 
 @pytest.mark.parametrize("num_logged", range(len(ROWS) + 1))
