@@ -6,7 +6,7 @@ run wrote are the same, wherever the file lies and whenever the runs were synced
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,22 +84,24 @@ def outputs(trainer: Trainer) -> dict[Path, tuple[list[str], Mapping[str, float]
 
     The best and the last one, which may be the same, and the last one with BatchNorm folded.
     """
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint):
-        return {}
-    now, best = _scores(trainer.callback_metrics), _scores({str(callback.monitor): callback.best_model_score})
-    last = Path(callback.last_model_path)
-    made = [(last, ["latest", "last"], now), (Path(callback.best_model_path), ["best"], best)]
-    folded = last.with_name(FOLDED_FILE)
-    if folded.is_file() and folded.stat().st_mtime >= last.stat().st_mtime:  # else of a former fit
-        made.append((folded, ["folded"], now))
     found: dict[Path, tuple[list[str], Mapping[str, float]]] = {}
-    for path, aliases, scores in made:
-        if path.is_file():
-            path = path.resolve()
-            others, known = found.get(path, ([], {}))
-            found[path] = ([*others, *aliases], {**scores, **known})
+    if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+        for path, alias, scores in _made(trainer.checkpoint_callback, _scores(trainer.callback_metrics)):
+            if path.is_file():
+                aliases, known = found.get(path.resolve(), ([], {}))
+                found[path.resolve()] = ([*aliases, alias], {**scores, **known})
     return found
+
+
+def _made(
+    callback: ModelCheckpoint, now: Mapping[str, float]
+) -> Iterator[tuple[Path, str, Mapping[str, float]]]:
+    last = Path(callback.last_model_path)
+    yield last, "last", now
+    yield Path(callback.best_model_path), "best", _scores({str(callback.monitor): callback.best_model_score})
+    folded = last.parent / FOLDED_FILE
+    if last.is_file() and folded.is_file() and folded.stat().st_mtime >= last.stat().st_mtime:
+        yield folded, "folded", now  # an older one is of a former fit
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def logged_calibration(
             logger.start(trainer, module, data)
         yield
         for logger in loggers:
-            logger.log_checkpoint(output, ["latest"])
+            logger.log_checkpoint(output, ["last"])
         status = "success"
     finally:
         for logger in loggers:

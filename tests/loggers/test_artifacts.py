@@ -39,7 +39,7 @@ def test_inputs(tmp_path: Path) -> None:
 
 def _outputs(folder: Path, best: str, last: str) -> dict[str, tuple[set[str], dict[str, float]]]:
     callback = ModelCheckpoint(dirpath=folder, monitor="val/NDS", mode="max")
-    callback.best_model_path, callback.last_model_path = str(folder / best), str(folder / last)
+    callback.best_model_path, callback.last_model_path = str(folder / best), last and str(folder / last)
     callback.best_model_score = torch.tensor(0.5)
     metrics = {"val/NDS": torch.tensor(0.25), "val/mAP": torch.tensor(0.125)}
     trainer: Any = SimpleNamespace(checkpoint_callback=callback, callback_metrics=metrics)
@@ -50,20 +50,21 @@ def test_outputs(tmp_path: Path) -> None:
     for name in ("best.ckpt", "last.ckpt"):
         (tmp_path / name).touch()
     now = {"NDS": 0.25, "mAP": 0.125}
-    expected = {"best.ckpt": ({"best"}, {"NDS": 0.5}), "last.ckpt": ({"latest", "last"}, now)}
+    expected = {"best.ckpt": ({"best"}, {"NDS": 0.5}), "last.ckpt": ({"last"}, now)}
     assert _outputs(tmp_path, "best.ckpt", "last.ckpt") == expected
     (tmp_path / "folded.ckpt").touch()
     assert _outputs(tmp_path, "best.ckpt", "last.ckpt") == {**expected, "folded.ckpt": ({"folded"}, now)}
     os.utime(tmp_path / "folded.ckpt", (0, 0))  # of a former fit
     assert _outputs(tmp_path, "best.ckpt", "last.ckpt") == expected
     assert _outputs(tmp_path, "gone.ckpt", "gone.ckpt") == {}
+    assert _outputs(tmp_path, "best.ckpt", "") == {"best.ckpt": ({"best"}, {"NDS": 0.5})}
 
 
 def test_a_last_checkpoint_that_links_to_the_best(tmp_path: Path) -> None:
     (tmp_path / "best.ckpt").touch()
     (tmp_path / "last.ckpt").symlink_to("best.ckpt")
     names, scores = _outputs(tmp_path, "best.ckpt", "last.ckpt")["best.ckpt"]
-    assert names == {"latest", "last", "best"}
+    assert names == {"last", "best"}
     assert scores == {"NDS": 0.25, "mAP": 0.125}
 
 
