@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER = 32768, 7
@@ -93,5 +94,6 @@ def _update(found: OfflineRun, config: Any) -> None:
 
 
 def offline_runs(run_dir: Path) -> list[OfflineRun]:
-    """Of a run directory, oldest first."""
+    """Of a run directory, oldest first; W&B writes in a process of its own, which is ended here."""
+    wandb.teardown()
     return [read(file) for file in sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))]
