@@ -135,6 +135,20 @@ def test_validate_logs_the_score(experiment: Path, logged: dict[str, list[Offlin
     assert logged["ptq"][1].at_step("val/NDS") == [(0, pytest.approx(scores["NDS"]))]
 
 
+def test_validate_of_another_run(experiment: Path, tmp_path: Path) -> None:
+    """The arm is the checkpoint's, which is read; its score stands at the step that it was saved at."""
+    config, folder = str(experiment / "qat/config.yaml"), tmp_path / "exp/again"
+    (checkpoint,) = (experiment / "qat/checkpoints").glob("epoch00*.ckpt")
+    main(
+        ["validate", "-c", config, "--ckpt_path", str(checkpoint), "--trainer.default_root_dir", str(folder)]
+    )
+    (run,) = offline_runs(folder)
+    assert (run.run.run_group, run.run.job_type) == ("exp", "qat")
+    assert run.read_artifacts() == [_artifact(checkpoint)]
+    assert [step for step, _ in run.at_step("val/NDS")] == [2]
+    assert not (folder / "metrics.csv").exists()
+
+
 def test_lineage(experiment: Path, logged: dict[str, list[OfflineRun]]) -> None:
     """QAT reads the artifact that PTQ wrote, which reads the one that float wrote: same name, same digest."""
     (float_run,), (ptq, validated), (qat, resumed) = logged.values()
