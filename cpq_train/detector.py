@@ -57,6 +57,9 @@ from cpq_train.teacher import Teacher, find_teacher
 
 Batch = dict[str, Any]
 
+FOLDED_FILE = "folded.ckpt"
+"""The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
+
 
 class CenterPointDetector(LightningModule):
     """CenterPoint-Voxel, float or quantized.
@@ -232,7 +235,7 @@ class CenterPointDetector(LightningModule):
         assert self.subject is not None
         is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
         if is_kept and last and self.trainer.is_global_zero:
-            fold_checkpoint(self.network_config, last, Path(last).with_name("folded.ckpt"))
+            fold_checkpoint(self.network_config, last, Path(last).with_name(FOLDED_FILE))
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; a frozen BatchNorm stays in evaluation."""

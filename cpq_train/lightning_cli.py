@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint
+from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.trainer import QuantTrainer
 
 
@@ -63,12 +64,20 @@ class QuantCLI(LightningCLI):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Where the configuration names no logger, a fit writes a CSV log into its run directory."""
+        """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
         config = self.config_init[self.subcommand].trainer
         if config.logger is None:
-            is_fit = self.subcommand == "fit"
-            kwargs["logger"] = CSVLogger(config.default_root_dir, name="", version="") if is_fit else False
-        return super().instantiate_trainer(**kwargs)
+            kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
+        if kwargs.get("logger", config.logger):
+            kwargs["callbacks"] = [*(config.callbacks or []), StartLoggers(), LearningRateMonitor("step")]
+        trainer = super().instantiate_trainer(**kwargs)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVRunLogger | WandbRunLogger):
+                logger.run_dir = Path(trainer.default_root_dir)
+            if isinstance(logger, WandbRunLogger):
+                settings = self.parser.dump(self.config, skip_none=False)
+                logger.run_config = yaml.safe_load(settings)[self.subcommand]
+        return trainer
 
 
 def _checkpoint_dir(default_root_dir: str) -> str:
@@ -97,7 +106,6 @@ def run(args: list[str]) -> None:
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_class=QuantTrainer,
-        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments that are handed over

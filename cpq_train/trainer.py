@@ -14,6 +14,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
+from cpq_train.loggers.start import logged_calibration
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
 
@@ -47,6 +48,7 @@ class QuantTrainer(Trainer):
                 or a range came out unfit.
         """
         assert isinstance(model, CenterPointDetector)
+        assert isinstance(datamodule, NuScenesDataModule)
         if model.weights is None or ckpt_path is not None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         model.arm = "ptq"
@@ -55,16 +57,17 @@ class QuantTrainer(Trainer):
     def _calibrate(
         self,
         model: CenterPointDetector,
-        datamodule: LightningDataModule,
+        datamodule: NuScenesDataModule,
         output: Path,
         ranges_file: Path | None,
     ) -> None:
         self._connect(model, datamodule)
-        given = None if ranges_file is None else _ranges_of(ranges_file, model)
-        model.calibrate(datamodule, given)
-        num_zero = check_ranges(model.network)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.save_checkpoint(output, weights_only=True)
+        with logged_calibration(self, model, datamodule, output):
+            given = None if ranges_file is None else _ranges_of(ranges_file, model)
+            model.calibrate(datamodule, given)
+            num_zero = check_ranges(model.network)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.save_checkpoint(output, weights_only=True)
         if self.is_global_zero:
             zero = f", {num_zero} output channels are all zero" if num_zero else ""
             Console().print(f"PTQ checkpoint: {output}{zero}")
