@@ -49,7 +49,7 @@ from cpq_train.quantization.range_policy import (
     range_parameters,
     start_observing,
 )
-from cpq_train.quantization.ranks import check_equal_over_ranks
+from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.starting_point import Batches, CalibrationConfig, improve
@@ -175,24 +175,34 @@ class CenterPointDetector(LightningModule):
         return heads
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch; logs it with its parts."""
+        """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
         config = self.network_config
         targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
         heads, distilled = self._run_with_teacher(batch)
-        losses = center_loss(heads, targets, self.code_weights, self.loc_weight)
+        losses = center_loss(heads, targets, self.code_weights, self.loc_weight, sum_over_ranks)
         if distilled:
             losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
-        size = batch["batch_size"]
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
-        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=size)
+        self._log_losses(losses, batch["batch_size"])
         return losses["loss"]
+
+    def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self._is_log_step():
+            values = sum_over_ranks(values) / self.trainer.world_size
+        named = dict(zip(losses, values.unbind(), strict=True))
+        self.log("train/loss", named.pop("loss"), prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train/{name}": value for name, value in named.items()}, batch_size=batch_size)
+
+    def _is_log_step(self) -> bool:
+        """Whether loggers get what is logged now."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
         if self._teacher is None:
             return self(batch), {}
-        return self._teacher.instruct(self.network, batch, self.code_weights)
+        return self._teacher.instruct(self.network, batch, self.code_weights, sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
