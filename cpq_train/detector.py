@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from cpq_train.arms import (
@@ -34,10 +36,11 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
-from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
     freeze_batchnorm,
+    joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
 from cpq_train.quantization.calibration import collecting_ranges, static_ranges
@@ -122,6 +125,7 @@ class CenterPointDetector(LightningModule):
         self.distillation = distillation
         self.subject: Subject | None = None
         self._teacher: Teacher | None = None
+        self._observed_step: int | None = None
 
     def configure_model(self) -> None:
         """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
@@ -226,6 +230,8 @@ class CenterPointDetector(LightningModule):
             self.print_coverage()
         check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
+        if joins_batches_of_ranks(self.network) and self.device.type != "cuda" and self.trainer.world_size > 1:
+            raise UserError(f"trainer.sync_batchnorm is true on {self.device.type}; accepted: false, or CUDA")
         if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
             rank_zero_warn(
                 "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
@@ -255,18 +261,24 @@ class CenterPointDetector(LightningModule):
             freeze_batchnorm(self.network)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """In a step in which ranges move, let the quantizers look at its tensors."""
-        self._is_observing = self.ranges.moves_at(self.global_step)
-        if self._is_observing:
+        """In a step in which ranges move, let the quantizers look at its tensors, all accumulated batches."""
+        if self._observed_step is None and self.ranges.moves_at(self.global_step):
+            self._observed_step = self.global_step
             start_observing(self.network)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the ranges towards what the quantizers saw."""
-        if self._is_observing:
-            finish_observing(self.network, self.ranges.momentum)
+        """Behind a step, move the ranges towards what the quantizers saw in it, once."""
+        if self._observed_step is not None and self.global_step > self._observed_step:
+            self._move_ranges()
+
+    def _move_ranges(self) -> None:
+        finish_observing(self.network, self.ranges.momentum)
+        self._observed_step = None
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
+        if self._observed_step is not None:  # between accumulated batches; what is validated is not observed
+            self._move_ranges()
         assert self.subject is not None
         if needs_calibration(self.subject):
             raise UserError(
@@ -335,6 +347,24 @@ class CenterPointDetector(LightningModule):
 
     def _is_global_zero(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, by then those of all ranks and accumulated batches; logs their norm before.
+
+        Raises:
+            UserError: Their norm is not finite; no weight has been touched.
+        """
+        norm = gradient_norm(self.named_parameters())
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val is not None:
+            clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""

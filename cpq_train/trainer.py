@@ -16,10 +16,23 @@ from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
+from cpq_train.strategy import QuantDDPStrategy
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`."""
+    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`.
+
+    Raises:
+        UserError: The precision is none of `PRECISIONS`. fp16 overflows in the loss's gradients, and true half
+            precision would round ranges and weights; quantization is computed in fp32 in any case.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
 
     def calibrate(
         self,
