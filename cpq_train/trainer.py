@@ -16,7 +16,7 @@ from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
-from cpq_train.strategy import QuantDDPStrategy
+from cpq_train import strategy  # noqa: F401 - registers what `trainer.strategy` ddp means
 
 PRECISIONS = ("32-true", "bf16-mixed")
 

@@ -30,6 +30,8 @@ from cpq_train.quantization.switches import quantizers
 from cpq_train.strategy import QuantDDPStrategy
 from cpq_train.trainer import QuantTrainer
 
+DDP = {"gradient_as_bucket_view": True}
+
 NETWORK = NetworkConfig(
     point_cloud_range=(-6.4, -3.2, -5.0, 6.4, 3.2, 3.0),
     backbone_3d_channels=(4, 4, 8, 8),
@@ -88,13 +90,17 @@ class DrawnData(LightningDataModule):
 
 
 class Record(Callback):
-    """What the fit logged at every step, and how often the ranges of the input quantizers were worked out."""
+    """What a rank logged and saw at every step, and how often its ranges had been written to."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.logged: list[dict[str, float]] = []
         self.batches: list[list[int]] = []
         self.versions: list[list[int]] = []
+        self.sends_buffers: bool | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.sends_buffers = getattr(trainer.strategy.model, "broadcast_buffers", None)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, out: Any, batch: Any, i: int) -> None:
         self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
@@ -110,7 +116,7 @@ class Record(Callback):
                 "versions": self.versions,
                 "state": module.state_dict(),
                 "steps": trainer.global_step,
-                "ddp": dict(getattr(trainer.strategy, "_ddp_kwargs", {})),
+                "sends_buffers": self.sends_buffers,
             },
             self.file.with_suffix(f".{trainer.global_rank}.pt"),
         )
@@ -143,7 +149,7 @@ class Fit:
     distill: bool = False
     ranges: Mapping[str, Any] = field(default_factory=dict)
     batchnorm: str | None = None
-    lr: float = 3e-4
+    lr: float = 3e-5
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -167,7 +173,7 @@ def run(fit: Fit, folder: Path) -> None:
         QuantTrainer(
             accelerator="cpu",
             devices=fit.num_ranks,
-            strategy="auto" if fit.num_ranks == 1 else QuantDDPStrategy(start_method="fork"),
+            strategy="auto" if fit.num_ranks == 1 else QuantDDPStrategy(start_method="fork", **DDP),
             max_steps=fit.num_steps,
             log_every_n_steps=1,
             logger=CSVLogger(folder, name=fit.name),
