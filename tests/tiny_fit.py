@@ -164,8 +164,8 @@ def float_checkpoint(folder: Path) -> Path:
     return file
 
 
-def run(fit: Fit, folder: Path) -> None:
-    """Make one fit."""
+def run(fit: Fit, folder: Path, *more: Callback) -> dict[str, Any]:
+    """Make one fit, with more callbacks; returns what rank 0 recorded."""
     joined = detector.sum_over_ranks
     detector.sum_over_ranks = joined if fit.sums_over_ranks else lambda values: values
     accumulated = fit.trainer.get("accumulate_grad_batches", 1)
@@ -177,7 +177,7 @@ def run(fit: Fit, folder: Path) -> None:
             max_steps=fit.num_steps,
             log_every_n_steps=1,
             logger=CSVLogger(folder, name=fit.name),
-            callbacks=[Record(folder / fit.name)],
+            callbacks=[Record(folder / fit.name), *more],
             default_root_dir=folder / fit.name,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -198,6 +198,7 @@ def run(fit: Fit, folder: Path) -> None:
         )
     finally:
         detector.sum_over_ranks = joined
+    return torch.load(folder / f"{fit.name}.0.pt", weights_only=True)
 
 
 def describe(fits: list[Fit]) -> str:
