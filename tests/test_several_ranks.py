@@ -1,14 +1,10 @@
 """Two ranks train as one: the same losses, weights, ranges and samples."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_fit import Fit, describe
+from tiny_fit import Fit, run_in_a_process
 
 CLIPPED = {"gradient_clip_val": 10.0}
 FITS = [
@@ -26,23 +22,7 @@ FITS = [
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What every rank of every fit recorded."""
-    folder = tmp_path_factory.mktemp("fits")
-    settings = folder / "fits.json"
-    settings.write_text(describe(FITS))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "tests/tiny_fit.py", str(settings)],
-        env=environment,
-        check=True,
-        timeout=240,
-        capture_output=True,
-    )
-    return {
-        fit.name: [
-            torch.load(folder / f"{fit.name}.{rank}.pt", weights_only=True) for rank in range(fit.num_ranks)
-        ]
-        for fit in FITS
-    }
+    return run_in_a_process(FITS, tmp_path_factory.mktemp("fits"))
 
 
 def _curve(of_rank: dict[str, Any], name: str = "train/loss") -> torch.Tensor:

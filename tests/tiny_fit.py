@@ -1,12 +1,14 @@
 """Fits of a toy network on drawn voxels through the real detector and trainer, on one rank or forked ones.
 
-`python tests/tiny_fit.py SETTINGS.json` makes the fits of the file, one after the other; see `Fit`.
+`run` makes a fit here, `run_in_a_process` makes some in a process of their own (this module as a program).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,8 +75,7 @@ class DrawnData(LightningDataModule):
         }
 
     def _place(self) -> tuple[int, int]:
-        assert self.trainer is not None
-        return self.trainer.global_rank, self.trainer.world_size
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader[Item]:
         rank, world_size = self._place()
@@ -137,6 +138,7 @@ class Fit:
         ranges: Arguments of `RangePolicy`.
         batchnorm: Policy; null is the arm's own.
         lr: Largest learning rate.
+        accelerator: Where the ranks run.
         trainer: Further arguments of the trainer.
     """
 
@@ -150,6 +152,7 @@ class Fit:
     ranges: Mapping[str, Any] = field(default_factory=dict)
     batchnorm: str | None = None
     lr: float = 3e-5
+    accelerator: str = "cpu"
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,7 +174,7 @@ def run(fit: Fit, folder: Path, *more: Callback) -> dict[str, Any]:
     accumulated = fit.trainer.get("accumulate_grad_batches", 1)
     try:
         QuantTrainer(
-            accelerator="cpu",
+            accelerator=fit.accelerator,
             devices=fit.num_ranks,
             strategy="auto" if fit.num_ranks == 1 else QuantDDPStrategy(start_method="fork", **DDP),
             max_steps=fit.num_steps,
@@ -201,9 +204,27 @@ def run(fit: Fit, folder: Path, *more: Callback) -> dict[str, Any]:
     return torch.load(folder / f"{fit.name}.0.pt", weights_only=True)
 
 
-def describe(fits: list[Fit]) -> str:
-    """The file that this module, run as a program, reads."""
-    return json.dumps([dataclasses.asdict(fit) for fit in fits])
+def run_in_a_process(fits: list[Fit], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Make the fits in a new process, which may fork; returns what every rank of each recorded.
+
+    A process that ran a backward pass cannot be forked any more: fits on one rank go last.
+    """
+    settings = folder / "fits.json"
+    settings.write_text(json.dumps([dataclasses.asdict(fit) for fit in fits]))
+    finished = subprocess.run(
+        [sys.executable, __file__, str(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stdout
+    files = {fit.name: [folder / f"{fit.name}.{rank}.pt" for rank in range(fit.num_ranks)] for fit in fits}
+    return {
+        name: [torch.load(file, weights_only=True, map_location="cpu") for file in of_ranks]
+        for name, of_ranks in files.items()
+    }
 
 
 if __name__ == "__main__":
