@@ -213,9 +213,13 @@ class CenterPointDetector(LightningModule):
         return {"detections": self.detect(batch)}
 
     def detect(self, batch: Batch) -> list[Detections]:
-        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame."""
+        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame.
+
+        In fp32 whatever the trainer's precision: scores of all arms and baselines are comparable.
+        """
         config = self.network_config
-        return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+        with torch.autocast(self.device.type, enabled=False):
+            return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
@@ -230,9 +234,13 @@ class CenterPointDetector(LightningModule):
             self.print_coverage()
         check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
-        if joins_batches_of_ranks(self.network) and self.device.type != "cuda" and self.trainer.world_size > 1:
+        if self.trainer.world_size > 1:
+            self._check_batch_statistics()
+
+    def _check_batch_statistics(self) -> None:
+        if joins_batches_of_ranks(self.network) and self.device.type != "cuda":
             raise UserError(f"trainer.sync_batchnorm is true on {self.device.type}; accepted: false, or CUDA")
-        if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
+        if trains_on_parts_of_a_batch(self.network):
             rank_zero_warn(
                 "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
             )

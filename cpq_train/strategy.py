@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
@@ -13,8 +13,8 @@ class QuantDDPStrategy(DDPStrategy):
     """Lightning's DDP, which leaves the ranges alone; arguments as there.
 
     Each forward pass of plain DDP sends every buffer from rank 0 to the others. The ranges are equal on all
-    ranks, and writing to one has it worked out, and read from its device, anew. So buffers are sent only where
-    a BatchNorm takes its statistics from one rank's samples.
+    ranks, and writing to one has it worked out, and read from its device, anew. So buffers are sent only
+    where a BatchNorm takes its statistics from one rank's samples.
     """
 
     @override
@@ -22,13 +22,3 @@ class QuantDDPStrategy(DDPStrategy):
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
         self.model.broadcast_buffers = trains_on_parts_of_a_batch(self.model)
-
-
-# What `trainer.strategy` auto and ddp mean; Lightning's own class stays there by its class path.
-StrategyRegistry.register(
-    "ddp",
-    QuantDDPStrategy,
-    "DDP that leaves the ranges alone",
-    override=True,
-    gradient_as_bucket_view=True,
-)

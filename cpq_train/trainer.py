@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from torch import Tensor
 
@@ -16,17 +17,22 @@ from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
-from cpq_train import strategy  # noqa: F401 - registers what `trainer.strategy` ddp means
+from cpq_train.strategy import QuantDDPStrategy
 
 PRECISIONS = ("32-true", "bf16-mixed")
+
+# What `trainer.strategy` auto (on several devices) and ddp mean; Lightning's own class has its class path.
+StrategyRegistry.register(
+    "ddp", QuantDDPStrategy, "DDP that leaves ranges alone", override=True, gradient_as_bucket_view=True
+)
 
 
 class QuantTrainer(Trainer):
     """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`.
 
     Raises:
-        UserError: The precision is none of `PRECISIONS`. fp16 overflows in the loss's gradients, and true half
-            precision would round ranges and weights; quantization is computed in fp32 in any case.
+        UserError: The precision is none of `PRECISIONS`. Gradients overflow fp16, and true half precision
+            rounds ranges and weights. Quantization is computed in fp32 in any case.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

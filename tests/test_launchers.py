@@ -14,7 +14,8 @@ import torch
 SCRIPTS = ("scripts/torchrun_fit.sh", "scripts/slurm_fit.sbatch")
 FIT = [
     *("-c", "configs/quickstart_float.yaml", "--model.network.voxel_size", "[0.64, 0.64, 0.32]"),
-    *("--model.network.backbone_3d_channels", "[4, 4, 8, 8]", "--model.network.backbone_3d_num_blocks", "[1, 1, 1, 1]"),
+    *("--model.network.backbone_3d_channels", "[4, 4, 8, 8]"),
+    *("--model.network.backbone_3d_num_blocks", "[1, 1, 1, 1]"),
     *("--model.network.backbone_2d_num_layers", "[1, 1]", "--model.network.head_channels", "8"),
     *("--data.num_sweeps", "1", "--data.batch_size", "1", "--data.num_workers", "0"),
     *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "0"),
@@ -32,9 +33,10 @@ def _free_port() -> str:
 
 def _run(script: str, arguments: list[str], **environment: str) -> str:
     """Run a script with these variables; returns what it printed."""
+    ours = {"PYTHON": sys.executable, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         ["bash", script, *arguments],
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **ours, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,11 +91,12 @@ def test_several_nodes_need_a_meeting_point() -> None:
 
 def test_torchrun(simulated_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    _check(run, _run("scripts/torchrun_fit.sh", _options(simulated_root, run), NUM_DEVICES="2", MAX_RESTARTS="0"))
+    environment = {"NUM_DEVICES": "2", "MAX_RESTARTS": "0"}
+    _check(run, _run("scripts/torchrun_fit.sh", _options(simulated_root, run), **environment))
 
 
 def slurm_environment(folder: Path, num_tasks: int = 2) -> dict[str, str]:
-    """The variables of a job of one node, with the stand-ins for SLURM's programs; they write into `folder`."""
+    """The variables of a job on one node, with stand-ins for SLURM's programs; they write into `folder`."""
     return {
         "PATH": f"{Path('tests/slurm').resolve()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "FAKE_SLURM_DIR": str(folder),

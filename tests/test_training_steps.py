@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tiny_fit import Fit, run
+from tiny_fit import NETWORK, DrawnData, Fit, float_checkpoint, run
 from torch.nn.utils import get_total_norm
 
+from cpq_train.data.dataset import collate
+from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.quantization.switches import quantizers
 from cpq_train.trainer import QuantTrainer
 
 
 class AtSteps(Callback):
-    """Gradient norm as each optimizer step gets it; ranges of inputs and learning rate that each batch had."""
+    """Gradient norm as each optimizer step gets it; the ranges and learning rate that each batch had."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -50,6 +52,22 @@ def test_bf16_is_close_to_fp32(arm: str, tmp_path: Path) -> None:
     torch.testing.assert_close(curves["bf16-mixed"], curves["32-true"], rtol=0.02, atol=0)
     # All convolutions but one are quantized in the qat arm, and conv_input, a sparse one, runs in fp32 too.
     assert torch.equal(*curves.values()) == (arm == "qat")
+
+
+def test_detections_are_fp32_under_autocast(tmp_path: Path) -> None:
+    detector = CenterPointDetector(NETWORK, weights=str(float_checkpoint(tmp_path)))
+    detector.configure_model()
+    for head in detector.network.dense_head.heads_list:
+        torch.nn.init.zeros_(head.get_submodule("hm.1").bias)
+    batch = collate([DrawnData(2, 2)[i] for i in range(2)])
+    with torch.no_grad():
+        expected = detector.eval().detect(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = detector.detect(batch)
+    assert len(expected[0].scores)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.scores, other.scores)
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
@@ -96,7 +114,7 @@ def test_learned_ranges_with_accumulated_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping(algorithm: str, tmp_path: Path) -> None:
-    """Of the gradients of all accumulated batches, under mixed precision too; the norm logged is that before."""
+    """Of the gradients of all accumulated batches, in mixed precision too; the norm logged is that before."""
     steps = AtSteps()
     trainer = {
         "gradient_clip_val": 0.01,

@@ -63,7 +63,7 @@ class DrawnData(LightningDataModule):
         x, y, z = NETWORK.grid_size
         cells = torch.randperm(x * y * z, generator=generator)[:300]
         boxes = torch.zeros(position % 3 * 3, 10)
-        boxes[:, :2] = torch.rand(len(boxes), 2, generator=generator) * torch.tensor([12, 6]) - torch.tensor([6, 3])
+        boxes[:, :2] = (torch.rand(len(boxes), 2, generator=generator) - 0.5) * torch.tensor([12, 6])
         boxes[:, 3:6] = torch.tensor([4.0, 2.0, 1.5])
         boxes[:, 9] = torch.tensor([1.0, 8.0, 9.0]).repeat(2)[: len(boxes)]
         return {
@@ -103,7 +103,9 @@ class Record(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.sends_buffers = getattr(trainer.strategy.model, "broadcast_buffers", None)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, out: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
         self.batches.append(batch["sample_rows"].tolist())
         found = quantizers(module).values()

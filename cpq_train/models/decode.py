@@ -96,10 +96,9 @@ def decode(
         Detections by sample, on the device of the outputs.
     """
     ids = class_ids(class_groups)
+    found = [_candidates(head, group, geometry, post) for head, group in zip(heads, ids, strict=True)]
     batch_size = heads[0]["hm"].shape[0]
-    with torch.autocast(heads[0]["hm"].device.type, enabled=False):  # boxes need float32
-        found = [_candidates(head, group, geometry, post) for head, group in zip(heads, ids, strict=True)]
-        return [_suppress([_of_sample(head, sample) for head in found], post) for sample in range(batch_size)]
+    return [_suppress([_of_sample(head, sample) for head in found], post) for sample in range(batch_size)]
 
 
 def _candidates(

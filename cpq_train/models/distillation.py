@@ -103,7 +103,7 @@ def distillation_loss(
         sum_over_ranks: Adds up what the parts are divided by, where a step's samples are spread over ranks.
 
     Returns:
-        `distill_heatmap`, `distill_box` and `distill_bev`; float32 scalars, computed so whatever autocast left.
+        `distill_heatmap`, `distill_box` and `distill_bev`; float32 scalars, whatever autocast left.
     """
     heads = list(zip(student.heads, teacher.heads, strict=True))
     with torch.autocast(student.bev_BCHW.device.type, enabled=False):

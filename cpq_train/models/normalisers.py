@@ -1,8 +1,8 @@
 """What the sums of a loss are divided by: counts of all samples of a step, on whatever rank they are.
 
-DDP averages gradients over the ranks. A rank that divided by its own number of objects would weigh a crowded
-scene on one rank like an empty one on another; divided by the mean number per rank, the average over the ranks
-is the loss of the whole batch in one process.
+DDP averages gradients over the ranks. If each rank divided by its own number of objects, an object would
+weigh less on a rank that has many. Divided by the mean number per rank, the average over the ranks is the
+loss of the whole batch in one process.
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ def codes(
         Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
-    return cast(Tensor, _Codes.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor)))
+    return cast(
+        Tensor, _Codes.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor))
+    )
 
 
 class _Rescale(Function):

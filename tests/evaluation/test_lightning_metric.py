@@ -116,7 +116,7 @@ NUM_VAL = 6019
 
 
 def val_sized(index: NuScenesIndex) -> NuScenesIndex:
-    """As many samples as the validation split has: those of the mini one again and again, with two objects each."""
+    """As many samples as the validation split has: those of the mini one over and over, two objects each."""
     origin = np.arange(NUM_VAL) % len(index)
     kept = np.minimum(np.diff(index.annotation_offsets)[origin], 2)
     ends = np.cumsum(kept)
