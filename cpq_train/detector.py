@@ -199,7 +199,7 @@ class CenterPointDetector(LightningModule):
 
     def _is_log_step(self) -> bool:
         """Whether loggers get what is logged now."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1) % every == 0
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:

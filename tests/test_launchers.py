@@ -40,7 +40,7 @@ def _run(script: str, arguments: list[str], **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert finished.returncode == 0, finished.stdout
     return finished.stdout
@@ -93,6 +93,10 @@ def test_torchrun(simulated_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     environment = {"NUM_DEVICES": "2", "MAX_RESTARTS": "0"}
     _check(run, _run("scripts/torchrun_fit.sh", _options(simulated_root, run), **environment))
+    longer = [*_options(simulated_root, run), "--trainer.max_epochs", "2"]
+    printed = _run("scripts/torchrun_fit.sh", longer, **environment)
+    assert "Restoring states from the checkpoint path" in printed
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
 
 
 def slurm_environment(folder: Path, num_tasks: int = 2) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tiny_fit import Fit, run_in_a_process
 CLIPPED = {"gradient_clip_val": 10.0}
 FITS = [
     Fit("two", num_ranks=2, batch_size=2, trainer=CLIPPED),
-    Fit("apart", num_ranks=2, batch_size=2, trainer=CLIPPED, sums_over_ranks=False),
+    Fit("apart", num_ranks=2, batch_size=2, num_steps=8, trainer=CLIPPED, sums_over_ranks=False),
     Fit("two_taught", num_ranks=2, batch_size=2, num_steps=8, distill=True),
     Fit("two_trained_bn", num_ranks=2, batch_size=2, num_steps=2, arm="float"),
     Fit("two_learned", num_ranks=2, batch_size=2, num_steps=4, ranges={"amax": "learned"}),
@@ -52,9 +52,9 @@ def test_final_weights_agree(fits: dict[str, list[dict[str, Any]]], name: str) -
 def test_without_the_sum_over_ranks_they_would_not(fits: dict[str, list[dict[str, Any]]]) -> None:
     (one,), apart = fits["one"], fits["apart"]
     mean = torch.stack([_curve(of_rank) for of_rank in apart]).mean(0)
-    assert (mean - _curve(one)).abs().max() > 0.1
-    moved = [(apart[0]["state"][key] - value).abs().max() for key, value in one["state"].items()]
-    assert max(moved) > 1e-4
+    assert (mean - _curve(one)[:8]).abs().max() > 1
+    norms = [_curve(fit, "train/grad_norm")[0] for fit in (one, apart[0])]
+    assert abs(norms[0] / norms[1] - 1) > 0.05  # 1e-5 with the sum
 
 
 def test_ranks_share_out_the_samples(fits: dict[str, list[dict[str, Any]]]) -> None:

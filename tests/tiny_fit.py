@@ -219,7 +219,7 @@ def run_in_a_process(fits: list[Fit], folder: Path) -> dict[str, list[dict[str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert finished.returncode == 0, finished.stdout
     files = {fit.name: [folder / f"{fit.name}.{rank}.pt" for rank in range(fit.num_ranks)] for fit in fits}
