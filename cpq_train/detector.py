@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from cpq_train.arms import (
@@ -34,10 +36,11 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
-from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
     freeze_batchnorm,
+    joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
 from cpq_train.quantization.calibration import collecting_ranges, static_ranges
@@ -49,7 +52,7 @@ from cpq_train.quantization.range_policy import (
     range_parameters,
     start_observing,
 )
-from cpq_train.quantization.ranks import check_equal_over_ranks
+from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.starting_point import Batches, CalibrationConfig, improve
@@ -125,6 +128,7 @@ class CenterPointDetector(LightningModule):
         self.distillation = distillation
         self.subject: Subject | None = None
         self._teacher: Teacher | None = None
+        self._observed_step: int | None = None
 
     def configure_model(self) -> None:
         """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
@@ -178,33 +182,47 @@ class CenterPointDetector(LightningModule):
         return heads
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch; logs it with its parts."""
+        """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
         config = self.network_config
         targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
         heads, distilled = self._run_with_teacher(batch)
-        losses = center_loss(heads, targets, self.code_weights, self.loc_weight)
+        losses = center_loss(heads, targets, self.code_weights, self.loc_weight, sum_over_ranks)
         if distilled:
             losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
-        size = batch["batch_size"]
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
-        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=size)
+        self._log_losses(losses, batch["batch_size"])
         return losses["loss"]
+
+    def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self._is_log_step():
+            values = sum_over_ranks(values) / self.trainer.world_size
+        named = dict(zip(losses, values.unbind(), strict=True))
+        self.log("train/loss", named.pop("loss"), prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train/{name}": value for name, value in named.items()}, batch_size=batch_size)
+
+    def _is_log_step(self) -> bool:
+        """Whether loggers get what is logged now."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
         if self._teacher is None:
             return self(batch), {}
-        return self._teacher.instruct(self.network, batch, self.code_weights)
+        return self._teacher.instruct(self.network, batch, self.code_weights, sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
         return {"detections": self.detect(batch)}
 
     def detect(self, batch: Batch) -> list[Detections]:
-        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame."""
+        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame.
+
+        In fp32 whatever the trainer's precision: scores of all arms and baselines are comparable.
+        """
         config = self.network_config
-        return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+        with torch.autocast(self.device.type, enabled=False):
+            return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
@@ -219,7 +237,13 @@ class CenterPointDetector(LightningModule):
             self.print_coverage()
         check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
-        if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
+        if self.trainer.world_size > 1:
+            self._check_batch_statistics()
+
+    def _check_batch_statistics(self) -> None:
+        if joins_batches_of_ranks(self.network) and self.device.type != "cuda":
+            raise UserError(f"trainer.sync_batchnorm is true on {self.device.type}; accepted: false, or CUDA")
+        if trains_on_parts_of_a_batch(self.network):
             rank_zero_warn(
                 "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
             )
@@ -248,18 +272,24 @@ class CenterPointDetector(LightningModule):
             freeze_batchnorm(self.network)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """In a step in which ranges move, let the quantizers look at its tensors."""
-        self._is_observing = self.ranges.moves_at(self.global_step)
-        if self._is_observing:
+        """In a step in which ranges move, let the quantizers look at its tensors, all accumulated batches."""
+        if self._observed_step is None and self.ranges.moves_at(self.global_step):
+            self._observed_step = self.global_step
             start_observing(self.network)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the ranges towards what the quantizers saw."""
-        if self._is_observing:
-            finish_observing(self.network, self.ranges.momentum)
+        """Behind a step, move the ranges towards what the quantizers saw in it, once."""
+        if self._observed_step is not None and self.global_step > self._observed_step:
+            self._move_ranges()
+
+    def _move_ranges(self) -> None:
+        finish_observing(self.network, self.ranges.momentum)
+        self._observed_step = None
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
+        if self._observed_step is not None:  # between accumulated batches; what is validated is not observed
+            self._move_ranges()
         assert self.subject is not None
         if needs_calibration(self.subject):
             raise UserError(
@@ -328,6 +358,24 @@ class CenterPointDetector(LightningModule):
 
     def _is_global_zero(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, by then those of all ranks and accumulated batches; logs their norm before.
+
+        Raises:
+            UserError: Their norm is not finite; no weight has been touched.
+        """
+        norm = gradient_norm(self.named_parameters())
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val is not None:
+            clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from torch import Tensor
 
@@ -17,10 +18,28 @@ from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
+from cpq_train.strategy import QuantDDPStrategy
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+# What `trainer.strategy` auto (on several devices) and ddp mean; Lightning's own class has its class path.
+StrategyRegistry.register(
+    "ddp", QuantDDPStrategy, "DDP that leaves ranges alone", override=True, gradient_as_bucket_view=True
+)
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`."""
+    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`.
+
+    Raises:
+        UserError: The precision is none of `PRECISIONS`. Gradients overflow fp16, and true half precision
+            rounds ranges and weights. Quantization is computed in fp32 in any case.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
 
     def calibrate(
         self,
