@@ -1,4 +1,7 @@
-"""Which points lie in which boxes, and which boxes overlap in bird's-eye view. Letters: N M boxes, P points."""
+"""Which points lie in which boxes, and which boxes overlap in bird's-eye view.
+
+Shape letters: N M boxes, P points.
+"""
 
 from __future__ import annotations
 

@@ -59,18 +59,18 @@ def start_folder(places: list[Path], name: str, is_resumable: bool = False) -> P
             refusals.append(f"{home} ({error.strerror})")
         else:
             return unfinished
-    raise UserError(f"no folder derived from the data set can be written: {', '.join(refusals)}; give data.cache_dir")
+    raise UserError(
+        f"no folder derived from the data set can be written: {', '.join(refusals)}; give data.cache_dir"
+    )
 
 
-def publish(unfinished: Path, name: str) -> Path:
+def publish(unfinished: Path, folder: Path) -> None:
     """Gives a complete folder its final name; where another process was first, its folder is kept."""
-    folder = unfinished.with_name(name)
     try:
         unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
-    return folder
 
 
 def drop_others(folder: Path) -> None:

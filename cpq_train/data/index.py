@@ -217,9 +217,10 @@ def open_index(
     if (folder := derived.find(places, key)) is not None:
         return _load(folder, root)
     unfinished = derived.start_folder(places, key)
+    folder = unfinished.with_name(key)
     try:
         _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
-        folder = derived.publish(unfinished, key)
+        derived.publish(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     derived.drop_others(folder)

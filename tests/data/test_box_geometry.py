@@ -3,7 +3,8 @@ import pytest
 from nuscenes.utils.data_classes import Box
 from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
-from shapely import affinity, box as rectangle
+from shapely import affinity
+from shapely import box as rectangle
 from shapely.geometry import Polygon
 
 from cpq_train.data.box_geometry import boxes_overlap, points_in_boxes
