@@ -30,9 +30,10 @@ from cpq_train.arms import (
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
+from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
-from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
 from cpq_train.quantization.batchnorm import (
@@ -70,7 +71,8 @@ class CenterPointDetector(LightningModule):
         batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
             folded where a float network becomes another arm.
         ranges: What becomes of the ranges while the qat arm trains.
-        code_weights: Loss weight of each of the ten numbers of a box code.
+        code_weights: Loss weight of each of the ten numbers of a box code, or the ancestor whose weights are
+            taken: openpcdet (0.2 on cosine and sine of the yaw), tianweiy or mmdet3d (0.2 on the velocity).
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
         optimizer: Learning rate and schedule.
@@ -88,7 +90,7 @@ class CenterPointDetector(LightningModule):
         scheme: str | None = None,
         batchnorm: BatchNormPolicy | None = None,
         ranges: RangePolicy = RangePolicy(),  # noqa: B008
-        code_weights: tuple[float, ...] = CODE_WEIGHTS,
+        code_weights: Ancestor | tuple[float, ...] = "openpcdet",
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
@@ -96,6 +98,7 @@ class CenterPointDetector(LightningModule):
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
+        self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
         self.save_hyperparameters(
             {
                 "network": asdict(network),
@@ -104,7 +107,7 @@ class CenterPointDetector(LightningModule):
                 "scheme": scheme,
                 "batchnorm": batchnorm,
                 "ranges": asdict(ranges),
-                "code_weights": list(code_weights),
+                "code_weights": list(self.code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
                 "optimizer": asdict(optimizer),
@@ -116,7 +119,6 @@ class CenterPointDetector(LightningModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
-        self.code_weights, self.loc_weight = code_weights, loc_weight
         self.post_processing, self.optimizer = post_processing, optimizer
         self.calibration = calibration
         self.distillation = distillation
