@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from cpq_train.arms import (
@@ -33,6 +33,7 @@ from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
+from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
 from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, new_optimizer
@@ -75,6 +76,7 @@ class CenterPointDetector(LightningModule):
             taken: openpcdet (0.2 on cosine and sine of the yaw), tianweiy or mmdet3d (0.2 on the velocity).
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
+        test_time_flip: Detect in each scene and its three mirror images and average, at four times the cost.
         optimizer: Learning rate and schedule.
         calibration: What calibration does beyond finding ranges.
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
@@ -93,11 +95,14 @@ class CenterPointDetector(LightningModule):
         code_weights: Ancestor | tuple[float, ...] = "openpcdet",
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
+        test_time_flip: bool = False,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
+        if test_time_flip:
+            check_flippable(network)
         self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
         self.save_hyperparameters(
             {
@@ -110,6 +115,7 @@ class CenterPointDetector(LightningModule):
                 "code_weights": list(self.code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
+                "test_time_flip": test_time_flip,
                 "optimizer": asdict(optimizer),
                 "calibration": asdict(calibration),
                 "distillation": distillation and asdict(distillation),
@@ -119,7 +125,8 @@ class CenterPointDetector(LightningModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
-        self.post_processing, self.optimizer = post_processing, optimizer
+        self.post_processing, self.test_time_flip = post_processing, test_time_flip
+        self.optimizer = optimizer
         self.calibration = calibration
         self.distillation = distillation
         self.subject: Subject | None = None
@@ -169,7 +176,7 @@ class CenterPointDetector(LightningModule):
         """Raw outputs of every head for a batch of voxels."""
         return self._run(self.network, batch)
 
-    def _run(self, network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+    def _run(self, network: Network, batch: Batch) -> list[dict[str, Tensor]]:
         batch = self.to_device(batch)
         heads: list[dict[str, Tensor]] = network(
             batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
@@ -203,7 +210,8 @@ class CenterPointDetector(LightningModule):
     def detect(self, batch: Batch) -> list[Detections]:
         """Boxes, scores and labels of each sample of a batch, in the LiDAR frame."""
         config = self.network_config
-        return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+        network = flip_averaged(self.network, config) if self.test_time_flip else self.network
+        return decode(self._run(network, batch), config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
