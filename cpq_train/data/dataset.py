@@ -197,7 +197,7 @@ def visible_boxes(index: NuScenesIndex, row: int) -> Float64:
 def _visible(index: NuScenesIndex, row: int) -> NDArray[np.int64]:
     """Annotation rows of a sample with LiDAR points."""
     where = index.annotations(row)
-    return where.start + np.flatnonzero(index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS)
+    return np.flatnonzero(index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS) + np.int64(where.start)
 
 
 def is_inside(boxes: Float64, point_cloud_range: Sequence[float]) -> NDArray[np.bool_]:

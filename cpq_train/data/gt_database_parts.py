@@ -35,7 +35,8 @@ def object_annotations(index: NuScenesIndex, row: int) -> Rows:
     """
     where = index.annotations(row)
     num_points = index.annotation_num_lidar_pts[where] + index.annotation_num_radar_pts[where]
-    return where.start + np.flatnonzero((index.annotation_classes[where] >= 0) & (num_points > 0))
+    is_object = (index.annotation_classes[where] >= 0) & (num_points > 0)
+    return np.flatnonzero(is_object) + np.int64(where.start)
 
 
 def build_parts(
@@ -113,7 +114,7 @@ def _write(file: Path, part: Columns) -> None:
     partial = file.with_name(f".{uuid.uuid4().hex}.npz")
     try:
         with partial.open("wb") as stream:
-            np.savez(stream, **part)  # type: ignore[arg-type]
+            np.savez(stream, **part)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
