@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 Rows = NDArray[np.int64]
@@ -29,14 +30,22 @@ def class_balanced_rows(index: NuScenesIndex, rows: Rows, seed: int) -> Rows:
 
     Returns:
         Some of `rows`, many of them several times.
+
+    Raises:
+        UserError: no class gives a sample.
     """
     rng = np.random.default_rng(seed)
     presence = class_presence(index, rows)
     numbers = num_draws(presence.sum(axis=0).tolist())
+    if not any(numbers):
+        raise UserError(
+            f"data.class_balanced: the classes that {len(rows)} training samples show add up to "
+            f"{int(presence.sum())}: expected {len(DETECTION_CLASSES)} or more"
+        )
     drawn = [
         rng.choice(rows[presence[:, class_id]], number) for class_id, number in enumerate(numbers) if number
     ]
-    return np.concatenate([rows[:0], *drawn])
+    return np.concatenate(drawn)
 
 
 def class_presence(index: NuScenesIndex, rows: Rows) -> NDArray[np.bool_]:

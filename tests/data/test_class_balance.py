@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from cpq_train.data.class_balance import class_balanced_rows, class_presence, num_draws
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.errors import UserError
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 
@@ -71,3 +73,10 @@ def test_the_seed_decides(real_index: NuScenesIndex) -> None:
     np.testing.assert_array_equal(first, again)
     assert len(first) == len(other)
     assert (first != other).any()
+
+
+def test_nothing_to_balance(index: NuScenesIndex) -> None:
+    rows = np.arange(len(index))
+    nothing = dataclasses.replace(index, annotation_classes=np.full(len(index.annotation_classes), -1))
+    with pytest.raises(UserError, match="that 8 training samples show add up to 0: expected 10 or more"):
+        class_balanced_rows(nothing, rows, 0)
