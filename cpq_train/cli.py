@@ -53,6 +53,14 @@ def _simulate(args: list[str]) -> None:
     auto_cli(simulate, args=args, as_positional=False, prog="cpq_train simulate")
 
 
+def _build_gt_database(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from cpq_train.data.gt_database import build_gt_database
+
+    auto_cli(build_gt_database, args=args, as_positional=False, prog="cpq_train build-gt-database")
+
+
 def _describe(args: list[str]) -> None:
     from jsonargparse import auto_cli
 
@@ -98,6 +106,7 @@ def _compare(args: list[str]) -> None:
 
 PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
     "simulate": _simulate,
+    "build-gt-database": _build_gt_database,
     "compare": _compare,
     "describe": _describe,
     "verify": _verify,

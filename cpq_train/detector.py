@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from typing_extensions import Self
@@ -32,9 +32,11 @@ from cpq_train.arms import (
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
+from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
-from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
+from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
 from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
@@ -76,9 +78,11 @@ class CenterPointDetector(LightningModule):
         batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
             folded where a float network becomes another arm.
         ranges: What becomes of the ranges while the qat arm trains.
-        code_weights: Loss weight of each of the ten numbers of a box code.
+        code_weights: Loss weight of each of the ten numbers of a box code, or the ancestor whose weights are
+            taken: openpcdet (0.2 on cosine and sine of the yaw), tianweiy or mmdet3d (0.2 on the velocity).
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
+        test_time_flip: Detect in each scene and its three mirror images and average, at four times the cost.
         optimizer: Learning rate and schedule.
         calibration: What calibration does beyond finding ranges.
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
@@ -94,14 +98,18 @@ class CenterPointDetector(LightningModule):
         scheme: str | None = None,
         batchnorm: BatchNormPolicy | None = None,
         ranges: RangePolicy = RangePolicy(),  # noqa: B008
-        code_weights: tuple[float, ...] = CODE_WEIGHTS,
+        code_weights: Ancestor | tuple[float, ...] = "openpcdet",
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
+        test_time_flip: bool = False,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
+        if test_time_flip:
+            check_flippable(network)
+        self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
         self.save_hyperparameters(
             {
                 "network": asdict(network),
@@ -110,9 +118,10 @@ class CenterPointDetector(LightningModule):
                 "scheme": scheme,
                 "batchnorm": batchnorm,
                 "ranges": asdict(ranges),
-                "code_weights": list(code_weights),
+                "code_weights": list(self.code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
+                "test_time_flip": test_time_flip,
                 "optimizer": asdict(optimizer),
                 "calibration": asdict(calibration),
                 "distillation": distillation and asdict(distillation),
@@ -122,8 +131,8 @@ class CenterPointDetector(LightningModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
-        self.code_weights, self.loc_weight = code_weights, loc_weight
-        self.post_processing, self.optimizer = post_processing, optimizer
+        self.post_processing, self.test_time_flip = post_processing, test_time_flip
+        self.optimizer = optimizer
         self.calibration = calibration
         self.distillation = distillation
         self.subject: Subject | None = None
@@ -174,7 +183,7 @@ class CenterPointDetector(LightningModule):
         """Raw outputs of every head for a batch of voxels."""
         return self._run(self.network, batch)
 
-    def _run(self, network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+    def _run(self, network: Network, batch: Batch) -> list[dict[str, Tensor]]:
         batch = self.to_device(batch)
         heads: list[dict[str, Tensor]] = network(
             batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
@@ -221,8 +230,10 @@ class CenterPointDetector(LightningModule):
         In fp32 whatever the trainer's precision: scores of all arms and baselines are comparable.
         """
         config = self.network_config
+        network = flip_averaged(self.network, config) if self.test_time_flip else self.network
         with torch.autocast(self.device.type, enabled=False):
-            return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+            heads = self._run(network, batch)
+            return decode(heads, config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""

@@ -107,7 +107,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "dataset": data.index.dataset_info(),
         "samples": [data.index.sample_token(row) for row in data.eval_rows.tolist()],
         "data": asdict(data.evaluation_config),
-        "postprocessing": postprocessing_sha256(module.post_processing),
+        "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
+from cpq_train.data.gt_database import open_gt_database
+from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.errors import UserError
@@ -41,6 +44,10 @@ class NuScenesDataModule(LightningDataModule):
         test_split: official split that the test and predict verbs run on.
         sample_tokens: evaluate these samples only; all of them must belong to the split.
         augmentation: what is drawn anew for each training sample; null for none.
+        gt_sampling: objects of other samples that training scenes are filled up with, from the database
+            that build-gt-database makes; null for none.
+        class_balanced: train on samples drawn so that each class comes up equally often (CBGS); drawn once,
+            by the seed. An epoch is then several times as long.
         num_calibration_samples: samples that quantizers are calibrated with; each scene gives equally many,
             up to one.
         calibration_split: official split to calibrate on; null for `train_split`.
@@ -73,6 +80,8 @@ class NuScenesDataModule(LightningDataModule):
         test_split: str = "test",
         sample_tokens: list[str] | None = None,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen, and shown in the command's help
+        gt_sampling: GtSampling | None = None,
+        class_balanced: bool = False,
         num_calibration_samples: int = 256,
         calibration_split: str | None = None,
         force_calibration_on_val: bool = False,
@@ -103,11 +112,21 @@ class NuScenesDataModule(LightningDataModule):
             augmentation=augmentation,
             is_training=True,
         )
+        self.gt_sampling, self.class_balanced = gt_sampling, class_balanced
         self._index: NuScenesIndex | None = None
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
         open_index(self.root, self.version, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Before a fit starts, looks for what it needs.
+
+        Raises:
+            UserError: see `_gt_sampler`.
+        """
+        if stage == "fit":
+            self._gt_sampler()
 
     @property
     def index(self) -> NuScenesIndex:
@@ -128,12 +147,28 @@ class NuScenesDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Item]:
         """Augmented training samples, in an order and with draws of their own in every epoch."""
         rows = self.index.sample_rows(self.train_split)
-        dataset = DetectionDataset(self.index, rows, self._training_config)
+        if self.class_balanced:
+            rows = class_balanced_rows(self.index, rows, self.seed)
+        dataset = DetectionDataset(self.index, rows, self._training_config, self._gt_sampler())
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
         if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
             sampler.set_epoch(self.trainer.current_epoch)
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+
+    def _gt_sampler(self) -> GtSampler | None:
+        """What fills training scenes up.
+
+        Raises:
+            UserError: there is no database, it holds no object to sample, or sampling is to fade out of a
+                training of unknown length.
+        """
+        if self.gt_sampling is None:
+            return None
+        num_sweeps = self._training_config.num_sweeps
+        database = open_gt_database(self.index, self.train_split, num_sweeps, self.cache_dir)
+        max_epochs = None if self.trainer is None else self.trainer.max_epochs
+        return GtSampler(database, self.gt_sampling, None if max_epochs == -1 else max_epochs)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""

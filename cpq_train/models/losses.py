@@ -4,9 +4,7 @@ Letters: B batch, K slots per sample, C channels, H W rows and columns of the ma
 OpenPCDet's; where it is odd the choice made here is:
 
 * the order of the box code is centre, z, size, rotation, velocity, so OpenPCDet's ten code weights put
-  their 0.2 on the cosine and sine of the yaw (tianweiy/CenterPoint has the velocity there, and 0.2 means
-  it). The default is OpenPCDet's; `code_weights` takes the other choice, e.g. (1, 1, 1, 1, 1, 1, 1, 1, 0.2,
-  0.2);
+  their 0.2 on the cosine and sine of the yaw, not on the velocity: see `code_weights`;
 * OpenPCDet masks unknown (NaN) targets by multiplying with 0, and NaN * 0 makes the loss NaN. Here they are
   selected away, so that an unknown velocity costs nothing and its object still counts in the divisor;
 * the heat map is divided by the number of peak cells (two objects in one cell count once), the box loss by
@@ -21,11 +19,9 @@ import torch
 from torch import Tensor
 
 from cpq_train.models.center_head import HeadOutput, box_codes
+from cpq_train.models.code_weights import CODE_WEIGHTS
 from cpq_train.models.normalisers import Sum, SumOverRanks, divided, one_rank
 from cpq_train.models.targets import HeadTargets
-
-CODE_WEIGHTS: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2, 1.0, 1.0)
-"""OpenPCDet's weights of the box code: x, y, z, three log sizes, cosine, sine, two velocities."""
 
 _PROBABILITY_MARGIN = 1e-4
 
