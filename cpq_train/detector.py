@@ -34,6 +34,7 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.losses import CODE_WEIGHTS, center_loss
 from cpq_train.models.targets import assign_targets
+from cpq_train.nonfinite import nonfinite_loss
 from cpq_train.optim import OptimizerConfig, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
@@ -186,6 +187,9 @@ class CenterPointDetector(LightningModule):
         self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
         parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
         self.log_dict(parts, batch_size=size)
+        if not torch.isfinite(losses["loss"]):  # waits for the device, once per step
+            where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
+            raise nonfinite_loss(self.network, lambda: self(batch), losses, batch, where)
         return losses["loss"]
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
@@ -250,8 +254,9 @@ class CenterPointDetector(LightningModule):
         if self._is_observing:
             start_observing(self.network)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the ranges towards what the quantizers saw."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and move the ranges towards what the quantizers saw: before any callback may save them."""
+        super().optimizer_step(*args, **kwargs)
         if self._is_observing:
             finish_observing(self.network, self.ranges.momentum)
 

@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.callbacks.resume_point import ResumePoint
+from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint
@@ -48,6 +50,8 @@ class QuantCLI(LightningCLI):
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ResumePoint, "resume")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -56,11 +60,17 @@ class QuantCLI(LightningCLI):
                 "checkpoint.monitor": "val/NDS",
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,  # a resumed run writes its files again
             }
         )
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_dir)
         for name in ("voxel_size", "point_cloud_range"):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
+
+    def _parse_ckpt_path(self) -> None:
+        """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
+        if self.config[self.config.subcommand].get("ckpt_path") != "last":
+            super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit writes a CSV log into its run directory."""

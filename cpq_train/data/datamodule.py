@@ -16,6 +16,7 @@ from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
+from cpq_train.data.training_loader import TrainingLoader
 from cpq_train.errors import UserError
 
 Rows = NDArray[np.int64]
@@ -131,9 +132,12 @@ class NuScenesDataModule(LightningDataModule):
         dataset = DetectionDataset(self.index, rows, self._training_config)
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
-        if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
-            sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+        loader = TrainingLoader(dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        if self.trainer is not None:
+            loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            # Workers start to load before Lightning tells the sampler the epoch.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""
@@ -210,11 +214,12 @@ class NuScenesDataModule(LightningDataModule):
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     def _loader(self, dataset: DetectionDataset, **order: Any) -> DataLoader[Item]:
-        return DataLoader(
-            dataset,
-            **order,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return DataLoader(dataset, **order, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +23,20 @@ class TrainingSampler(DistributedSampler[SampleKey]):
     the epoch, which is how workers that outlive an epoch learn of the next one.
     """
 
+    _begun_epoch, _num_taken = -1, 0
+
+    def skip(self, epoch: int, num_samples: int) -> None:
+        """Begin one epoch behind its first samples, which were trained on before a run was resumed.
+
+        Args:
+            epoch: Which one; the others are whole.
+            num_samples: How many of the samples of this rank.
+        """
+        self._begun_epoch, self._num_taken = epoch, num_samples
+
     def __iter__(self) -> Iterator[SampleKey]:
-        for position in super().__iter__():
+        num_taken = self._num_taken if self.epoch == self._begun_epoch else 0
+        for position in itertools.islice(super().__iter__(), num_taken, None):
             yield self.epoch, int(position)  # type: ignore[call-overload]
 
 
