@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,8 @@ class QuantTrainer(Trainer):
         if self.continues_run:
             self.strategy.connect(model)
             self.strategy.setup_environment()
+            # Lightning looks at the loader alone; here the data module knows the place in the epoch.
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
             ckpt_path = self.strategy.broadcast(self._newest_checkpoint() if self.is_global_zero else None)
         elif self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
             rank_zero_warn(

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
-from cpq_train.data.training_loader import TrainingLoader
 from cpq_train.errors import UserError
 
 Rows = NDArray[np.int64]
@@ -105,6 +105,7 @@ class NuScenesDataModule(LightningDataModule):
             is_training=True,
         )
         self._index: NuScenesIndex | None = None
+        self._resumed: EpochPosition | None = None
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
@@ -132,12 +133,32 @@ class NuScenesDataModule(LightningDataModule):
         dataset = DetectionDataset(self.index, rows, self._training_config)
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
-        loader = TrainingLoader(dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
-        if self.trainer is not None:
-            loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            # Workers start to load before Lightning tells the sampler the epoch.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        return loader
+        if self._resumed is not None:  # its epoch too: workers load before Lightning tells the sampler
+            self._resumed.check_order(self.batch_size * world_size, len(rows), self.seed)
+            sampler.begin_at(self._resumed.epoch, self._resumed.num_batches * self.batch_size)
+            self._resumed = None
+        elif self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come in its epoch; Lightning keeps it in checkpoints."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return {}
+        epochs = self.trainer.fit_loop.epoch_progress.current
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        position = EpochPosition(
+            epoch=epochs.processed,
+            num_batches=batches.processed if epochs.started > epochs.processed else 0,
+            samples_per_batch=self.batch_size * self.trainer.world_size,
+            num_samples=len(self.index.sample_rows(self.train_split)),
+            seed=self.seed,
+        )
+        return dataclasses.asdict(position)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where `state_dict` was asked for; what was trained on is not loaded again."""
+        self._resumed = EpochPosition(**state_dict)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""
@@ -214,12 +235,11 @@ class NuScenesDataModule(LightningDataModule):
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     def _loader(self, dataset: DetectionDataset, **order: Any) -> DataLoader[Item]:
-        return DataLoader(dataset, **order, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.num_workers > 0,
-        }
+        return DataLoader(
+            dataset,
+            **order,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -25,14 +25,15 @@ class TrainingSampler(DistributedSampler[SampleKey]):
 
     _begun_epoch, _num_taken = -1, 0
 
-    def skip(self, epoch: int, num_samples: int) -> None:
-        """Begin one epoch behind its first samples, which were trained on before a run was resumed.
+    def begin_at(self, epoch: int, num_taken: int) -> None:
+        """Begin in an epoch, behind those of this rank's samples that a resumed run was trained on before.
 
         Args:
-            epoch: Which one; the others are whole.
-            num_samples: How many of the samples of this rank.
+            epoch: Which one; those after it are whole.
+            num_taken: How many samples to leave out.
         """
-        self._begun_epoch, self._num_taken = epoch, num_samples
+        self.set_epoch(epoch)
+        self._begun_epoch, self._num_taken = epoch, num_taken
 
     def __iter__(self) -> Iterator[SampleKey]:
         num_taken = self._num_taken if self.epoch == self._begun_epoch else 0
