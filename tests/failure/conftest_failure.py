@@ -1,6 +1,11 @@
 """Runs of a tiny model that are interrupted and go on."""
 
+import multiprocessing
+import os
+import socket
+import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -26,7 +31,7 @@ def float_weights(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory
     return run / "checkpoints/last.ckpt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit_options(simulated_root: Path, float_weights: Path) -> Options:
     """Options of a QAT fit of two epochs of six steps, into a folder."""
 
@@ -72,3 +77,61 @@ def assert_equal(one: State, two: State) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
+
+
+def start(args: list[str], log: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """The command line in a process of its own, forked: everything is imported there already."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(args, log, environment or {}))
+    process.start()
+    return process
+
+
+def _run(args: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    main(args)
+
+
+def wait_for(event: Callable[[], bool], process: BaseProcess, timeout_s: float = 120) -> None:
+    """Wait until something is so while a process runs."""
+    end_s = time.monotonic() + timeout_s
+    while not event():
+        assert process.is_alive(), f"ended with {process.exitcode}"
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def wait_for_end(*processes: BaseProcess, timeout_s: float = 120) -> list[int | None]:
+    """Exit codes; what does not end in time is killed, and its code is None."""
+    end_s = time.monotonic() + timeout_s
+    codes = []
+    for process in processes:
+        process.join(max(0.0, end_s - time.monotonic()))
+        codes.append(process.exitcode)
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def step_of(run: Path) -> int:
+    """The step that the newest resume point stands before, -1 without any."""
+    file = run / "checkpoints/resume.ckpt"
+    try:
+        step: int = torch.load(file, weights_only=True)["global_step"]
+    except FileNotFoundError:
+        return -1
+    return step
+
+
+def ranks(variables: dict[str, str], num_ranks: int = 2) -> list[dict[str, str]]:
+    """Environments of ranks; `{rank}` in a value stands for the number of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
+    return [
+        {name: value.format(rank=rank, num_ranks=num_ranks) for name, value in shared.items()}
+        for rank in range(num_ranks)
+    ]
