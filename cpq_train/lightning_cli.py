@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from cpq_train.callbacks.baselines import Baselines
+from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
@@ -49,7 +50,7 @@ class QuantCLI(LightningCLI):
         """The callbacks every run has, and what the data shares with the network."""
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(ResumePoint, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults(
