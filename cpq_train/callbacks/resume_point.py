@@ -184,7 +184,7 @@ def _is_watched(trainer: Trainer) -> bool:
 
     Lightning's own launcher kills all ranks where one that it started ends with another code than 0.
     """
-    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
     return trainer.local_rank == 0 or environment is None or environment.creates_processes_externally
 
 
