@@ -21,7 +21,6 @@ RESUME_KEY = "resume"
 """The entry of a checkpoint that says where in its run it was written."""
 
 
-
 def checkpoint_folder(trainer: Trainer) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(trainer.default_root_dir) / "checkpoints"

@@ -43,7 +43,7 @@ class _NotingSignals(_SignalConnector):
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer whose fit survives what a cluster does, and the verbs `calibrate` and `sensitivity`.
+    """Lightning's Trainer whose fit outlives a cluster's faults, and the verbs `calibrate` and `sensitivity`.
 
     Attributes:
         continues_run: Whether the present fit goes on from the newest checkpoint of its own folder.
@@ -111,7 +111,7 @@ class QuantTrainer(Trainer):
             ckpt_path = self.strategy.broadcast(self._newest_checkpoint() if self.is_global_zero else None)
         elif self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
             rank_zero_warn(
-                f"{str(checkpoint_folder(self))!r} holds an earlier run, whose files are replaced one by one; "
+                f"{str(checkpoint_folder(self))!r} holds an earlier run, whose files are now replaced; "
                 "--ckpt_path last would go on with it"
             )
         super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)

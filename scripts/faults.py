@@ -78,7 +78,8 @@ def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Ran
         say(f"start {number} ended with code {process.returncode} before it was killed, see {log}")
         return False
     how = "while writing" if in_writing else "at random"
-    say(f"start {number:2d}: {came_from(log)}; killed {how} after {time.monotonic() - started_s:5.1f} s, {left(checkpoints)}")
+    took_s = time.monotonic() - started_s
+    say(f"start {number:2d}: {came_from(log)}; killed {how} after {took_s:5.1f} s, {left(checkpoints)}")
     return True
 
 
@@ -145,7 +146,9 @@ def left(checkpoints: Path) -> str:
     """What a kill left behind."""
     found = []
     for file in sorted(checkpoints.iterdir()):
-        step = f" step {read(file)['global_step']}" if file.suffix == ".ckpt" and "resume" in file.name else ""
+        step = (
+            f" step {read(file)['global_step']}" if file.suffix == ".ckpt" and "resume" in file.name else ""
+        )
         found.append(f"{file.name}{step}")
     return f"left {', '.join(found)}"
 

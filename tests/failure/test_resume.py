@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest_failure import Killed, Options, assert_equal, weights
+
 from cpq_train.cli import main
 
 POLICIES = {
