@@ -13,12 +13,19 @@ State = dict[str, Any]
 
 def random_state() -> State:
     """States of the generators of torch (the CPU's and the current GPU's), NumPy and Python."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    words_of_numpy = numpy_state["state"]
     version, words, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            torch.from_numpy(words_of_numpy["key"].astype(np.int64)),
+            int(words_of_numpy["pos"]),
+            int(numpy_state["has_gauss"]),
+            float(numpy_state["gauss"]),
+        ],
         "python": [version, torch.tensor(words), next_gauss],
     }
 

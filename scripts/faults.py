@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -153,8 +154,8 @@ def left(checkpoints: Path) -> str:
     return f"left {', '.join(found)}"
 
 
-def read(file: Path) -> dict[str, object]:
-    checkpoint: dict[str, object] = torch.load(file, map_location="cpu", weights_only=True)
+def read(file: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return checkpoint
 
 

@@ -139,7 +139,8 @@ class ResumePoint(Callback):
             loop._batches_that_stepped = self._num_logged_steps  # Lightning may count the resume as a step
         elif loaded["moment"] == "before_validation":
             total = loop.val_loop.batch_progress.total
-            total.ready = total.started = total.processed
+            num_processed = total.state_dict()["processed"]
+            total.load_state_dict({"ready": num_processed, "started": num_processed})
         if trainer.global_rank < len(loaded["random_states"]):
             set_random_state(loaded["random_states"][trainer.global_rank])
 

@@ -145,11 +145,11 @@ class NuScenesDataModule(LightningDataModule):
         """How far training has come in its epoch; Lightning keeps it in checkpoints."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return {}
-        epochs = self.trainer.fit_loop.epoch_progress.current
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        epochs = self.trainer.fit_loop.epoch_progress.current.state_dict()
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()
         position = EpochPosition(
-            epoch=epochs.processed,
-            num_batches=batches.processed if epochs.started > epochs.processed else 0,
+            epoch=epochs["processed"],
+            num_batches=batches["processed"] if epochs["started"] > epochs["processed"] else 0,
             samples_per_batch=self.batch_size * self.trainer.world_size,
             num_samples=len(self.index.sample_rows(self.train_split)),
             seed=self.seed,
