@@ -99,9 +99,16 @@ def test_two_ranks_are_requeued(
     assert codes[0] == 0
     assert (tmp_path / "scontrol.log").read_text().splitlines() == ["requeue 4242"]
     assert step_of(tmp_path / "requeued") < 6
+    started_s = run_started_s(tmp_path / "requeued/checkpoints/resume.ckpt")
     assert wait_for_end(*job("requeued")) == [0, 0]
-    assert "going on from" in (tmp_path / "requeued.log").read_text()
+    assert run_started_s(tmp_path / "requeued/checkpoints/last.ckpt") == started_s
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "requeued"))
+
+
+def run_started_s(file: Path) -> float:
+    """When the run began that a checkpoint belongs to."""
+    started_s: float = torch.load(file, weights_only=True)["resume"]["run_started_s"]
+    return started_s
 
 
 def test_a_full_disk(fit_options: Options, tmp_path: Path) -> None:
