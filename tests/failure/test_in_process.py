@@ -13,6 +13,7 @@ from torch import nn
 
 from cpq_train.cli import main
 from cpq_train.data.position import EpochPosition
+from cpq_train.data.samplers import TrainingSampler
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.files import PARTIAL, remove_partial, write_whole
@@ -88,6 +89,26 @@ def test_another_division_of_an_epoch_is_refused() -> None:
         position.check_order(samples_per_batch=8, num_samples=100, seed=0)
     ended = EpochPosition(epoch=2, num_batches=25, samples_per_batch=4, num_samples=100, seed=0)
     ended.check_order(samples_per_batch=8, num_samples=100, seed=0)
+
+
+def test_other_ranks_go_on_with_the_same_batches() -> None:
+    """One rank with batches of four, and two of two after it, see every sample once, in the same groups."""
+    dataset = list(range(24))
+
+    def batches(num_ranks: int, batch_size: int, num_batches: int) -> list[set[tuple[int, int]]]:
+        shares = []
+        for rank in range(num_ranks):
+            sampler = TrainingSampler(dataset, num_replicas=num_ranks, rank=rank, seed=7)  # type: ignore[arg-type]
+            sampler.begin_at(3, num_batches * batch_size)
+            shares.append(list(sampler))
+        starts = range(0, len(shares[0]), batch_size)
+        return [{key for share in shares for key in share[s : s + batch_size]} for s in starts]
+
+    whole = batches(1, 4, 0)
+    assert len(set.union(*whole)) == 24
+    assert batches(2, 2, 0) == whole
+    assert batches(2, 2, 2) == whole[2:]
+    assert batches(1, 4, 2) == whole[2:]
 
 
 def test_the_first_layer_that_is_not_finite() -> None:

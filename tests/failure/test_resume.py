@@ -9,12 +9,12 @@ from conftest_failure import Killed, Options, assert_equal, weights
 from cpq_train.cli import main
 
 POLICIES = {
-    "frozen": (),
-    "moving": ("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "2"),
-    "learned": ("--model.ranges.amax", "learned", "--model.ranges.lr", "0.01"),
-    "accumulated": ("--trainer.accumulate_grad_batches", "2", "--model.ranges.amax", "moving"),
-    "workers": ("--data.num_workers", "2"),
-    "validated_in_between": ("--trainer.val_check_interval", "2"),
+    "moving": (
+        *("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "2"),
+        *("--trainer.val_check_interval", "2"),
+    ),
+    "moving_accumulated": ("--model.ranges.amax", "moving", "--trainer.accumulate_grad_batches", "2"),
+    "learned_with_workers": ("--model.ranges.amax", "learned", "--data.num_workers", "2"),
 }
 
 
