@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 
@@ -68,6 +70,12 @@ def _note(number: int, _: FrameType | None) -> None:
 def received() -> Request:
     """What this process was asked for since `noting_signals` began."""
     return _received
+
+
+def is_started_by_rank_0(trainer: Trainer) -> bool:
+    """Whether Lightning's own launcher started this process, as a child of rank 0 of its node."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank != 0
 
 
 def requeue() -> bool:

@@ -15,7 +15,7 @@ from torch import distributed
 from typing_extensions import override
 
 from cpq_train.errors import UserError
-from cpq_train.preemption import Preempted, Request, received
+from cpq_train.preemption import Preempted, Request, is_started_by_rank_0, received
 from cpq_train.random_state import random_state, set_random_state
 from cpq_train.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
 
@@ -173,20 +173,12 @@ class ResumePoint(Callback):
 
     def _stop(self, trainer: Trainer, request: Request) -> None:
         if request:
-            raise Preempted(request, _is_watched(trainer))
+            # Lightning's launcher kills all ranks where one of its own ends with another code than 0.
+            raise Preempted(request, is_watched=not is_started_by_rank_0(trainer))
 
 
 def _is_in_training(trainer: Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
-
-
-def _is_watched(trainer: Trainer) -> bool:
-    """Whether somebody outside waits for this process.
-
-    Lightning's own launcher kills all ranks where one that it started ends with another code than 0.
-    """
-    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
-    return trainer.local_rank == 0 or environment is None or environment.creates_processes_externally
 
 
 def _of_every_rank(state: Any) -> list[Any]:

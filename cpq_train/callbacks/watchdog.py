@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 from cpq_train.errors import UserError
+from cpq_train.preemption import is_started_by_rank_0
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -38,7 +38,7 @@ class Watchdog(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and _is_lightnings_child(trainer):
+        if stage == "fit" and sys.platform == "linux" and is_started_by_rank_0(trainer):
             # Rank 0, which started this process, ends without a chance to end it too.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -87,13 +87,3 @@ class Watchdog(Callback):
         if self._is_armed:
             faulthandler.cancel_dump_traceback_later()
         self._is_armed = False
-
-
-def _is_lightnings_child(trainer: Trainer) -> bool:
-    launcher = trainer.strategy.launcher
-    return (
-        sys.platform == "linux"
-        and isinstance(launcher, _SubprocessScriptLauncher)
-        and not launcher.cluster_environment.creates_processes_externally
-        and trainer.local_rank != 0
-    )
