@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 

@@ -162,6 +162,8 @@ class ResumePoint(Callback):
         return largest
 
     def _save(self, trainer: Trainer, moment: Moment) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = checkpoint_folder(trainer)
         newest = folder / RESUME_FILE
         if trainer.is_global_zero and newest.exists():
