@@ -51,6 +51,8 @@ TWO_RANKS = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--traine
 def undisturbed(fit_options: Options, tmp_path_factory: pytest.TempPathFactory) -> State:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     main(fit_options(run))
+    last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 12  # the last validation's, though its score was no better
     return weights(run)
 
 
