@@ -62,9 +62,10 @@ def main() -> int:
 def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Random) -> bool:
     """Start the run and kill it; False where it ended before it could be killed."""
     log = args.output / f"killed{number:02d}.log"
+    checkpoints = args.output / "killed" / "checkpoints"
+    steps = steps_in(checkpoints)
     started_s = time.monotonic()
     process = start(command(root, args.output, "killed", args.num_epochs), log)
-    checkpoints = args.output / "killed" / "checkpoints"
     earlier = stamp(checkpoints)
     while stamp(checkpoints) == earlier and process.poll() is None:
         time.sleep(0.05)
@@ -80,15 +81,19 @@ def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Ran
         return False
     how = "while writing" if in_writing else "at random"
     took_s = time.monotonic() - started_s
-    say(f"start {number:2d}: {came_from(log)}; killed {how} after {took_s:5.1f} s, {left(checkpoints)}")
+    say(
+        f"start {number:2d}: {came_from(log, steps)}; "
+        f"killed {how} after {took_s:5.1f} s, left {told(steps_in(checkpoints))}"
+    )
     return True
 
 
 def finish_and_compare(args: argparse.Namespace, root: Path) -> int:
     log = args.output / "last.log"
+    steps = steps_in(args.output / "killed" / "checkpoints")
     process = start(command(root, args.output, "killed", args.num_epochs), log)
     code = process.wait()
-    say(f"last start: {came_from(log)}; ended with code {code}")
+    say(f"last start: {came_from(log, steps)}; ended with code {code}")
     one, two = (read(args.output / run / "checkpoints/last.ckpt") for run in ("whole", "killed"))
     tensors, others = one["state_dict"], two["state_dict"]
     differing = [name for name, value in tensors.items() if not torch.equal(value, others[name])]
@@ -138,20 +143,23 @@ def stamp(checkpoints: Path) -> int:
         return 0
 
 
-def came_from(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if "--ckpt_path last:" in line]
-    return lines[-1].split("last: ")[1].replace(str(log.parent) + "/", "") if lines else "no start seen"
+def came_from(log: Path, steps: dict[str, int | None]) -> str:
+    """What a start said of the checkpoint that it went on from, and that one's step."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if "--ckpt_path last:" in line]
+    names = [name for name in steps if said and f"/{name}'" in said[-1]]
+    return f"resumed at {told({name: steps[name] for name in names})}" if names else "started afresh"
 
 
-def left(checkpoints: Path) -> str:
-    """What a kill left behind."""
-    found = []
-    for file in sorted(checkpoints.iterdir()):
-        step = (
-            f" step {read(file)['global_step']}" if file.suffix == ".ckpt" and "resume" in file.name else ""
-        )
-        found.append(f"{file.name}{step}")
-    return f"left {', '.join(found)}"
+def steps_in(checkpoints: Path) -> dict[str, int | None]:
+    """Files of the folder and the step of each checkpoint; None for what is no checkpoint."""
+    names = sorted(file.name for file in checkpoints.glob("*"))
+    return {
+        name: read(checkpoints / name)["global_step"] if name.endswith(".ckpt") else None for name in names
+    }
+
+
+def told(steps: dict[str, int | None]) -> str:
+    return ", ".join(name if step is None else f"{name} (step {step})" for name, step in steps.items())
 
 
 def read(file: Path) -> dict[str, Any]:
