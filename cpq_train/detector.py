@@ -38,6 +38,7 @@ from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
 from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
+from cpq_train.nonfinite import nonfinite_loss
 from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
@@ -199,6 +200,9 @@ class CenterPointDetector(LightningModule):
         if distilled:
             losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
         self._log_losses(losses, batch["batch_size"])
+        if not torch.isfinite(losses["loss"]):  # waits for the device, once per step
+            where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
+            raise nonfinite_loss(self.network, lambda: self(batch), losses, batch, where)
         return losses["loss"]
 
     def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
@@ -288,9 +292,10 @@ class CenterPointDetector(LightningModule):
             self._observed_step = self.global_step
             start_observing(self.network)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Behind a step, move the ranges towards what the quantizers saw in it, once."""
-        if self._observed_step is not None and self.global_step > self._observed_step:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and move the ranges towards what the quantizers saw: once, before any callback saves them."""
+        super().optimizer_step(*args, **kwargs)
+        if self._observed_step is not None:
             self._move_ranges()
 
     def _move_ranges(self) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from cpq_train.callbacks.baselines import Baselines
+from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.callbacks.resume_point import ResumePoint
+from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint
@@ -48,7 +51,9 @@ class QuantCLI(LightningCLI):
         """The callbacks every run has, and what the data shares with the network."""
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
+        parser.add_lightning_class_args(ResumePoint, "resume")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -57,11 +62,17 @@ class QuantCLI(LightningCLI):
                 "checkpoint.monitor": "val/NDS",
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,  # a resumed run writes its files again
             }
         )
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_dir)
         for name in ("voxel_size", "point_cloud_range"):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
+
+    def _parse_ckpt_path(self) -> None:
+        """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
+        if self.config[self.config.subcommand].get("ckpt_path") != "last":
+            super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""

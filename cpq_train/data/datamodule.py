@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.errors import UserError
 
@@ -114,6 +116,7 @@ class NuScenesDataModule(LightningDataModule):
         )
         self.gt_sampling, self.class_balanced = gt_sampling, class_balanced
         self._index: NuScenesIndex | None = None
+        self._resumed: EpochPosition | None = None
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
@@ -146,15 +149,23 @@ class NuScenesDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Augmented training samples, in an order and with draws of their own in every epoch."""
-        rows = self.index.sample_rows(self.train_split)
-        if self.class_balanced:
-            rows = class_balanced_rows(self.index, rows, self.seed)
+        rows = self._train_rows
         dataset = DetectionDataset(self.index, rows, self._training_config, self._gt_sampler())
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
-        if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
+        if self._resumed is not None:  # its epoch too: workers load before Lightning tells the sampler
+            self._resumed.check_order(self.batch_size * world_size, len(rows), self.seed)
+            sampler.begin_at(self._resumed.epoch, self._resumed.num_batches * self.batch_size)
+            self._resumed = None
+        elif self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+
+    @cached_property
+    def _train_rows(self) -> Rows:
+        """Index rows of an epoch's training samples; with class balance a row may occur several times."""
+        rows = self.index.sample_rows(self.train_split)
+        return class_balanced_rows(self.index, rows, self.seed) if self.class_balanced else rows
 
     def _gt_sampler(self) -> GtSampler | None:
         """What fills training scenes up.
@@ -169,6 +180,25 @@ class NuScenesDataModule(LightningDataModule):
         database = open_gt_database(self.index, self.train_split, num_sweeps, self.cache_dir)
         max_epochs = None if self.trainer is None else self.trainer.max_epochs
         return GtSampler(database, self.gt_sampling, None if max_epochs == -1 else max_epochs)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come in its epoch; Lightning keeps it in checkpoints."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return {}
+        epochs = self.trainer.fit_loop.epoch_progress.current.state_dict()
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()
+        position = EpochPosition(
+            epoch=epochs["processed"],
+            num_batches=batches["processed"] if epochs["started"] > epochs["processed"] else 0,
+            samples_per_batch=self.batch_size * self.trainer.world_size,
+            num_samples=len(self._train_rows),
+            seed=self.seed,
+        )
+        return dataclasses.asdict(position)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where `state_dict` was asked for; what was trained on is not loaded again."""
+        self._resumed = EpochPosition(**state_dict)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""

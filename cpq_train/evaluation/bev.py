@@ -14,6 +14,7 @@ from cpq_train.data.index import NuScenesIndex
 from cpq_train.errors import UserError
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.predictions import LidarDetections
+from cpq_train.files import replacing
 
 BEV_FILE = "bev_sample.npz"
 MAX_POINTS = 60_000
@@ -77,7 +78,8 @@ def write_bev_sample(path: Path, sample: BevSample) -> None:
     """Write a sample for drawing; points to about a centimetre."""
     columns = {name: getattr(sample, name) for name in BevSample.__dataclass_fields__}
     columns = {name: _compact(column) for name, column in columns.items()}
-    np.savez_compressed(path, **columns | {"points": np.asarray(sample.points, np.float16)})
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **columns | {"points": np.asarray(sample.points, np.float16)})
 
 
 def _compact(column: Any) -> NDArray[Any]:

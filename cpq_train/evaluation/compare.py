@@ -8,7 +8,6 @@ varies with the scenes alone cancels. This module imports neither torch nor Ligh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from cpq_train.evaluation.metrics_file import ARMS, Document, read_metrics
 from cpq_train.evaluation.plots import draw_bev
 from cpq_train.evaluation.report import print_report, write_markdown
 from cpq_train.evaluation.run_files import MATCHES_FILE, METRICS_FILE
+from cpq_train.files import write_whole
 
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")
@@ -84,9 +84,7 @@ def compare(run_dirs: list[Path], output: Path) -> Document:
         "runs": [_describe(run, runs) for run in runs],
         "pictures": _pictures(runs, output),
     }
-    partial = output / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, output / "report.json")
+    write_whole(output / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     write_markdown(output / "report.md", report)
     print_report(report)
     return report

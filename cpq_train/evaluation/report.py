@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table as RichTable
 from cpq_train.console import table_console
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
+from cpq_train.files import write_whole
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 _NONE = "n/a"
@@ -56,9 +56,7 @@ def write_markdown(path: Path, report: Document) -> None:
         *(_markdown(table) for table in (_per_class(report), *_errors_per_class(report), _per_range(report))),
         _markdown(_checkpoints(report)),
     ]
-    partial = path.with_suffix(".md.partial")
-    partial.write_text("\n\n".join(parts) + "\n")
-    os.replace(partial, path)
+    write_whole(path, "\n\n".join(parts) + "\n")
 
 
 def _markdown(table: Table) -> str:
