@@ -25,6 +25,7 @@ _LIDAR = "LIDAR_TOP"
 _FRAME_KEYS = (
     "token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame", "filename", "prev"
 )  # fmt: skip
+_ANNOTATIONS_AT_ONCE = 1 << 16
 _MAX_VELOCITY_SPAN_S = 1.5
 """Neighbours further apart give no velocity (nuscenes-devkit, `box_velocity`); twice that if central."""
 
@@ -240,8 +241,13 @@ class _Annotations:
             "annotation_sizes_wlh": np.ascontiguousarray(sizes),
             "annotation_rotations": np.ascontiguousarray(rotations),
             "annotation_velocities": np.ascontiguousarray(velocities[:, :2]),
-            "annotation_boxes": global_to_lidar(
-                translations, sizes, rotations, velocities, lidar_to_global[samples]
+            "annotation_boxes": np.concatenate(
+                [
+                    global_to_lidar(
+                        translations[a], sizes[a], rotations[a], velocities[a], lidar_to_global[samples[a]]
+                    )
+                    for a in np.array_split(np.arange(len(samples)), 1 + len(samples) // _ANNOTATIONS_AT_ONCE)
+                ]
             ),
         }
 
