@@ -23,7 +23,8 @@ Columns = dict[str, NDArray[Any]]
 
 _LIDAR = "LIDAR_TOP"
 _FRAME_KEYS = (
-    "token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame", "filename", "prev"
+    "token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame",
+    "filename", "prev",
 )  # fmt: skip
 _ANNOTATIONS_AT_ONCE = 1 << 16
 _MAX_VELOCITY_SPAN_S = 1.5
@@ -104,9 +105,7 @@ def _ego_poses(reader: TableReader, frames: list[Record]) -> Float64:
     return poses
 
 
-def _frame_columns(
-    frames: list[Record], calibrations: Mapping[str, Record], ego_poses: Float64
-) -> Columns:
+def _frame_columns(frames: list[Record], calibrations: Mapping[str, Record], ego_poses: Float64) -> Columns:
     rows = {record["token"]: row for row, record in enumerate(frames)} | {"": -1}
     lidars = [calibrations[r["calibrated_sensor_token"]] for r in frames]
     return {

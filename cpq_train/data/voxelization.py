@@ -106,7 +106,7 @@ class Voxelizer:
         return rows, gather(numbers, rows)
 
     def _sums(self, points: NDArray[np.float32], rows: Ints, starts: Ints, counts: Ints) -> Tensor:
-        """Sums (V, 5) of the points in `rows[starts[v] :][: counts[v]]`, as torch sums slots (V, T, 5) over T."""
+        """Sums (V, 5) of the points in `rows[starts[v] :][: counts[v]]`, as torch sums (V, T, 5) over T."""
         table = torch.from_numpy(points).contiguous()
         sums = functional.embedding_bag(torch.from_numpy(rows), table, torch.from_numpy(starts), mode="sum")
         crowded = np.flatnonzero(counts > _NUM_SUMMED_IN_ORDER)

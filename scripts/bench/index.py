@@ -80,9 +80,7 @@ def main(folder: Path | None = None, fraction: float = 1.0, num_processes: int =
         write_tables(root / VERSION, round(fraction * NUM_SCENES))
         build, peak, start = _in_process(_build, root)
         open_wall, index_bytes = _in_process(_open, root)
-        growths = {
-            method: _growths(root, method, num_processes) for method in ("fork", "spawn")
-        }
+        growths = {method: _growths(root, method, num_processes) for method in ("fork", "spawn")}
         cost = Cost(
             tables=sum(path.stat().st_size for path in (root / VERSION).iterdir()) / MIB,
             build=build,
@@ -126,7 +124,8 @@ def _growths(root: Path, method: str, number: int) -> list[tuple[float, float]]:
     barrier = context.Barrier(number)
     pipes = [context.Pipe() for _ in range(number)]
     processes = [
-        context.Process(target=_read_all, args=(index, barrier, sender)) for _, sender in pipes  # type: ignore[attr-defined]
+        context.Process(target=_read_all, args=(index, barrier, sender))
+        for _, sender in pipes  # type: ignore[attr-defined]
     ]
     for process in processes:
         process.start()

@@ -41,7 +41,9 @@ def _attributes(value: Any) -> Any:
     return [_attributes(each) for each in value] if isinstance(value, list) else value
 
 
-def openpcdet_dataset(checkout: Path, index: NuScenesIndex, rows: list[int], sample: SampleConfig, folder: Path) -> Any:
+def openpcdet_dataset(
+    checkout: Path, index: NuScenesIndex, rows: list[int], sample: SampleConfig, folder: Path
+) -> Any:
     """OpenPCDet's `NuScenesDataset` in training mode over some samples, in its 0.1 m or 0.075 m recipe.
 
     Args:
@@ -52,7 +54,13 @@ def openpcdet_dataset(checkout: Path, index: NuScenesIndex, rows: list[int], sam
         folder: where the info file is written.
     """
     sys.path.insert(0, str(checkout))
-    for package in ("pcdet", "pcdet.datasets", "pcdet.datasets.augmentor", "pcdet.ops", "pcdet.ops.roiaware_pool3d"):
+    for package in (
+        "pcdet",
+        "pcdet.datasets",
+        "pcdet.datasets.augmentor",
+        "pcdet.ops",
+        "pcdet.ops.roiaware_pool3d",
+    ):
         _stub(package).__path__ = [str(checkout / package.replace(".", "/"))]
     for missing in ("SharedArray", "torchvision", "pcdet.ops.roiaware_pool3d.roiaware_pool3d_cuda",
                     "pcdet.datasets.augmentor.database_sampler"):  # fmt: skip
@@ -112,7 +120,9 @@ def devkit_loader(index: NuScenesIndex, num_sweeps: int) -> Callable[[int], NDAr
 
     def load(row: int) -> NDArray[np.float32]:
         record = nusc.get("sample", index.sample_token(row))
-        cloud, times = LidarPointCloud.from_file_multisweep(nusc, record, "LIDAR_TOP", "LIDAR_TOP", num_sweeps)
+        cloud, times = LidarPointCloud.from_file_multisweep(
+            nusc, record, "LIDAR_TOP", "LIDAR_TOP", num_sweeps
+        )
         points: NDArray[np.float32] = np.concatenate([cloud.points, times]).T
         return points
 
@@ -120,7 +130,7 @@ def devkit_loader(index: NuScenesIndex, num_sweeps: int) -> Callable[[int], NDAr
 
 
 def spconv_voxelizer(sample: SampleConfig) -> Callable[[NDArray[np.float32]], tuple[Tensor, Tensor, Tensor]]:
-    """spconv's `PointToVoxel` and the mean of each voxel's slots."""
+    """The `PointToVoxel` of spconv and the mean of each voxel's slots."""
     from spconv.pytorch.utils import PointToVoxel
 
     voxelize = PointToVoxel(

@@ -57,7 +57,9 @@ def test_boundary_points_equal_golden(golden: dict[str, np.ndarray]) -> None:
     features, cells, num_points = Voxelizer(SIZE, RANGE, 2, 100)(points)
     np.testing.assert_array_equal(cells.numpy(), golden["edge_coords_zyx"])
     np.testing.assert_array_equal(num_points.numpy(), golden["edge_num_points"])
-    np.testing.assert_array_equal(features.numpy(), means_of(golden["edge_voxels"], golden["edge_num_points"]))
+    np.testing.assert_array_equal(
+        features.numpy(), means_of(golden["edge_voxels"], golden["edge_num_points"])
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
