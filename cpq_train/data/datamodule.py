@@ -223,6 +223,6 @@ class NuScenesDataModule(LightningDataModule):
 
 def _compute_in_one_thread(_: int) -> None:
     """Keeps numpy's BLAS in a worker to one thread, as torch does with its own: workers share the cores."""
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no annotations
 
     threadpool_limits(1)

@@ -61,7 +61,8 @@ def load_sweeps(index: NuScenesIndex, row: int, num_sweeps: int = MAX_NUM_SWEEPS
         for frame, matrix in zip(past, matrices, strict=True)
     }
     columns = [load_cloud(index, key_frame, row).T, *(moved[frame] for frame in frames)]
-    return np.concatenate(columns, axis=1).T
+    points: NDArray[np.float32] = np.concatenate(columns, axis=1).T
+    return points
 
 
 def previous_frames(index: NuScenesIndex, row: int, num_sweeps: int) -> list[int]:

@@ -28,7 +28,7 @@ _NUM_SUMMED_IN_ORDER = 4
 """torch adds up to four numbers one after the other; of more it adds every fourth first."""
 
 Ints = NDArray[np.int64]
-Array = TypeVar("Array", bound=NDArray[Any])
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Voxelizer:
@@ -139,9 +139,10 @@ def _runs(ordered: NDArray[np.int32]) -> tuple[Ints, Ints]:
     return starts, np.diff(starts, append=len(ordered))
 
 
-def gather(values: Array, rows: Ints) -> Array:
+def gather(values: NDArray[Scalar], rows: Ints) -> NDArray[Scalar]:
     """Some values: torch gathers several times as fast as numpy."""
-    return torch.from_numpy(values).index_select(0, torch.from_numpy(rows)).numpy()
+    gathered: NDArray[Scalar] = torch.from_numpy(values).index_select(0, torch.from_numpy(rows)).numpy()
+    return gathered
 
 
 def grid_cells(voxel_size: Sequence[float], point_cloud_range: Sequence[float]) -> tuple[int, int, int]:

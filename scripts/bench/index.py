@@ -119,14 +119,11 @@ def _in_process(function: Callable[[Path], Any], root: Path) -> Any:
 
 def _growths(root: Path, method: str, number: int) -> list[tuple[float, float]]:
     """Growth of private memory and of PSS, MiB, of processes that hold the whole index at once."""
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     index = open_index(root, VERSION)
     barrier = context.Barrier(number)
     pipes = [context.Pipe() for _ in range(number)]
-    processes = [
-        context.Process(target=_read_all, args=(index, barrier, sender))
-        for _, sender in pipes  # type: ignore[attr-defined]
-    ]
+    processes = [context.Process(target=_read_all, args=(index, barrier, sender)) for _, sender in pipes]
     for process in processes:
         process.start()
     growths = [receiver.recv() for receiver, _ in pipes]
