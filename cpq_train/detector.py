@@ -369,8 +369,10 @@ class CenterPointDetector(LightningModule):
             Console().print(coverage_table(self.subject.prepared))
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with its tensors on the device of the network."""
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        """The batch with its tensors on the network's device; pinned ones travel while the step starts."""
+        return {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
 
     def _is_global_zero(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero

@@ -20,7 +20,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, Item, collate
 from cpq_train.data.simulator import simulate
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
@@ -186,9 +186,9 @@ def _samples(
 def _batch_of(path: Path, config: NetworkConfig) -> Batch:
     """A cloud file as a batch of one sample."""
     voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
-    voxels, cells, num_points = voxelize(read_cloud(path))
+    features, cells, _ = voxelize(read_cloud(path))
     item: Item = {
-        "voxel_features": mean_voxel_features(voxels, num_points),
+        "voxel_features": features,
         "voxel_coords": cells,
         "gt_boxes": torch.zeros(0, 10),
         "sample_row": 0,

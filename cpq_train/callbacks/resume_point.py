@@ -15,6 +15,7 @@ from torch import distributed
 from typing_extensions import override
 
 from cpq_train.errors import UserError
+from cpq_train.loggers import WandbRunLogger
 from cpq_train.preemption import Preempted, Request, is_started_by_rank_0, received
 from cpq_train.random_state import random_state, set_random_state
 from cpq_train.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
@@ -175,6 +176,9 @@ class ResumePoint(Callback):
 
     def _stop(self, trainer: Trainer, request: Request) -> None:
         if request:
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbRunLogger):
+                    logger.mark_preempting()
             # Lightning's launcher kills all ranks where one of its own ends with another code than 0.
             raise Preempted(request, is_watched=not is_started_by_rank_0(trainer))
 

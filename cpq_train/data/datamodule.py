@@ -282,4 +282,12 @@ class NuScenesDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_compute_in_one_thread,
         )
+
+
+def _compute_in_one_thread(_: int) -> None:
+    """Keeps numpy's BLAS in a worker to one thread, as torch does with its own: workers share the cores."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no annotations
+
+    threadpool_limits(1)

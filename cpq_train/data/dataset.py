@@ -22,7 +22,7 @@ from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
-from cpq_train.data.voxelization import Voxelizer, grid_cells, mean_voxel_features, take
+from cpq_train.data.voxelization import Voxelizer, grid_cells
 from cpq_train.errors import UserError
 
 MIN_LIDAR_POINTS = 1
@@ -114,7 +114,12 @@ class DetectionDataset(Dataset[Item]):
         self.rows = rows
         self.config = config
         self.gt_sampler = gt_sampler
-        self._voxelizer: Voxelizer | None = None
+        self._voxelizer = Voxelizer(
+            config.voxel_size,
+            config.point_cloud_range,
+            config.max_points_per_voxel,
+            config.max_num_voxels,
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,25 +161,14 @@ class DetectionDataset(Dataset[Item]):
         return points, boxes
 
     def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
-        voxels, cells, num_points = self._voxelize(take(points, rng.permutation(len(points))).numpy())
+        features, cells, _ = self._voxelizer(points, rng.permutation(len(points)))
         return {
-            "voxel_features": mean_voxel_features(voxels, num_points),
+            "voxel_features": features,
             "voxel_coords": cells,
             "gt_boxes": torch.from_numpy(boxes.astype(np.float32)),
             "sample_row": row,
             "token": self.index.sample_token(row),
         }
-
-    def _voxelize(self, points: NDArray[np.float32]) -> tuple[Tensor, Tensor, Tensor]:
-        if self._voxelizer is None:  # in the worker, not before it forks
-            config = self.config
-            self._voxelizer = Voxelizer(
-                config.voxel_size,
-                config.point_cloud_range,
-                config.max_points_per_voxel,
-                config.max_num_voxels,
-            )
-        return self._voxelizer(points)
 
 
 def target_boxes(index: NuScenesIndex, row: int) -> Float64:

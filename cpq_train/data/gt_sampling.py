@@ -127,8 +127,10 @@ class GtSampler:
         is_covered = np.zeros(len(points), dtype=np.bool_)
         for inside in points_in_boxes(points, pasted):
             is_covered[inside] = True
-        clouds = [self._database.points_of(row) for row in rows.tolist()]
-        return np.concatenate([*clouds, points[~is_covered]]), np.concatenate([boxes, pasted])
+        clouds = [self._database.points_of(row).T for row in rows.tolist()]
+        # Columns stay contiguous, as `load_sweeps` has them.
+        joined = np.concatenate([*clouds, points.T[:, ~is_covered]], axis=1).T
+        return joined, np.concatenate([boxes, pasted])
 
     def _choose(self, class_ids: Rows, obstacles: Float64, rng: np.random.Generator) -> Rows:
         """Rows of the database that fit into a scene of objects of these classes."""

@@ -126,11 +126,17 @@ class WandbRunLogger(WandbLogger):
         if self._takes_checkpoints:
             self.experiment.log_artifact(artifacts.checkpoint_artifact(path, scores), aliases=list(aliases))
 
+    @rank_zero_only
+    def mark_preempting(self) -> None:
+        """Have W&B show the run as preempted, not as failed, until it goes on."""
+        if self._experiment is not None:
+            self._experiment.mark_preempting()
+
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run; "finished" is Lightning's word for a job that SLURM will requeue, and it goes on."""
-        if self._experiment is None or status == "finished":
+        """End the run; the same run directory goes on with it."""
+        if self._experiment is None:
             return
         assert self._trainer is not None
         if status == "success" and self._trainer.state.fn == "fit":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cpq_train.data.dataset import Batch, DetectionDataset, SampleConfig, collate
 from cpq_train.data.index import open_index
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer
 from cpq_train.models import NetworkConfig
 
 MAX_POINTS_PER_VOXEL = 10
@@ -41,8 +41,7 @@ def synthetic_batch(config: NetworkConfig, num_sweeps: int, batch_size: int) -> 
     voxelizer = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
     items = []
     for seed in range(batch_size):
-        voxels, cells, num_points = voxelizer(_points(num_sweeps, np.random.default_rng(seed)))
-        features = mean_voxel_features(voxels, num_points)
+        features, cells, _ = voxelizer(_points(num_sweeps, np.random.default_rng(seed)))
         no_boxes = features.new_zeros((0, 10))
         items.append(
             {
