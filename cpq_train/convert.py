@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from cpq_train.arms import Subject, build, from_weights
 from cpq_train.console import table_console
 from cpq_train.errors import UserError
+from cpq_train.files import replacing
 from cpq_train.interop.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
 from cpq_train.interop.conversion import Converted, to_ours
@@ -59,10 +59,11 @@ def convert(
             missing or contradicts it.
     """
     _check_options(input, output, source, target, mmdet3d_version, sparse_layout)
+    output.parent.mkdir(parents=True, exist_ok=True)
     console = table_console()
     if source is None:
         content = openpcdet_content(read_checkpoint(input), input)
-        with _whole_file(output) as part:
+        with replacing(output) as part:
             # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
             torch.save(content, part, _use_new_zipfile_serialization=False)
         console.print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
@@ -72,7 +73,7 @@ def convert(
     convention = _convention(source, mmdet3d_version, content)
     converted = _converted(input, content, convention, subject.network, sparse_layout)
     subject.parents = {source: sha256_of(input)}
-    with _whole_file(output) as part:
+    with replacing(output) as part:
         torch.save(_checkpoint(subject, converted, convention, source), part)
         num_voxels = _run(from_weights(subject.network.config, part, None, None).network)
     console.print(_report(input, converted))
@@ -80,18 +81,6 @@ def convert(
         f"forward pass of {output} on {num_voxels} random voxels: "
         f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
     )
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write; it takes its name only where nothing failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_options(

@@ -18,6 +18,7 @@ from cpq_train.arms import Subject
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.files import write_whole
 from cpq_train.interop.checkpoint import read_checkpoint
 from cpq_train.loggers import artifacts
 
@@ -154,9 +155,7 @@ def run_id(run_dir: Path, arm: str) -> str:
     file = run_dir / "wandb" / f"{arm}.id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(secrets.token_hex(4))
-        os.replace(partial, file)
+        write_whole(file, secrets.token_hex(4))
     return file.read_text()
 
 
