@@ -1,7 +1,8 @@
 """How many bytes are allocated now, and at most since the last look: the allocator's word, or a count.
 
 CUDA's caching allocator keeps statistics. On the CPU nothing does, so that there every tensor that an
-operation makes is counted until its storage is freed; scratch memory inside an operation is not seen.
+operation makes is counted until its storage is freed; what an operation keeps to itself is not seen (its
+scratch memory, weights packed for oneDNN).
 """
 
 from __future__ import annotations
@@ -107,4 +108,6 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _plain_tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    """Every tensor with a storage in nested containers; oneDNN's packed weights have none."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]

@@ -64,6 +64,7 @@ class MemoryObserver:
         allocator.take_peak()
         self._open = [_Open(OUTSIDE, allocator.allocated(), allocator.allocated())]
         self._network = network
+        self._is_finished = False
 
     def enter(self, part: Part) -> None:
         """See `Observer`."""
@@ -89,9 +90,11 @@ class MemoryObserver:
         return tensor
 
     def finish(self) -> None:
-        """The pass is over, and what it keeps may go."""
-        self._fold_peak()
-        self._kept.clear()
+        """The pass is over, and what it keeps may go; what comes later is not counted."""
+        if not self._is_finished:
+            self._fold_peak()
+            self._kept.clear()
+            self._is_finished = True
 
     def peak_bytes(self) -> int:
         """Most that was allocated up to `finish`, above what was allocated when the observer was made."""
