@@ -69,8 +69,8 @@ class LayerProbe(Callback):
         self._num_seen = dict.fromkeys(self._num_seen, 0)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._drop_rows(trainer)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drop_rows(trainer)  # a resumed run knows its step from here on
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
