@@ -129,9 +129,7 @@ class Bench:
         functions = (*DETECTION_FUNCTIONS, _VOXEL_FEATURES)
         observe = partial(observing, self.network, functions=functions)
         macs = self._macs()
-        latency = measure_latency(
-            self.detect, observe, self.device, macs, settings.num_passes, NUM_WARM_UP
-        )
+        latency = measure_latency(self.detect, observe, self.device, macs, settings.num_passes, NUM_WARM_UP)
         evaluation = self._memory(self.detect)
         self.model.train()
         with kept_buffers(self.network):

@@ -14,9 +14,9 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
-from cpq_train.quantization.calibration import check_ranges
 from cpq_train.profile import Settings as ProfileSettings
 from cpq_train.profile import profile
+from cpq_train.quantization.calibration import check_ranges
 from cpq_train.sensitivity import Settings, analyse
 
 

@@ -12,6 +12,7 @@ from tiny_model import BASE, OVERLAY, tiny_options
 from cpq_train.cli import main
 from cpq_train.data.clouds import synthetic_cloud
 from cpq_train.models import CenterPoint
+from cpq_train.profiling.report import read_summary
 
 
 def _profile(run: Path, *more: str, root: Path | str = "nowhere") -> list[str]:
@@ -38,6 +39,8 @@ def test_synthetic_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for text in ("CenterPoint(", "Storage by module", "Memory by layer", "Latency by layer", "unattributed"):
         assert text in out
     document = json.loads((output / "profile.json").read_text())
+    summary = document["summary"]
+    assert summary == read_summary(output)
     layers = {row["name"]: row for row in document["latency"]["layers"]}
     for name in (
         *("voxel features", "backbone_3d.conv_input.0:rulebook", "map_to_bev_module"),
@@ -48,9 +51,9 @@ def test_synthetic_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows_ms = sum(row["ms"] for row in layers.values())
     assert rows_ms + latency["unattributed"]["ms"] == pytest.approx(latency["whole"]["ms"])
     assert sum(row["ms"] for row in latency["kinds"]) == pytest.approx(rows_ms)
-    assert document["num_macs"] == sum(row["macs"] for row in layers.values()) > 1e6
-    assert document["input"] == "synthetic"
-    assert 0 < document["saved_bytes"] < document["training_peak_bytes"]
+    assert summary["num_macs"] == sum(row["macs"] for row in layers.values()) > 1e6
+    assert summary["input"] == "synthetic"
+    assert 0 < summary["saved_bytes"] < summary["training_peak_bytes"]
     assert len(_csv(output / "latency.csv")) == len(layers)
     assert len(_csv(output / "memory.csv")) == len(document["memory"])
     assert len(_csv(output / "storage.csv")) == len(document["storage"])
@@ -67,12 +70,13 @@ def test_a_sample_and_a_quantized_network(
     sample = ("--sample", "first", "--output", str(output))
     main(_profile(tmp_path, "-c", OVERLAY, *weights, *sample, root=simulated_root))
     document = json.loads((output / "profile.json").read_text())
-    assert (document["arm"], document["scheme"]) == ("qat", "int8")
-    assert document["ranges_from_this_input"] is False
+    summary = document["summary"]
+    assert (summary["arm"], summary["scheme"]) == ("qat", "int8")
+    assert summary["ranges_from_this_input"] is False
     kinds = {row["name"]: row["parts"] for row in document["latency"]["kinds"]}
     assert (kinds["QuantConv2d"], kinds["QuantSubMConv3d"], kinds["SubMConv3d"]) == (85, 16, 1)
     # Weights have 8 bits; biases, ranges and the first layer 32.
-    assert 0.25 < document["stored_bytes"] / document["float_bytes"] < 0.35
+    assert 0.25 < summary["stored_bytes"] / summary["float_bytes"] < 0.35
     memory = {row["name"]: row for row in document["memory"]}
     assert memory["backbone_3d.conv2.1.conv1"]["saved_bytes"] > 0
 
@@ -83,16 +87,16 @@ def test_a_scheme_without_a_checkpoint(tmp_path: Path) -> None:
     cloud = tmp_path / "cloud.bin"
     synthetic_cloud(num_sweeps=1, seed=0).tofile(cloud)
     main(_profile(tmp_path, "-c", OVERLAY, "--cloud", str(cloud), "--output", str(output)))
-    document = json.loads((output / "profile.json").read_text())
-    assert (document["ranges_from_this_input"], document["weights"]) == (True, "untrained")
-    assert document["input"] == str(cloud)
-    assert document["num_points"] == cloud.stat().st_size // 20
+    summary = read_summary(output)
+    assert (summary["ranges_from_this_input"], summary["weights"]) == (True, "untrained")
+    assert summary["input"] == str(cloud)
+    assert summary["num_points"] == cloud.stat().st_size // 20
 
 
-def test_the_voxel_features_are_measured_where_they_are_made(tmp_path: Path) -> None:
-    """Without a folder nothing is written."""
+def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     main(_profile(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    assert read_summary(tmp_path / "run") == {}
 
 
 @pytest.mark.parametrize(

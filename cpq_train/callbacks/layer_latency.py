@@ -83,5 +83,3 @@ class LayerLatency(LayerProbe):
     @override
     def metrics(self, records: Sequence[Record]) -> dict[str, float]:
         return {f"latency_ms/{record['layer']}": float(record["ms"]) for record in records}
-
-

@@ -7,10 +7,10 @@ their layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -77,45 +77,77 @@ def parts_of(network: nn.Module) -> dict[str, Part]:
 
 @contextmanager
 def observing(network: nn.Module, observer: Observer, functions: Iterable[Function] = ()) -> Iterator[None]:
-    """Tell an observer of every call of a module of `network`, and of some functions."""
-    open_parts: list[Part] = []
+    """Tell an observer of every call of a module of `network`, and of some functions.
 
-    def enter(part: Part) -> None:
-        open_parts.append(part)
-        observer.enter(part)
-
-    def leave(output: Any) -> None:
-        observer.leave(open_parts.pop(), output)
-
-    def before(module: nn.Module, inputs: Any, *, part: Part) -> None:
-        enter(part)
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        leave(output)
-
-    def wrap(function: Any, kind: str) -> Any:
-        @wraps(function)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            works_for = open_parts[-1].name if open_parts else ""
-            is_of_module = works_for in parts and works_for
-            enter(Part(f"{works_for}:{kind}" if is_of_module else kind, kind))
-            output = function(*args, **kwargs)
-            leave(output)
-            return output
-
-        return watched
-
+    Several observers may watch at once, and stop in any order.
+    """
     parts = parts_of(network)
+    listener = _Listener(observer, parts)
     with ExitStack() as stack:
         for name, part in parts.items():
             module = network.get_submodule(name)
             # The first to be told of the beginning, and the last of the end: other hooks belong to the layer.
-            first = module.register_forward_pre_hook(partial(before, part=part), prepend=True)
-            stack.callback(first.remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            before = module.register_forward_pre_hook(partial(listener.before, part=part), prepend=True)
+            stack.callback(before.remove)
+            stack.callback(module.register_forward_hook(listener.after).remove)
         for function in functions:
-            owner = import_module(function.owner)
-            original = getattr(owner, function.attribute)
-            setattr(owner, function.attribute, wrap(original, function.kind))
-            stack.callback(setattr, owner, function.attribute, original)
+            stack.enter_context(_listening(function, listener))
         yield
+
+
+class _Listener:
+    """Knows which part is open, and names functions after it."""
+
+    def __init__(self, observer: Observer, parts: Mapping[str, Part]) -> None:
+        self._observer, self._parts = observer, parts
+        self._open: list[Part] = []
+
+    def before(self, module: nn.Module, inputs: Any, *, part: Part) -> None:
+        self._enter(part)
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.leave(output)
+
+    def enter_function(self, kind: str) -> None:
+        works_for = self._open[-1].name if self._open else ""
+        is_of_module = works_for and works_for in self._parts
+        self._enter(Part(f"{works_for}:{kind}" if is_of_module else kind, kind))
+
+    def leave(self, output: Any) -> None:
+        self._observer.leave(self._open.pop(), output)
+
+    def _enter(self, part: Part) -> None:
+        self._open.append(part)
+        self._observer.enter(part)
+
+
+class _Watched:
+    """Stands in for a function while anyone listens."""
+
+    def __init__(self, function: Callable[..., Any], kind: str) -> None:
+        self.function, self._kind = function, kind
+        self.listeners: list[_Listener] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for listener in self.listeners:
+            listener.enter_function(self._kind)
+        output = self.function(*args, **kwargs)
+        for listener in reversed(self.listeners):
+            listener.leave(output)
+        return output
+
+
+@contextmanager
+def _listening(function: Function, listener: _Listener) -> Iterator[None]:
+    owner = import_module(function.owner)
+    watched = getattr(owner, function.attribute)
+    if not isinstance(watched, _Watched):
+        watched = _Watched(watched, function.kind)
+        setattr(owner, function.attribute, watched)
+    watched.listeners.append(listener)
+    try:
+        yield
+    finally:
+        watched.listeners.remove(listener)
+        if not watched.listeners:
+            setattr(owner, function.attribute, watched.function)

@@ -132,7 +132,10 @@ def observing_memory(
     """Take the memory of every part of the passes inside."""
     with counting(device) as allocator:
         observer = MemoryObserver(network, allocator)
-        with saved_tensors_hooks(observer.keep, lambda tensor: tensor), observing(network, observer, functions):
+        with (
+            saved_tensors_hooks(observer.keep, lambda tensor: tensor),
+            observing(network, observer, functions),
+        ):
             yield observer
 
 

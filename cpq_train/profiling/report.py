@@ -17,6 +17,7 @@ from cpq_train.profiling.memory import MemoryRow
 from cpq_train.profiling.storage import StorageRow
 
 SCHEMA = 1
+PROFILE_FILE = "profile.json"
 NUM_SHOWN = 20
 """Layers in a table on the console; the files have all."""
 
@@ -52,7 +53,6 @@ class Profile:
 
     def summary(self) -> dict[str, Any]:
         """The whole in a few numbers: the `profile` entry of `metrics.json`."""
-        whole = self.storage[0]
         return {
             **self.context,
             "latency_ms": self.latency.plain.ms,
@@ -61,9 +61,7 @@ class Profile:
             "evaluation_peak_bytes": self.evaluation_peak_bytes,
             "training_peak_bytes": self.training_peak_bytes,
             "saved_bytes": self.saved_bytes,
-            "num_parameters": whole.num_elements,
-            "float_bytes": whole.float_bytes,
-            "stored_bytes": whole.stored_bytes,
+            **size_summary(self.storage),
         }
 
     def document(self) -> dict[str, Any]:
@@ -71,7 +69,7 @@ class Profile:
         latency = self.latency
         return {
             "schema": SCHEMA,
-            **self.summary(),
+            "summary": self.summary(),
             "latency": {
                 "whole": asdict(latency.whole),
                 "plain": asdict(latency.plain),
@@ -84,11 +82,28 @@ class Profile:
         }
 
 
+def size_summary(storage: Sequence[StorageRow]) -> dict[str, Any]:
+    """What a network stores in all, from its tree of parameters; needs no pass."""
+    whole = storage[0]
+    return {
+        "num_parameters": whole.num_elements,
+        "float_bytes": whole.float_bytes,
+        "stored_bytes": whole.stored_bytes,
+    }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary in the `profile.json` of a folder; empty where there is none."""
+    path = folder / PROFILE_FILE
+    summary: dict[str, Any] = json.loads(path.read_text())["summary"] if path.is_file() else {}
+    return summary
+
+
 def write_files(folder: Path, profile: Profile) -> None:
     """Write `profile.json`, `latency.csv`, `memory.csv`, `storage.csv` and `modules.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     document = profile.document()
-    (folder / "profile.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / PROFILE_FILE).write_text(json.dumps(document, indent=2) + "\n")
     (folder / "modules.txt").write_text(profile.tree + "\n")
     write_csv(folder / "latency.csv", document["latency"]["layers"])
     write_csv(folder / "memory.csv", document["memory"])

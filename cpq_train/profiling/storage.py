@@ -93,7 +93,9 @@ def storage_rows(model: nn.Module, max_depth: int = 3) -> list[StorageRow]:
 def _stored_bytes(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """Name -> bytes of every parameter and range."""
     bits = weight_bits(model)
-    stored = {n: p.numel() * bits[n] / BITS_PER_BYTE if n in bits else p.nbytes for n, p in parameters.items()}
+    stored = {
+        n: p.numel() * bits[n] / BITS_PER_BYTE if n in bits else p.nbytes for n, p in parameters.items()
+    }
     return stored | {name: b.nbytes for name, b in model.named_buffers() if name.endswith("_amax")}
 
 

@@ -21,7 +21,9 @@ class TraceObserver:
 
     def enter(self, part: Part) -> None:
         """See `Observer`."""
-        self._open.append(record_function(f"{part.name} ({part.kind})" if part.name != part.kind else part.name))
+        self._open.append(
+            record_function(f"{part.name} ({part.kind})" if part.name != part.kind else part.name)
+        )
         self._open[-1].__enter__()
 
     def leave(self, part: Part, output: Any) -> None:

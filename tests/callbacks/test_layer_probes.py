@@ -141,9 +141,7 @@ def _step(probe: LayerProbe, trainer: Any, module: CenterPointDetector) -> int:
 def test_hooks_are_there_in_measured_steps_of_rank_0_only(kind: type[LayerProbe], tmp_path: Path) -> None:
     module = CenterPointDetector()
     module.network = torch.nn.Sequential(torch.nn.ReLU())  # type: ignore[assignment]
-    trainer = SimpleNamespace(
-        is_global_zero=True, global_step=0, default_root_dir=str(tmp_path), loggers=[]
-    )
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0, default_root_dir=str(tmp_path), loggers=[])
     probe = kind(every_n_steps=3, first_step=2)
     assert [bool(_step(probe, trainer, module)) for _ in range(9)] == [n % 3 == 2 for n in range(9)]
     trainer.is_global_zero = False

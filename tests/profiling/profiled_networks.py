@@ -82,5 +82,3 @@ def sparse_input(num_voxels: int = 300) -> tuple[Tensor, Tensor]:
     z, rest = cells // 256, cells % 256
     coords = torch.stack([torch.zeros_like(z), z, rest // 16, rest % 16], dim=1).int()
     return torch.randn(num_voxels, 3), coords
-
-

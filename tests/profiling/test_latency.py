@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -69,17 +69,28 @@ def test_a_layer_called_twice_is_one_row() -> None:
 def test_nothing_is_left_behind() -> None:
     network, original = SparseNetwork(), convolution.find_or_build
     inputs = sparse_input()
-    for run in (lambda: network(*inputs), lambda: network(None, None)):
-        try:
-            _time(network, run, RULEBOOK)
-        except AttributeError:
-            pass
-        else:
-            assert inputs is not None
+    for arguments, raises in ((inputs, nullcontext()), ((None, None), pytest.raises(AttributeError))):
+        with raises:
+            _time(network, lambda given=arguments: network(*given), RULEBOOK)
         assert convolution.find_or_build is original
         for module in network.modules():
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
+
+
+def test_observers_stop_in_any_order() -> None:
+    network, inputs, original = SparseNetwork(), sparse_input(), convolution.find_or_build
+    first, second = Stopwatch(CPU), Stopwatch(CPU)
+    a, b = observing(network, first, [RULEBOOK]), observing(network, second, [RULEBOOK])
+    for context, watch in ((a, first), (b, second)):
+        context.__enter__()
+        watch.start()
+    network(*inputs)
+    a.__exit__(None, None, None)
+    assert first.stop().own.keys() == second.stop().own.keys()
+    network(*inputs)
+    b.__exit__(None, None, None)
+    assert convolution.find_or_build is original
 
 
 def test_quantizers_belong_to_their_layer() -> None:

@@ -7,7 +7,6 @@ from torch import nn
 from cpq_train.profiling.allocation import CountedTensors
 from cpq_train.profiling.instrument import Function
 from cpq_train.profiling.memory import MemoryObserver, MemoryRow, kept_buffers, observing_memory
-from cpq_train.sparse.rulebook import num_pairs
 
 CPU = torch.device("cpu")
 RULEBOOK = Function("cpq_train.sparse.convolution", "find_or_build", "rulebook")
@@ -76,15 +75,6 @@ def test_sparse_layers_by_hand() -> None:
     assert rows["second:rulebook"].peak_bytes == 0
     assert rows["first"].peak_bytes >= rows["first:rulebook"].peak_bytes
     assert rows["strided"].parameter_bytes == 8 * 16 * 27 * 4
-
-
-def test_pairs_are_what_the_hand_count_takes_them_for() -> None:
-    """Every voxel meets itself, so that a rulebook is never empty."""
-    network, (features, coords) = SparseNetwork(), sparse_input()
-    from cpq_train.sparse import SparseConvTensor
-
-    x = network.first(SparseConvTensor(features, coords, [9, 16, 16], 1))
-    assert num_pairs(x.find_indice_pair("a")) >= len(features)
 
 
 def test_a_function_and_a_container_are_told_apart() -> None:
