@@ -122,7 +122,8 @@ class Bench:
     def train(self) -> list[dict[str, Tensor]]:
         """The forward pass of training, its outputs with all that backward needs."""
         with self._precision():
-            return self.model(self._batch())
+            heads: list[dict[str, Tensor]] = self.model(self._batch())
+            return heads
 
     def profile(self, settings: Settings) -> Profile:
         """Measure everything."""

@@ -58,11 +58,11 @@ class LayerLatency(LayerProbe):
             yield
             self._watch = None
             times = watch.stop()
-        layers = [{"layer": part.name, "kind": part.kind, "ms": ms} for part, ms in times.own.items()]
-        rest = times.whole_ms - sum(times.own.values())
+        by_time = sorted(times.own.items(), key=lambda item: -item[1])
+        rest_ms = times.whole_ms - sum(times.own.values())
         self._records = [
-            *sorted(layers, key=lambda record: -float(record["ms"])),
-            {"layer": REST, "kind": REST, "ms": rest},
+            *({"layer": part.name, "kind": part.kind, "ms": ms} for part, ms in by_time),
+            {"layer": REST, "kind": REST, "ms": rest_ms},
             {"layer": WHOLE, "kind": WHOLE, "ms": times.whole_ms},
         ]
 

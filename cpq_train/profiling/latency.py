@@ -74,7 +74,7 @@ class Stopwatch:
 
     def _mark(self) -> None:
         if self.device.type == "cuda":
-            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event: Any = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(event)
         else:

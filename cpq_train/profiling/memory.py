@@ -1,4 +1,4 @@
-"""Memory by layer: parameters, buffers, what is kept for backward, outputs, and the peak while a layer runs."""
+"""Memory by layer: parameters, buffers, what is kept for backward, outputs, the peak while it runs."""
 
 from __future__ import annotations
 
@@ -132,10 +132,8 @@ def observing_memory(
     """Take the memory of every part of the passes inside."""
     with counting(device) as allocator:
         observer = MemoryObserver(network, allocator)
-        with (
-            saved_tensors_hooks(observer.keep, lambda tensor: tensor),
-            observing(network, observer, functions),
-        ):
+        saved = saved_tensors_hooks(observer.keep, lambda tensor: tensor)
+        with saved, observing(network, observer, functions):
             yield observer
 
 

@@ -21,9 +21,8 @@ class TraceObserver:
 
     def enter(self, part: Part) -> None:
         """See `Observer`."""
-        self._open.append(
-            record_function(f"{part.name} ({part.kind})" if part.name != part.kind else part.name)
-        )
+        name = part.name if part.name == part.kind else f"{part.name} ({part.kind})"
+        self._open.append(record_function(name))
         self._open[-1].__enter__()
 
     def leave(self, part: Part, output: Any) -> None:

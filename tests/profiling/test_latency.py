@@ -140,16 +140,19 @@ def test_warm_up_is_not_measured() -> None:
     assert found.layers == []
 
 
+TRANSPOSED = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2), nn.Conv2d(6, 6, 3, groups=3))
+LINEAR = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Linear(6, 7))
+
+
 @pytest.mark.parametrize(
     ("network", "inputs"),
     [
-        (ResNet50(), (torch.zeros(2, 3, 64, 64),)),
-        (nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2), nn.Conv2d(6, 6, 3, groups=3)), (torch.zeros(1, 4, 8, 8),)),
-        (nn.Sequential(nn.Conv1d(3, 5, 3), nn.Linear(6, 7)), (torch.zeros(2, 3, 8),)),
-        (SparseNetwork(), sparse_input()),
+        pytest.param(ResNet50(), (torch.zeros(2, 3, 64, 64),), id="resnet"),
+        pytest.param(TRANSPOSED, (torch.zeros(1, 4, 8, 8),), id="transposed"),
+        pytest.param(LINEAR, (torch.zeros(2, 3, 8),), id="linear"),
+        pytest.param(SparseNetwork(), sparse_input(), id="sparse"),
     ],
-    ids=["resnet", "transposed", "linear", "sparse"],
-)  # fmt: skip
+)
 def test_macs_are_those_of_torch(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """torch counts a multiply-accumulate twice; it sees sparse convolutions as products of matrices."""
 
