@@ -190,6 +190,7 @@ class QuantTrainer(Trainer):
         if self.world_size != 1:
             raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
         settings = ProfileSettings(output, sample, cloud, num_passes, trace)
+        self.accelerator.setup_device(self.strategy.root_device)
         precision = self.precision_plugin.forward_context
         profile(model, datamodule, settings, self.strategy.root_device, precision)
 

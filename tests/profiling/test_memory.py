@@ -3,6 +3,7 @@
 import torch
 from profiled_networks import SparseNetwork, sparse_input
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from cpq_train.profiling.allocation import CountedTensors
 from cpq_train.profiling.instrument import Function
@@ -43,6 +44,20 @@ def test_dense_layers_by_hand() -> None:
     ]
     # In the ReLU: the convolution's output is kept, BatchNorm's goes with the ReLU's end.
     assert observer.peak_bytes() == 3 * map_bytes + statistics
+
+
+def test_dense_layers_as_torch_profiler_has_them() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    x = torch.randn(2, 3, 16, 16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = network(x)
+    with observing_memory(network, CPU) as observer:
+        kept = network(x)
+        observer.finish()
+    theirs = {event.key: event.cpu_memory_usage for event in recorded.key_averages()}
+    ours = [row.peak_bytes for row in observer.rows()]
+    assert ours == [theirs["aten::conv2d"], theirs["aten::batch_norm"], theirs["aten::relu"]]
+    assert kept.requires_grad
 
 
 def test_without_gradients_nothing_is_kept() -> None:
