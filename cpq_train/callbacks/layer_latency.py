@@ -30,7 +30,8 @@ class LayerLatency(LayerProbe):
 
     Layers are timed in the forward pass; rulebooks, targets, loss, the backward pass as one, decode and NMS
     have rows of their own, and so have the whole step and what no row names, the optimizer among it. Writes
-    `layer_latency.csv` into the run directory and logs `latency_ms/<layer>` for the slowest.
+    `layer_latency.csv` into the run directory and logs `latency_ms/<layer>` for the slowest (in
+    validation `val/latency_ms/<layer>`).
 
     CUDA events on a GPU, read when the step is over; the clock on the CPU. A measured step takes a few per
     cent longer, on a GPU it also waits for the device at its end; the other steps cost nothing.

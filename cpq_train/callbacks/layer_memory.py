@@ -24,7 +24,7 @@ class LayerMemory(LayerProbe):
 
     A training step is observed until its backward pass begins. Writes `layer_memory.csv` into the run
     directory, with a row for the whole step, and logs `memory_mib/<layer>` (kept for backward and peak
-    together) for the largest.
+    together) for the largest, in validation with `val/` before it.
 
     The allocator's statistics on a GPU (whose peak since the start is reset by that); counted tensors on the
     CPU, which makes a measured step about half as long again. The other steps cost nothing.

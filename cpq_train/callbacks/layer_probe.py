@@ -48,6 +48,7 @@ class LayerProbe(Callback):
                 raise UserError(f"{type(self).__name__}: {name} is {value}: expected {least} or more")
         self.every_n_steps, self.first_step, self.num_logged = every_n_steps, first_step, num_logged
         self._num_seen = {"train": 0, "validation": 0, "validate": 0}
+        self._logged: dict[str, list[str]] = {}
         self._open = ExitStack()
         self._is_measuring = False
         self._step = 0
@@ -137,9 +138,16 @@ class LayerProbe(Callback):
             ("step", "stage", *self.columns),
             ({"step": self._step, "stage": stage, **record} for record in records),
         )
-        metrics = self.metrics(records[: self.num_logged])
+        self._log(trainer, stage, records)
+
+    def _log(self, trainer: Trainer, stage: str, records: Sequence[Record]) -> None:
+        """Tell the loggers of the layers that were largest when a stage was first measured: whole curves."""
+        largest = [record["layer"] for record in records[: self.num_logged]]
+        chosen = self._logged.setdefault(stage, largest)
+        metrics = self.metrics([record for record in records if record["layer"] in chosen])
+        prefix = "" if stage == "train" else "val/"
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, self._step)
+            logger.log_metrics({prefix + name: value for name, value in metrics.items()}, self._step)
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.file_name

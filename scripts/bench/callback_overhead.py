@@ -75,7 +75,9 @@ def main(config: Path = CONFIGS / "quickstart_float.yaml", num_rounds: int = 8, 
 
 
 def _step(
-    network: CenterPoint, inputs: tuple[Tensor, Tensor, int], context: Callable[[], AbstractContextManager[Any]]
+    network: CenterPoint,
+    inputs: tuple[Tensor, Tensor, int],
+    context: Callable[[], AbstractContextManager[Any]],
 ) -> float:
     """Seconds of one step; the forward pass is observed, as the callbacks do it."""
     now = time.perf_counter if inputs[0].is_cuda else time.process_time
