@@ -52,7 +52,7 @@ class CountedTensors(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[int, weakref.finalize[..., Any]]] = {}
         self._now = self._peak = 0
 
     def allocated(self) -> int:
@@ -81,13 +81,19 @@ class CountedTensors(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known[key] = num_bytes
-            weakref.finalize(storage, self._free, key)
+            self._known[key] = (num_bytes, weakref.finalize(storage, self._free, key))
             self._now += num_bytes
             self._peak = max(self._peak, self._now)
 
     def _free(self, key: int) -> None:
-        self._now -= self._known.pop(key)
+        self._now -= self._known.pop(key)[0]
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop counting; storages that live on no longer report to this object."""
+        super().__exit__(*exception)
+        for _, finalizer in self._known.values():
+            finalizer.detach()
+        self._known.clear()
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class MemoryObserver:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Told by autograd of a tensor that it saves."""
+        if tensor.layout != torch.strided:  # no storage to count
+            return tensor
         address = _address(tensor)
         if tensor.nbytes and address not in self._persistent and address not in self._kept:
             # Held so that no other tensor comes to lie at the same address.

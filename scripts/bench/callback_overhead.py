@@ -1,4 +1,4 @@
-"""What LayerLatency and LayerMemory add to training: a measured step over a plain one, spread over their interval.
+"""What LayerLatency and LayerMemory add to training: a measured step over a plain one, by their interval.
 
     python scripts/bench/callback_overhead.py
 
@@ -35,6 +35,8 @@ from cpq_train.profiling.latency import Stopwatch
 from cpq_train.profiling.memory import observing_memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+Context = Callable[[], AbstractContextManager[Any]]
+
 LIMIT = 0.01
 """Largest accepted mean overhead of a callback."""
 
@@ -53,7 +55,7 @@ def main(config: Path = CONFIGS / "quickstart_float.yaml", num_rounds: int = 8, 
     on = torch.device(device)
     network = CenterPoint(NetworkConfig(**content["model"]["network"])).to(on)
     inputs = (batch["voxel_features"].to(on), batch["voxel_coords"].to(on), 1)
-    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    ways: dict[str, Context] = {
         "plain": nullcontext,
         "LayerLatency": lambda: observing(network, Stopwatch(on), STEP_FUNCTIONS),
         "LayerMemory": lambda: observing_memory(network, on, NETWORK_FUNCTIONS),
@@ -74,11 +76,7 @@ def main(config: Path = CONFIGS / "quickstart_float.yaml", num_rounds: int = 8, 
     sys.exit(any(share / intervals[name] > LIMIT for name, share in extra.items()))
 
 
-def _step(
-    network: CenterPoint,
-    inputs: tuple[Tensor, Tensor, int],
-    context: Callable[[], AbstractContextManager[Any]],
-) -> float:
+def _step(network: CenterPoint, inputs: tuple[Tensor, Tensor, int], context: Context) -> float:
     """Seconds of one step; the forward pass is observed, as the callbacks do it."""
     now = time.perf_counter if inputs[0].is_cuda else time.process_time
     start = now()

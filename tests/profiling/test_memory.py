@@ -1,5 +1,8 @@
 """Memory by layer against counting by hand."""
 
+import gc
+import weakref
+
 import torch
 from profiled_networks import SparseNetwork, sparse_input
 from torch import nn
@@ -135,6 +138,17 @@ def test_counted_tensors_come_and_go() -> None:
         assert counted.take_peak() == 4000
         assert counted.take_peak() == 0
         assert len(of_outside) == 10
+
+
+def test_what_was_counted_is_let_go() -> None:
+    outside = torch.zeros(10)
+    with CountedTensors() as counted:
+        inside = outside + 1
+    reference = weakref.ref(counted)
+    del counted
+    gc.collect()
+    assert reference() is None
+    assert len(inside) == 10
 
 
 def test_gradients_are_the_same_while_observed() -> None:
