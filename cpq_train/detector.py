@@ -149,12 +149,17 @@ class CenterPointDetector(LightningModule):
         if self.weights is not None and not self._is_resuming():
             self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
         elif arm == "float" or self._is_resuming():
-            self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
+            self.configure_untrained()
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
         # Here and not when fitting starts: the optimizer and DDP are set up in between.
         if self.subject is not None and self.subject.arm == "qat" and not self._is_resuming():
             set_range_policy(self.subject, self.ranges.amax)
+
+    def configure_untrained(self) -> None:
+        """Build the arm with fresh weights, without ranges: for a checkpoint to fill, or to be measured."""
+        scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+        self._adopt(build(self.network_config, self.arm or "float", scheme, self.batchnorm))
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None

@@ -44,7 +44,7 @@ class QuantCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
-        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity")}
+        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity", "profile")}
         return {"fit": theirs["fit"], "validate": theirs["validate"], **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

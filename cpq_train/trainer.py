@@ -26,6 +26,8 @@ from cpq_train.files import remove_partial
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
 from cpq_train.preemption import Preempted, Request, noting_signals, requeue
+from cpq_train.profile import Settings as ProfileSettings
+from cpq_train.profile import profile
 from cpq_train.quantization.calibration import check_ranges
 from cpq_train.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint
 from cpq_train.sensitivity import Settings, analyse
@@ -53,7 +55,7 @@ class _NotingSignals(_SignalConnector):
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer whose fit outlives a cluster's faults, and the verbs `calibrate` and `sensitivity`.
+    """Lightning's Trainer whose fit outlives a cluster's faults, and the verbs beside its own.
 
     Attributes:
         continues_run: Whether the present fit goes on from the newest checkpoint of its own folder.
@@ -276,6 +278,49 @@ class QuantTrainer(Trainer):
         settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
+
+    def profile(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        output: Path | None = None,
+        sample: str | None = None,
+        cloud: Path | None = None,
+        num_passes: int = 5,
+        trace: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure time, memory and storage of every layer on one cloud, and print tables of them.
+
+        Time is that of an evaluation pass with one sample, from voxels to boxes; memory is
+        that of the forward pass of training. The cloud is made up unless `sample` or `cloud` names one.
+
+        Args:
+            model: The detector; without `model.weights` it has fresh weights, and a quantized one without
+                ranges takes them from this cloud: times and sizes hardly depend on either, boxes do.
+            datamodule: Gives grid and limits of voxels, and the sample where one is asked for.
+            output: Folder for profile.json, latency.csv, memory.csv, storage.csv and modules.txt.
+            sample: Token of a sample of the data set, or `first` for the first validation sample.
+            cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
+            num_passes: Passes whose median is reported; as many run without hooks beside them.
+            trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
+            ckpt_path: Not used: the network comes from `model.weights`.
+            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
+
+        Raises:
+            UserError: The cloud, the sample, the checkpoint or an argument is no good.
+        """
+        assert isinstance(model, CenterPointDetector)
+        assert isinstance(datamodule, NuScenesDataModule)
+        if ckpt_path is not None:
+            raise UserError("profile takes its network from model.weights, not from --ckpt_path")
+        if self.world_size != 1:
+            raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
+        settings = ProfileSettings(output, sample, cloud, num_passes, trace)
+        self.accelerator.setup_device(self.strategy.root_device)
+        precision = self.precision_plugin.forward_context
+        profile(model, datamodule, settings, self.strategy.root_device, precision)
 
 
 @contextmanager

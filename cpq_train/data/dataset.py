@@ -93,6 +93,13 @@ class SampleConfig:
         grid_cells(self.voxel_size, self.point_cloud_range)
 
 
+def voxelizer_of(config: SampleConfig) -> Voxelizer:
+    """The voxelizer of samples of this kind."""
+    return Voxelizer(
+        config.voxel_size, config.point_cloud_range, config.max_points_per_voxel, config.max_num_voxels
+    )
+
+
 class DetectionDataset(Dataset[Item]):
     """Samples of an index by position.
 
@@ -114,12 +121,7 @@ class DetectionDataset(Dataset[Item]):
         self.rows = rows
         self.config = config
         self.gt_sampler = gt_sampler
-        self._voxelizer = Voxelizer(
-            config.voxel_size,
-            config.point_cloud_range,
-            config.max_points_per_voxel,
-            config.max_num_voxels,
-        )
+        self._voxelizer = voxelizer_of(config)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
+
+from cpq_train.files import write_whole
 
 METRICS_FILE = "metrics.csv"
 
@@ -98,11 +99,8 @@ class CSVRunLogger(Logger):
             self.file.unlink(missing_ok=True)
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".csv.partial")
-        partial.write_text(
-            _text(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
-        )
-        os.replace(partial, self.file)
+        header = dict(zip(self._columns, self._columns, strict=True))
+        write_whole(self.file, _text(self._columns, [header, *rows]))
 
 
 def _text(columns: list[str], rows: Iterable[Row]) -> str:

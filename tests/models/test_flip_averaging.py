@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cpq_train.callbacks.evaluation import postprocessing_sha256
 from cpq_train.data.augmentation import flip_x, flip_y
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.models import (
@@ -62,9 +62,9 @@ def mirrored(points: np.ndarray, boxes: np.ndarray, axes: tuple[int, ...]) -> tu
 
 
 def voxels(points: np.ndarray) -> tuple[Tensor, Tensor]:
-    of_points, cells, num_points = Voxelizer(SMALL.voxel_size, SMALL.point_cloud_range, 10, 9999)(points)
+    features, cells, _ = Voxelizer(SMALL.voxel_size, SMALL.point_cloud_range, 10, 9999)(points)
     coords = torch.cat([torch.zeros((len(cells), 1), dtype=torch.int32), cells], dim=1)
-    return mean_voxel_features(of_points, num_points), coords
+    return features, coords
 
 
 def by_cell(features: Tensor, coords: Tensor) -> tuple[np.ndarray, np.ndarray]:
