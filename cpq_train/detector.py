@@ -38,7 +38,6 @@ from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
 from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
-from cpq_train.nonfinite import nonfinite_loss
 from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
@@ -58,6 +57,7 @@ from cpq_train.quantization.range_policy import (
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.resilience.nonfinite import nonfinite_loss
 from cpq_train.starting_point import Batches, CalibrationConfig, improve
 from cpq_train.teacher import Teacher, find_teacher
 

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from cpq_train.errors import UserError
 from cpq_train.loggers import WandbRunLogger
-from cpq_train.preemption import Preempted, Request, is_started_by_rank_0, received
-from cpq_train.random_state import random_state, set_random_state
-from cpq_train.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
+from cpq_train.resilience.preemption import Preempted, Request, is_started_by_rank_0, received
+from cpq_train.resilience.random_state import random_state, set_random_state
+from cpq_train.resilience.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
 
 Moment = Literal["before_step", "before_validation", "other"]
 

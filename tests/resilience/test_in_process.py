@@ -18,9 +18,9 @@ from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.files import PARTIAL, remove_partial, write_whole
 from cpq_train.interop.checkpoint import write_checkpoint
-from cpq_train.nonfinite import first_nonfinite_layer, nonfinite_loss
-from cpq_train.preemption import Request, noting_signals, received
-from cpq_train.resume import newest_checkpoint
+from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
+from cpq_train.resilience.preemption import Request, noting_signals, received
+from cpq_train.resilience.resume import newest_checkpoint
 
 
 def checkpoint(step: int, ordinal: int, run_started_s: float = 1.0, moment: str = "other") -> dict:

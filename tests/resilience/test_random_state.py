@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cpq_train.random_state import random_state, set_random_state
+from cpq_train.resilience.random_state import random_state, set_random_state
 
 
 def _draws() -> list[float]:
