@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.predictions import LidarDetections
 
@@ -31,6 +32,7 @@ class BevSample:
         boxes: (N, 9) detections.
         scores: (N,) confidence.
         labels: (N,) class ids.
+        gt_tokens: (G,) annotation tokens; none in files of the first release.
     """
 
     token: str
@@ -40,6 +42,7 @@ class BevSample:
     boxes: NDArray[np.floating[Any]]
     scores: NDArray[np.floating[Any]]
     labels: NDArray[np.integer[Any]]
+    gt_tokens: Strings = field(default_factory=lambda: np.zeros(0, np.str_))
 
 
 def busiest_sample(matches: Matches) -> str:
@@ -70,6 +73,7 @@ def bev_sample(
         boxes=detections.boxes,
         scores=detections.scores,
         labels=detections.labels,
+        gt_tokens=np.char.decode(index.annotation_tokens[within][keep], "utf-8"),
     )
 
 
@@ -93,7 +97,8 @@ def read_bev_sample(path: Path) -> BevSample:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            columns = {name: stored[name] for name in BevSample.__dataclass_fields__}
+            names = BevSample.__dataclass_fields__.keys() - ({"gt_tokens"} - set(stored.files))
+            columns = {name: stored[name] for name in names}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: not a readable {BEV_FILE} ({error})") from error
     return BevSample(**columns | {"token": str(columns["token"])})
