@@ -28,12 +28,12 @@ def intervals(panels: Mapping[str, Sequence[Estimate]]) -> str:
     labels = [estimate.label for estimate in next(iter(panels.values()))]
     margin = 18 + max(map(width_of, labels))
     pane = (WIDTH - margin) / len(panels)
-    canvas = Canvas(WIDTH, 60 + 26 * len(labels) + 24)
+    canvas = Canvas(WIDTH, 56 + 26 * len(labels))
     for number, (title, estimates) in enumerate(panels.items()):
         ends = [end for e in estimates for end in (e.interval or (e.value, e.value))]
         ticks = nice_ticks(min(ends), max(ends))
         axes = Axes(
-            margin + number * pane, 28, pane - 24, 26.0 * len(labels), (ticks[0], ticks[-1]), (len(labels), 0)
+            margin + number * pane, 28, pane - 44, 26.0 * len(labels), (ticks[0], ticks[-1]), (len(labels), 0)
         )
         axes.draw(canvas, ticks, [], "")
         canvas.text(axes.left, 18, title, 13, font_weight="600")
@@ -65,7 +65,7 @@ def curves(
         x_label: what runs to the right.
         y_label: what rises.
         columns: panels in a row.
-        diagonal: draw where both are equal.
+        diagonal: draw where both are equal, in the first panel.
     """
     labels = list(next(iter(panels.values())))
     canvas = Canvas(WIDTH, 0)
@@ -80,8 +80,8 @@ def curves(
             pane * column + 48, head + height * row + 24, pane - 62, height - 64, (0, 1), (0, 1)
         )
         axes.draw(canvas, ticks, ticks, x_label, y_label if column == 0 else "")
-        canvas.text(axes.left, axes.top - 8, title, 12, font_weight="600")
-        if diagonal:
+        canvas.text(axes.left, axes.top - 8, title.replace("_", " "), 12, font_weight="600")
+        if diagonal and number == 0:
             canvas.line([(axes.x(end), axes.y(end)) for end in (0, 1)], _MUTED)
         for place, points in enumerate(series.values()):
             colour, dash = style(place)
@@ -101,7 +101,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], y_
     """
     canvas = Canvas(WIDTH, 0)
     head = canvas.legend(list(series), 10, 18) + 12
-    canvas.height = head + 260
+    canvas.height = head + 238
     values = [value for column in series.values() for value in column if value is not None]
     ticks = nice_ticks(0, max(values, default=1.0))
     axes = Axes(54, head + 10, WIDTH - 70, 200, (0, len(groups)), (0, ticks[-1]))

@@ -80,8 +80,8 @@ def _charts(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str]]:
     yield "range", "per_range", "mAP per distance from the vehicle.", charts.bars(names, per_range, "mAP")
     if curves_of:
         caption = (
-            "Share of detections that match within 2 m, over their score; on the diagonal a score is a chance. "
-            "Above it the network is too modest, below it too sure."
+            "Left: share of detections that match within 2 m, over their score; on the diagonal a score is the "
+            "chance of a match, above it the network is too modest, below it too sure. Right: where the detections are."
         )
         yield "confidence", "reliability", caption, _reliability_chart(curves_of)
 
@@ -112,12 +112,14 @@ def _reached(precision_R: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> 
 
 
 def _reliability_chart(runs: Sequence[Run]) -> str:
+    """Precision over score, and beside it how many detections stand behind each point."""
     found = {run.title: reliability(run.matches) for run in runs if run.matches}
-    series = {
-        title: list(zip(r.confidence[r.count > 0].tolist(), r.precision[r.count > 0].tolist(), strict=True))
-        for title, r in found.items()
-    }
-    return charts.curves({"": series}, "mean score", "precision", columns=2, diagonal=True)
+    panels: dict[str, dict[str, charts.Points]] = {"precision": {}, "share of the detections": {}}
+    for title, r in found.items():
+        some = r.count > 0
+        for panel, height in zip(panels.values(), (r.precision, r.count / max(r.count.sum(), 1)), strict=True):
+            panel[title] = list(zip(r.confidence[some].tolist(), height[some].tolist(), strict=True))
+    return charts.curves(panels, "mean score", "share", columns=3, diagonal=True)
 
 
 def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Path) -> Iterator[Figure]:

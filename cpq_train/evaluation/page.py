@@ -36,7 +36,8 @@ figure { margin: 8px 0 20px; }
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figure img { background: #ffffff; border-radius: 4px; }
 figcaption { font-size: 13px; margin-top: 6px; }
-.scroll { overflow-x: auto; margin: 0 0 18px; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 40px; align-items: flex-start; }
+.scroll { overflow-x: auto; max-width: 100%; margin: 0 0 18px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 caption { text-align: left; font-weight: 600; padding: 0 0 6px; }
 th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
@@ -46,16 +47,10 @@ tbody th { font-weight: 500; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-details { margin: 0 0 12px; }
-summary { cursor: pointer; color: var(--link); margin-bottom: 8px; }
 @media print { body { background: #ffffff; font-size: 12px; } nav { display: none; } main { padding: 0; max-width: none; }
   section { border: none; padding: 0 0 12px; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 11px; } th, td { padding: 3px 6px; } }
 """
-
-_NUM_OPEN_TABLES = 2
-"""Further tables of a section are folded away."""
-
 
 def write_page(path: Path, report: Document) -> None:
     """Write the page; the file appears only when it is whole.
@@ -94,14 +89,11 @@ def write_page(path: Path, report: Document) -> None:
 def _section(section: Section, folder: Path) -> str:
     text = f"<p>{_inline(section.text)}</p>" if section.text else ""
     pictures = "\n".join(_figure(folder / file, caption) for file, caption in section.pictures)
-    shown = "\n".join(_table(table, section) for table in section.tables[:_NUM_OPEN_TABLES])
-    folded = "\n".join(_table(table, section) for table in section.tables[_NUM_OPEN_TABLES:])
-    if folded:
-        folded = f"<details><summary>More tables</summary>{folded}</details>"
+    tables = "\n".join(_table(table, section) for table in section.tables)
     notes = "".join(f"<li>{_inline(note)}</li>" for note in section.notes)
     notes = f"<ul>{notes}</ul>" if notes else ""
     return (
-        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n{text}{pictures}{shown}{folded}{notes}</section>'
+        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n{text}{pictures}<div class="tables">{tables}</div>{notes}</section>'
     )
 
 

@@ -58,8 +58,8 @@ class BevPanel:
     @property
     def is_shown(self) -> NDArray[np.bool_]:
         """(N,) detections of at least the score."""
-        needed = np.broadcast_to(self.min_score, (int(self.sample.labels.max(initial=0)) + 1,))
-        shown: NDArray[np.bool_] = self.sample.scores >= needed[self.sample.labels]
+        needed = np.asarray(self.min_score)
+        shown: NDArray[np.bool_] = self.sample.scores >= (needed[self.sample.labels] if needed.ndim else needed)
         return shown
 
 
@@ -133,7 +133,7 @@ def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bo
 
     corners, noses = _outlines(np.asarray(boxes_N9, np.float64))
     face = (colour, 0.55) if filled else "none"
-    width = 1.2 if filled else 1.8
+    width = 1.2 if filled else 2.2
     axes.add_collection(
         PolyCollection(list(corners), facecolors=[face], edgecolors=colour, linewidths=width, label=label)
     )

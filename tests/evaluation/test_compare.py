@@ -1,6 +1,9 @@
 """The comparison of arms: its numbers, its files, and what it refuses to compare."""
 
+import base64
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +23,10 @@ from cpq_train.evaluation.matches import write_matches
 from cpq_train.evaluation.metric import Evaluation, evaluate
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
 
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
 DATASET = {"root_name": "data", "version": "v1.0-trainval", "fingerprint": "f" * 64}
 NOISE_M = {"float": 0.3, "float_tuned": 0.28, "ptq": 0.8, "qat": 0.4}
 
@@ -94,15 +101,82 @@ def test_report(arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     for arm in NOISE_M:
         assert f"{scores[arm]['NDS']:.4f}" in text
         assert f"{scores[arm]['NDS']:.4f}" in console
-    assert report["pictures"] == ["pictures/bev_token.png"]
-    assert "![Detections from above](pictures/bev_token.png)" in text
-    assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 800)
+    sections = {picture["section"] for picture in report["pictures"]}
+    assert sections == {"scores", "bev", "classes", "range", "confidence"}
+    for picture in report["pictures"]:
+        assert (tmp_path / "report" / picture["file"]).stat().st_size > 0
+        assert f"]({picture['file']})" in text
+    assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 1600)
 
 
 def png_size(path: Path) -> tuple[int, int]:
     header = path.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_lost_objects_are_counted_and_listed_alike(arms: dict[str, Path], tmp_path: Path) -> None:
+    runs = {run["arm"]: run for run in compare(list(arms.values()), tmp_path)["runs"]}
+    assert runs["float"]["lost_objects"] is None
+    with (tmp_path / "lost_objects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for arm in ("float_tuned", "ptq", "qat"):
+        (total,) = runs[arm]["lost_objects"]["all"].values()
+        for change in ("lost", "won"):
+            listed = [row for row in rows if (row["run"], row["change"]) == (arm, change)]
+            assert len(listed) == total[change]
+            groups = runs[arm]["lost_objects"]
+            for group in ("class", "range_m", "num_points"):
+                assert sum(cell[change] for cell in groups[group].values()) == total[change]
+    assert runs["ptq"]["lost_objects"]["all"]["all"]["lost"] > 0
+
+
+def test_without_a_float_run_nothing_is_lost(arms: dict[str, Path], tmp_path: Path) -> None:
+    report = compare([arms["ptq"], arms["qat"]], tmp_path)
+    assert not (tmp_path / "lost_objects.csv").exists()
+    assert "Objects lost" not in (tmp_path / "report.html").read_text()
+    assert all(run["lost_objects"] is None for run in report["runs"])
+
+
+def test_measurements_of_the_profile_are_shown(arms: dict[str, Path], tmp_path: Path) -> None:
+    document = read_metrics(arms["qat"] / "metrics.json")
+    document["profile"] = {"stored_mib": 1.25, "layers": {"conv": 3}}
+    (tmp_path / "profiled").mkdir()
+    write_metrics(tmp_path / "profiled/metrics.json", document)
+    compare([arms["float"], tmp_path / "profiled"], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| arm | stored mib |" in text
+    assert "| qat (profiled) | 1.25 |" in text
+    assert "| float | n/a |" in text
+
+
+DRIFT = "step,quantizer,amax,start_amax,clipped_share,sqnr_db\n"
+
+
+def test_what_tuning_left_behind_is_drawn(arms: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "tuned"
+    shutil.copytree(arms["qat"], run)
+    (run / "amax_drift.csv").write_text(f"{DRIFT}0,conv._input_quantizer,2,2,0.1,30\n5,conv._input_quantizer,4,2,,\n")
+    (run / "sensitivity.png").write_bytes(PNG)
+    report = compare([arms["float"], run], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "quantizers"]
+    assert files == ["pictures/tuned_amax_drift.svg", "pictures/tuned_sensitivity.png"]
+    svg = (tmp_path / "report" / files[0]).read_text()
+    assert "conv._input_quantizer, 5: +1<" in svg
+    assert "conv._input_quantizer, 0: +0<" in svg
+    assert (tmp_path / "report" / files[1]).read_bytes() == PNG
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("step,amax\n1,2\n", "columns .*'quantizer'.* are missing"), (f"{DRIFT}1,conv,wide,2,,\n", "line 2")],
+)
+def test_bad_drift_files(arms: dict[str, Path], tmp_path: Path, text: str, message: str) -> None:
+    run = tmp_path / "tuned"
+    shutil.copytree(arms["qat"], run)
+    (run / "amax_drift.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        compare([arms["float"], run], tmp_path / "report")
 
 
 def test_differences_are_paired(arms: dict[str, Path], tmp_path: Path) -> None:
