@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpq_train.errors import UserError
 
-LIGHTNING_VERBS = ("fit", "validate", "calibrate", "sensitivity")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity")
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 

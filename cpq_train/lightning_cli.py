@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint
@@ -41,12 +42,31 @@ class QuantCLI(LightningCLI):
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
         ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity")}
-        return {"fit": theirs["fit"], "validate": theirs["validate"], **ours}
+        return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            # By itself jsonargparse would take a list in brackets only.
+            parser.add_argument(
+                "--clouds",
+                nargs="+",
+                type=Path,
+                help="float32 files as nuScenes has them, a sweep each, instead of samples of data.root",
+            )
+        return parser
+
+    def predict(self, model: LightningModule, **arguments: Any) -> None:
+        """Predict without keeping in memory what is written."""
+        assert isinstance(self.datamodule, NuScenesDataModule)
+        self.datamodule.clouds = self.config_init["predict"]["clouds"]
+        self.trainer.predict(model, return_predictions=False, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks every run has, and what the data shares with the network."""
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {

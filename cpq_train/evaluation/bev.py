@@ -67,7 +67,7 @@ def bev_sample(
     keep = (index.annotation_classes[within] >= 0) & (num_points > 0)
     return BevSample(
         token=index.sample_token(row),
-        points=points[:: -(-len(points) // MAX_POINTS) or 1, :3],
+        points=_thinned(points),
         gt_boxes=index.annotation_boxes[within][keep],
         gt_labels=index.annotation_classes[within][keep],
         boxes=detections.boxes,
@@ -75,6 +75,16 @@ def bev_sample(
         labels=detections.labels,
         gt_tokens=np.char.decode(index.annotation_tokens[within][keep], "utf-8"),
     )
+
+
+def bev_sample_of_cloud(name: str, points: NDArray[np.floating[Any]], detections: LidarDetections) -> BevSample:
+    """Collect what is drawn of a cloud without annotations; see `bev_sample`."""
+    nothing = np.zeros((0, 9)), np.zeros(0, np.int64)
+    return BevSample(name, _thinned(points), *nothing, *detections)
+
+
+def _thinned(points: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    return points[:: -(-len(points) // MAX_POINTS) or 1, :3]
 
 
 def write_bev_sample(path: Path, sample: BevSample) -> None:
