@@ -44,7 +44,9 @@ class QuantCLI(LightningCLI):
         ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity")}
         return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             # By itself jsonargparse would take a list in brackets only.

@@ -71,7 +71,9 @@ def test_a_scored_run_keeps_its_submission(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (arms["ptq"] / "results_nusc.json").read_bytes()
-    options = _verb("test", simulated_root, arms["ptq"], arms["ptq"] / "ptq.ckpt", "--data.test_split", "train")
+    options = _verb(
+        "test", simulated_root, arms["ptq"], arms["ptq"] / "ptq.ckpt", "--data.test_split", "train"
+    )
     error = _fails(options, capsys)
     assert "holds the scores of split 'val'" in error
     assert "give another --trainer.default_root_dir" in error
@@ -102,7 +104,17 @@ def test_predict_clouds_without_a_data_root(arms: Run, simulated_root: Path, tmp
     options = _verb("predict", simulated_root, tmp_path / "clouds", weights, *sizes)
     main([*options, "--data.root", "null", "--clouds", str(cloud), str(cloud)])
     in_lidar = _results(tmp_path / "clouds/predictions.json")
-    main(_verb("predict", simulated_root, tmp_path / "tokens", weights, *sizes, "--data.sample_tokens", f"[{token}]"))
+    main(
+        _verb(
+            "predict",
+            simulated_root,
+            tmp_path / "tokens",
+            weights,
+            *sizes,
+            "--data.sample_tokens",
+            f"[{token}]",
+        )
+    )
     in_world = _results(tmp_path / "tokens/predictions.json")[token]
 
     boxes = in_lidar[str(cloud)]
@@ -120,7 +132,9 @@ def test_predict_clouds_without_a_data_root(arms: Run, simulated_root: Path, tmp
     assert sorted(p.name for p in (tmp_path / "clouds/bev").iterdir()) == [f"0_{stem}.png", f"1_{stem}.png"]
 
 
-def test_bad_clouds(arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_clouds(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = _verb("predict", simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt", "--clouds")
     assert "absent.bin cannot be read" in _fails([*options, str(tmp_path / "absent.bin")], capsys)
     (tmp_path / "short.bin").write_bytes(b"123")
@@ -130,7 +144,9 @@ def test_bad_clouds(arms: Run, simulated_root: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "predictions.json").exists()
 
 
-def test_bad_requests(arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_requests(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = arms["float"] / "checkpoints/last.ckpt"
     for verb in ("test", "predict"):
         options = [verb, "-c", BASE, *tiny_options(simulated_root, tmp_path)]

@@ -124,9 +124,7 @@ def _write(path: Path, found: Predictions, names: Strings, **meta: str) -> None:
     Console(soft_wrap=True).print(f"{path}: {len(found.score):,} boxes of {len(names):,} samples")
 
 
-def _write_predictions(
-    path: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]
-) -> None:
+def _write_predictions(path: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
     rows = data.predict_rows
     if data.clouds is None:
         _write(path, _in_global_frame(data, rows, detections), _tokens(data, rows), frame="global")
@@ -142,7 +140,9 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
         sample = _sample(data, row, detections[row])
         name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"
         panel = BevPanel(sample)
-        draw_bev(folder / f"{name}.png", {f"{_stem(Path(sample.token))}: {panel.is_shown.sum()} detections": panel})
+        draw_bev(
+            folder / f"{name}.png", {f"{_stem(Path(sample.token))}: {panel.is_shown.sum()} detections": panel}
+        )
     if len(rows) > MAX_PICTURES:
         Console().print(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
 

@@ -77,10 +77,19 @@ def bev_sample(
     )
 
 
-def bev_sample_of_cloud(name: str, points: NDArray[np.floating[Any]], detections: LidarDetections) -> BevSample:
+def bev_sample_of_cloud(
+    name: str, points: NDArray[np.floating[Any]], detections: LidarDetections
+) -> BevSample:
     """Collect what is drawn of a cloud without annotations; see `bev_sample`."""
-    nothing = np.zeros((0, 9)), np.zeros(0, np.int64)
-    return BevSample(name, _thinned(points), *nothing, *detections)
+    return BevSample(
+        token=name,
+        points=_thinned(points),
+        gt_boxes=np.zeros((0, 9)),
+        gt_labels=np.zeros(0, np.int64),
+        boxes=detections.boxes,
+        scores=detections.scores,
+        labels=detections.labels,
+    )
 
 
 def _thinned(points: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

@@ -76,9 +76,7 @@ def curves(
     ticks = [0, 0.25, 0.5, 0.75, 1] if pane > 300 else [0, 0.5, 1]
     for number, (title, series) in enumerate(panels.items()):
         row, column = divmod(number, columns)
-        axes = Axes(
-            pane * column + 48, head + height * row + 24, pane - 62, height - 64, (0, 1), (0, 1)
-        )
+        axes = Axes(pane * column + 48, head + height * row + 24, pane - 62, height - 64, (0, 1), (0, 1))
         axes.draw(canvas, ticks, ticks, x_label, y_label if column == 0 else "")
         canvas.text(axes.left, axes.top - 8, title.replace("_", " "), 12, font_weight="600")
         if diagonal and number == 0:
@@ -128,7 +126,11 @@ _LOW, _MIDDLE, _HIGH = (0, 114, 178), (247, 247, 247), (213, 94, 0)
 
 
 def heat_map(
-    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], limit: float, label: str
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    limit: float,
+    label: str,
 ) -> str:
     """Signed values as colours: blue below 0, vermillion above, grey where there is none.
 

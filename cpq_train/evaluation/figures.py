@@ -68,11 +68,14 @@ def _charts(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str]]:
     """Section, file name, caption and SVG of the charts that need metrics and matches only."""
     yield "scores", "scores", "Scores with their 95 % intervals.", _score_chart(runs)
     per_class = {
-        run.title: [run.metrics["per_class"][name]["AP"]["mean"] for name in DETECTION_CLASSES] for run in runs
+        run.title: [run.metrics["per_class"][name]["AP"]["mean"] for name in DETECTION_CLASSES]
+        for run in runs
     }
     yield "classes", "per_class", "AP per class.", charts.bars(DETECTION_CLASSES, per_class, "AP")
     if curves_of := [run for run in runs if run.matches is not None]:
-        caption = "Precision over recall of every class, matches within 2 m; a curve ends at its highest recall."
+        caption = (
+            "Precision over recall of every class, matches within 2 m; a curve ends at its highest recall."
+        )
         yield "classes", "precision_recall", caption, _precision_recall(curves_of)
     bins = [bin_name(*limits) for limits in RANGE_BINS_M]
     per_range = {run.title: [run.metrics["per_range"][name]["mAP"] for name in bins] for run in runs}
@@ -80,8 +83,9 @@ def _charts(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str]]:
     yield "range", "per_range", "mAP per distance from the vehicle.", charts.bars(names, per_range, "mAP")
     if curves_of:
         caption = (
-            "Left: share of detections that match within 2 m, over their score; on the diagonal a score is the "
-            "chance of a match, above it the network is too modest, below it too sure. Right: where the detections are."
+            "Left: share of detections that match within 2 m, over their score. On the diagonal a score is "
+            "the chance of a match; above it the network is too modest, below it too sure. "
+            "Right: how many detections stand behind each point."
         )
         yield "confidence", "reliability", caption, _reliability_chart(curves_of)
 
@@ -90,7 +94,8 @@ def _score_chart(runs: Sequence[Run]) -> str:
     return charts.intervals(
         {
             metric: [
-                charts.Estimate(run.title, run.score(metric), run.metrics["confidence"][metric]) for run in runs
+                charts.Estimate(run.title, run.score(metric), run.metrics["confidence"][metric])
+                for run in runs
             ]
             for metric in ("mAP", "NDS")
         }
@@ -98,7 +103,9 @@ def _score_chart(runs: Sequence[Run]) -> str:
 
 
 def _precision_recall(runs: Sequence[Run]) -> str:
-    precision = {run.title: curves(run.matches).precision[:, TP_THRESHOLD_INDEX] for run in runs if run.matches}
+    precision = {
+        run.title: curves(run.matches).precision[:, TP_THRESHOLD_INDEX] for run in runs if run.matches
+    }
     panels = {
         name: {title: _reached(of_run[label]) for title, of_run in precision.items()}
         for label, name in enumerate(DETECTION_CLASSES)
@@ -117,7 +124,9 @@ def _reliability_chart(runs: Sequence[Run]) -> str:
     panels: dict[str, dict[str, charts.Points]] = {"precision": {}, "share of the detections": {}}
     for title, r in found.items():
         some = r.count > 0
-        for panel, height in zip(panels.values(), (r.precision, r.count / max(r.count.sum(), 1)), strict=True):
+        for panel, height in zip(
+            panels.values(), (r.precision, r.count / max(r.count.sum(), 1)), strict=True
+        ):
             panel[title] = list(zip(r.confidence[some].tolist(), height[some].tolist(), strict=True))
     return charts.curves(panels, "mean score", "share", columns=3, diagonal=True)
 
@@ -146,7 +155,9 @@ def _bev_panel(
     needed = operating_scores(baseline.matches)
     panel = BevPanel(sample, needed)
     if changed is not None and len(sample.gt_tokens):
-        lost, won = (np.isin(sample.gt_tokens, changed.tokens[rows]) for rows in (changed.is_lost, changed.is_won))
+        lost, won = (
+            np.isin(sample.gt_tokens, changed.tokens[rows]) for rows in (changed.is_lost, changed.is_won)
+        )
         panel = BevPanel(sample, needed, lost, won)
     return f"{run.title}: {_summary(panel)}", panel
 
@@ -173,7 +184,9 @@ def _drift_figures(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
         if not steps:
             continue
         drifts = [[r.drift if (r := history[name].get(step)) else None for step in steps] for name in names]
-        limit = max((abs(drift) for line in drifts for drift in line if drift is not None), default=0.0) or 1.0
+        limit = (
+            max((abs(drift) for line in drifts for drift in line if drift is not None), default=0.0) or 1.0
+        )
         svg = charts.heat_map(names, [str(step) for step in steps], drifts, limit, "log2(amax / its start)")
         caption = (
             f"{run.title}: how ranges moved from where calibration left them; 1 is twice as wide, -1 half. "

@@ -58,7 +58,9 @@ class DetectionCollector(Metric):
         self._rows = np.asarray(rows, np.int64)
         self._known = frozenset(self._rows.tolist())
         if len(self._known) < len(self._rows):
-            raise UserError(f"{len(self._rows)} samples, {len(self._known)} different ones; accepted: each once")
+            raise UserError(
+                f"{len(self._rows)} samples, {len(self._known)} different ones; accepted: each once"
+            )
         self._detections: dict[int, LidarDetections] = {}
         self._gathered: dict[int, LidarDetections] = {}
         # A tensor state makes Metric synchronise at all; the detections travel with it in `_sync_dist`.

@@ -47,10 +47,12 @@ tbody th { font-weight: 500; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 td.text { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-@media print { body { background: #ffffff; font-size: 12px; } nav { display: none; } main { padding: 0; max-width: none; }
-  section { border: none; padding: 0 0 12px; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
+@media print { body { background: #ffffff; font-size: 12px; } nav { display: none; }
+  main { padding: 0; max-width: none; } section { border: none; padding: 0 0 12px; }
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 11px; } th, td { padding: 3px 6px; } }
 """
+
 
 def write_page(path: Path, report: Document) -> None:
     """Write the page; the file appears only when it is whole.
@@ -92,9 +94,7 @@ def _section(section: Section, folder: Path) -> str:
     tables = "\n".join(_table(table, section) for table in section.tables)
     notes = "".join(f"<li>{_inline(note)}</li>" for note in section.notes)
     notes = f"<ul>{notes}</ul>" if notes else ""
-    return (
-        f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n{text}{pictures}<div class="tables">{tables}</div>{notes}</section>'
-    )
+    return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n{text}{pictures}<div class="tables">{tables}</div>{notes}</section>'
 
 
 def _figure(path: Path, caption: str) -> str:
@@ -110,14 +110,12 @@ def _table(table: Table, section: Section) -> str:
     title = f"<caption>{escape(table.title)}</caption>" if table.title != section.title else ""
     header = "".join(f'<th scope="col">{_inline(name)}</th>' for name in table.header)
     rows = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
-    return (
-        f'<div class="scroll"><table>{title}<thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table>{title}<thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
 
 
 def _cells(row: list[str]) -> list[str]:
     head = f'<th scope="row">{_inline(row[0])}</th>'
-    return [head, *(f'<td{" class=text" if "`" in cell else ""}>{_inline(cell)}</td>' for cell in row[1:])]
+    return [head, *(f"<td{' class=text' if '`' in cell else ''}>{_inline(cell)}</td>" for cell in row[1:])]
 
 
 def _inline(text: str) -> str:

@@ -59,7 +59,9 @@ class BevPanel:
     def is_shown(self) -> NDArray[np.bool_]:
         """(N,) detections of at least the score."""
         needed = np.asarray(self.min_score)
-        shown: NDArray[np.bool_] = self.sample.scores >= (needed[self.sample.labels] if needed.ndim else needed)
+        shown: NDArray[np.bool_] = self.sample.scores >= (
+            needed[self.sample.labels] if needed.ndim else needed
+        )
         return shown
 
 
@@ -87,7 +89,9 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    found = dict(entry for axes in all_axes for entry in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    found = dict(
+        entry for axes in all_axes for entry in zip(*axes.get_legend_handles_labels()[::-1], strict=True)
+    )
     figure.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=len(found), fontsize=16, frameon=False
     )
@@ -125,7 +129,16 @@ def _draw_rings(axes: Axes, extent_m: float) -> None:
             )
             side = radius_m / np.sqrt(2)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8}
-            axes.text(side, -side, f"{radius_m:g} m", ha="center", va="center", fontsize=13, color="#505050", bbox=box)
+            axes.text(
+                side,
+                -side,
+                f"{radius_m:g} m",
+                ha="center",
+                va="center",
+                fontsize=13,
+                color="#505050",
+                bbox=box,
+            )
 
 
 def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bool) -> None:

@@ -29,7 +29,8 @@ def errors_per_range(matches: Matches) -> dict[str, dict[str, float]]:
     The units are those of `TP_ERRORS`. As over all distances, a class without a match counts as 1.
     """
     return {
-        bin_name(lower, upper): _mean_errors(scores(found), upper) for lower, upper, found in _per_bin(matches)
+        bin_name(lower, upper): _mean_errors(scores(found), upper)
+        for lower, upper, found in _per_bin(matches)
     }
 
 
@@ -54,7 +55,7 @@ def _bin_scores(found: Curves, upper: float) -> dict[str, float]:
 
 
 def _mean_errors(found: Scores, upper: float) -> dict[str, float]:
-    means = np.nanmean(found.errors[CLASS_RANGES_M >= upper], axis=0)
+    means = np.nanmean(found.errors[upper <= CLASS_RANGES_M], axis=0)
     return {f"m{error}": float(mean) for error, mean in zip(TP_ERRORS, means, strict=True)}
 
 

@@ -63,10 +63,14 @@ def sections(report: Document) -> list[Section]:
     parts = [
         Section("scores", "Scores", "", [_scores(report)], is_headline=True),
         Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
-        Section("cost", "Layers, size and speed", "", [_coverage(report), _profile(report)], is_headline=True),
+        Section(
+            "cost", "Layers, size and speed", "", [_coverage(report), _profile(report)], is_headline=True
+        ),
         Section("bev", "From above", _BEV),
         Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
-        Section("range", "Distance from the vehicle", _RANGE, [_per_range(report), *_errors_per_range(report)]),
+        Section(
+            "range", "Distance from the vehicle", _RANGE, [_per_range(report), *_errors_per_range(report)]
+        ),
         Section("confidence", "Calibration of confidence", _CONFIDENCE, [_calibration(report)]),
         Section("lost", "Objects lost and won", _LOST, _lost_objects(report)),
         Section("quantizers", "Quantizers"),

@@ -51,12 +51,18 @@ class Canvas:
     height: float
     marks: list[str] = field(default_factory=list)
 
-    def text(self, x: float, y: float, text: str, size: float = 12, anchor: str = "start", **more: str) -> None:
+    def text(
+        self, x: float, y: float, text: str, size: float = 12, anchor: str = "start", **more: str
+    ) -> None:
         """A line of text on its base line; `more` are attributes such as fill."""
         attributes = {"fill": _TEXT, **{name.replace("_", "-"): value for name, value in more.items()}}
-        self._add("text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, escape(text))
+        self._add(
+            "text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, escape(text)
+        )
 
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1, dash: str = "") -> None:
+    def line(
+        self, points: Sequence[tuple[float, float]], colour: str, width: float = 1, dash: str = ""
+    ) -> None:
         """A line through points."""
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dashes = {"stroke-dasharray": dash} if dash else {}
@@ -138,7 +144,12 @@ class Axes:
         return self.top + self.height
 
     def draw(
-        self, canvas: Canvas, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str = ""
+        self,
+        canvas: Canvas,
+        x_ticks: Sequence[float],
+        y_ticks: Sequence[float],
+        x_label: str,
+        y_label: str = "",
     ) -> None:
         """Grid lines with their values, and what the axes say."""
         for tick in x_ticks:

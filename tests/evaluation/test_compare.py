@@ -156,7 +156,9 @@ DRIFT = "step,quantizer,amax,start_amax,clipped_share,sqnr_db\n"
 def test_what_tuning_left_behind_is_drawn(arms: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "tuned"
     shutil.copytree(arms["qat"], run)
-    (run / "amax_drift.csv").write_text(f"{DRIFT}0,conv._input_quantizer,2,2,0.1,30\n5,conv._input_quantizer,4,2,,\n")
+    (run / "amax_drift.csv").write_text(
+        f"{DRIFT}0,conv._input_quantizer,2,2,0.1,30\n5,conv._input_quantizer,4,2,,\n"
+    )
     (run / "sensitivity.png").write_bytes(PNG)
     report = compare([arms["float"], run], tmp_path / "report")
     files = [picture["file"] for picture in report["pictures"] if picture["section"] == "quantizers"]

@@ -28,7 +28,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_arm(root / arm, arm, noise_m)
             write_bev(root / arm)
         (root / "qat/sensitivity.png").write_bytes(PNG)
-        (root / "qat/amax_drift.csv").write_text(f"step,quantizer,amax,start_amax,clipped_share,sqnr_db\n{DRIFT}")
+        (root / "qat/amax_drift.csv").write_text(
+            f"step,quantizer,amax,start_amax,clipped_share,sqnr_db\n{DRIFT}"
+        )
         compare([root / arm for arm in NOISE_M], root / "report")
     return root / "report/report.html"
 
@@ -119,7 +121,9 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.2421, 0.5932), (0.4, 0.4), (-0.003, 0.0002), (0, 12_345), (0.55, 0.56)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.2421, 0.5932), (0.4, 0.4), (-0.003, 0.0002), (0, 12_345), (0.55, 0.56)]
+)
 def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low
