@@ -1,4 +1,4 @@
-"""`test` and `predict`: the same detections as `validate`, without annotations, from tokens and from bare files."""
+"""`test` and `predict`: the detections of `validate`, without annotations, from tokens and bare files."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_predict_samples(arms: Run, bare_root: Path, tmp_path: Path) -> None:
 def test_predict_clouds_without_a_data_root(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
     """Boxes of a bare key frame, moved by the devkit's poses, are those of the sample with one sweep."""
     weights = arms["float"] / "checkpoints/last.ckpt"
-    token = list(_results(arms["float"] / "results_nusc.json"))[0]
+    token = next(iter(_results(arms["float"] / "results_nusc.json")))
     nusc = NuScenes("v1.0-trainval", str(simulated_root), verbose=False)
     frame = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
     cloud = simulated_root / frame["filename"]

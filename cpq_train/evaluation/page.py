@@ -94,7 +94,8 @@ def _section(section: Section, folder: Path) -> str:
     tables = "\n".join(_table(table, section) for table in section.tables)
     notes = "".join(f"<li>{_inline(note)}</li>" for note in section.notes)
     notes = f"<ul>{notes}</ul>" if notes else ""
-    return f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n{text}{pictures}<div class="tables">{tables}</div>{notes}</section>'
+    heading, listed = f"<h2>{escape(section.title)}</h2>", f'<div class="tables">{tables}</div>'
+    return f'<section id="{section.name}">{heading}{text}{pictures}{listed}{notes}</section>'
 
 
 def _figure(path: Path, caption: str) -> str:
@@ -110,7 +111,8 @@ def _table(table: Table, section: Section) -> str:
     title = f"<caption>{escape(table.title)}</caption>" if table.title != section.title else ""
     header = "".join(f'<th scope="col">{_inline(name)}</th>' for name in table.header)
     rows = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
-    return f'<div class="scroll"><table>{title}<thead><tr>{header}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+    head, body = f"<thead><tr>{header}</tr></thead>", f"<tbody>{rows}</tbody>"
+    return f'<div class="scroll"><table>{title}{head}{body}</table></div>'
 
 
 def _cells(row: list[str]) -> list[str]:

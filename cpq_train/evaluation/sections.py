@@ -85,18 +85,19 @@ _GAPS = (
     "back: 100 % is float, 0 % is PTQ."
 )
 _BEV = (
-    "The sample with the most annotated objects; forward is up. Detections are shown from the score on at which "
-    "float's F1 is largest for their class. A ring marks an object that only float, or only this arm, finds."
+    "The sample with the most annotated objects; forward is up. Detections are shown from the score on at "
+    "which float's F1 is largest for their class. A ring marks an object that only float, or only this arm, "
+    "finds."
 )
 _RANGE = "A bin averages the classes whose class range reaches it."
 _CONFIDENCE = (
-    "The expected calibration error is the mean distance of score and precision over ten bins of score, weighted "
-    "by their detections; 0 is perfect. Precision per bin shows where it comes from."
+    "The expected calibration error is the mean distance of score and precision over ten bins of score, "
+    "weighted by their detections; 0 is perfect. Precision per bin shows where it comes from."
 )
 _LOST = (
-    "An object is found where a detection matches it within 2 m with at least the score at which float's F1 is "
-    "largest for its class. Lost: found by float alone. Won: found by the arm alone. Shares are of the objects "
-    "that float finds. lost_objects.csv lists every one."
+    "An object is found where a detection matches it within 2 m with at least the score at which float's F1 "
+    "is largest for its class. Lost: found by float alone. Won: found by the arm alone. Shares are of the "
+    "objects that float finds. `lost_objects.csv` lists every one."
 )
 
 

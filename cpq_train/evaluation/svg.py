@@ -165,7 +165,7 @@ class Axes:
 
 
 def nice_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`: multiples of 1, 2 or 5 times a power of 10."""
+    """Round numbers that enclose a range: multiples of 1, 2 or 5 times a power of 10."""
     span = max(high - low, 1e-9)
     steps = sorted(base * 10.0**power for power in range(-9, 10) for base in (1, 2, 5))
     step = next(step for step in steps if span / step <= at_most - 2)

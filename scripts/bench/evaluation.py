@@ -1,12 +1,13 @@
 """The nuScenes metric on as many boxes as the validation split has: this package against nuscenes-devkit.
 
-    python scripts/bench/evaluation.py                     # 6019 samples, 1.2 million detections; minutes for the devkit
+    python scripts/bench/evaluation.py                     # 6019 samples, 1.2 million detections
     python scripts/bench/evaluation.py --num_samples 602   # a tenth of it
 
 Both score the same boxes, drawn to be like a detector's: ours from arrays to AP, errors and NDS, filters
 included; the devkit with its `accumulate`, `calc_ap` and `calc_tp`, from its own box objects, whose making is
-not counted. The clock is the process's CPU time: both run on one thread, and other work on the machine does not
-count. Ends with an error where a score differs by more than 1e-9 or the ratio is below `min_ratio`.
+not counted. The clock is the process's CPU time: both run on one thread, and other work on the machine does
+not count. Ends with an error where a score differs by more than 1e-9 or the ratio is below `min_ratio`. The
+devkit takes minutes at full size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The report in a real browser: it renders, needs nothing from elsewhere, and fits its window."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,8 @@ def test_every_picture_is_decoded_and_has_a_size(report: Path, page: Page) -> No
     assert [image[:2] for image in images] == [[1600, 1600], [1, 1]]
     assert all(size > 0 for image in images for size in image)
     charts = page.evaluate(
-        "[...document.querySelectorAll('figure svg')].map(s => [s.clientWidth, s.clientHeight, s.childElementCount])"
+        "[...document.querySelectorAll('figure svg')]"
+        ".map(s => [s.clientWidth, s.clientHeight, s.childElementCount])"
     )
     assert len(charts) == 6
     assert all(width > 800 and height > 100 and num_marks > 10 for width, height, num_marks in charts)
@@ -129,4 +131,4 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 7 or low == high
-    assert len({round(b - a, 9) for a, b in zip(ticks, ticks[1:], strict=False)}) <= 1
+    assert len({round(b - a, 9) for a, b in pairwise(ticks)}) <= 1
