@@ -21,7 +21,7 @@ from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
 from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models.decode import PostProcessing
-from cpq_train.quantization.costs import network_mib
+from cpq_train.quantization.costs import network_bytes
 from cpq_train.quantization.prepare import coverage
 
 
@@ -127,7 +127,7 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
         postprocessing_sha256=postprocessing_sha256(module.post_processing),
         parents=subject.parents,
         coverage=coverage(subject.prepared),
-        profile={"stored_mib": network_mib(module.network, subject.prepared.schemes)},
+        profile={"stored_bytes": network_bytes(module.network, subject.prepared.schemes)},
         config=dict(module.hparams),
     )
 

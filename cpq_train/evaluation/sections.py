@@ -161,17 +161,27 @@ def _coverage(report: Document) -> Table:
 
 
 def _profile(report: Document) -> Table:
-    """Whatever single numbers runs measured: names carry their units."""
+    """Whatever single numbers runs measured; names carry their units."""
     scalars = [
-        {key: value for key, value in run["profile"].items() if isinstance(value, int | float)}
-        for run in report["runs"]
+        {key: value for key, value in run["profile"].items() if _is_number(value)} for run in report["runs"]
     ]
     keys = _keys(scalars)
     rows = [
-        [run["title"], *(_number(values.get(key), ".4g") for key in keys)]
+        [run["title"], *(_measured(key, values.get(key)) for key in keys)]
         for run, values in zip(report["runs"], scalars, strict=True)
     ]
-    return Table("Size, latency and memory", ["arm", *(key.replace("_", " ") for key in keys)], rows)
+    header = [key.replace("_bytes", "_MiB").replace("_", " ") for key in keys]
+    return Table("Size, latency and memory", ["arm", *header], rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _measured(key: str, value: float | None) -> str:
+    if value is not None and key.endswith("_bytes"):
+        return f"{value / 2**20:.2f}"
+    return f"{value:,}" if isinstance(value, int) else _number(value, ".4g")
 
 
 def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -33,8 +33,8 @@ def stored_mib(cost: LayerCost, scheme: LayerScheme) -> float:
     return cost.num_weights * _bits(scheme.weight) / BITS_PER_MIB
 
 
-def network_mib(network: nn.Module, schemes: Mapping[str, LayerScheme]) -> float:
-    """MiB of a whole network as it is stored: quantized weights at their bits, all other numbers 32.
+def network_bytes(network: nn.Module, schemes: Mapping[str, LayerScheme]) -> int:
+    """Bytes of a whole network as it is stored: quantized weights at their bits, all other numbers 32.
 
     Args:
         network: Float or quantized; what is shared counts once, learned ranges by the buffer they deploy.
@@ -43,7 +43,8 @@ def network_mib(network: nn.Module, schemes: Mapping[str, LayerScheme]) -> float
     bits = {f"{name}.weight": _bits(scheme.weight) for name, scheme in schemes.items()}
     tensors = [*network.named_parameters(), *network.named_buffers()]
     stored = [(n, t) for n, t in tensors if t.is_floating_point() and not n.endswith("_log_amax")]
-    return sum(tensor.numel() * bits.get(name, FLOAT_BITS) for name, tensor in stored) / BITS_PER_MIB
+    num_bits = sum(tensor.numel() * bits.get(name, FLOAT_BITS) for name, tensor in stored)
+    return -(-num_bits // 8)
 
 
 def bit_macs(cost: LayerCost, scheme: LayerScheme) -> float:

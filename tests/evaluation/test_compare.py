@@ -140,14 +140,20 @@ def test_without_a_float_run_nothing_is_lost(arms: dict[str, Path], tmp_path: Pa
 
 def test_measurements_of_the_profile_are_shown(arms: dict[str, Path], tmp_path: Path) -> None:
     document = read_metrics(arms["qat"] / "metrics.json")
-    document["profile"] = {"stored_mib": 1.25, "layers": {"conv": 3}}
+    document["profile"] = {
+        "stored_bytes": 5 * 2**18,
+        "latency_ms": 12.345,
+        "num_macs": 1_234_567,
+        "device": "cpu",
+        "layers": {"conv": 3},
+    }
     (tmp_path / "profiled").mkdir()
     write_metrics(tmp_path / "profiled/metrics.json", document)
     compare([arms["float"], tmp_path / "profiled"], tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
-    assert "| arm | stored mib |" in text
-    assert "| qat (profiled) | 1.25 |" in text
-    assert "| float | n/a |" in text
+    assert "| arm | stored MiB | latency ms | num macs |" in text
+    assert "| qat (profiled) | 1.25 | 12.35 | 1,234,567 |" in text
+    assert "| float | n/a | n/a | n/a |" in text
 
 
 DRIFT = "step,quantizer,amax,start_amax,clipped_share,sqnr_db\n"

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cpq_train.quantization.costs import LayerCost, bit_macs, count_costs, network_mib, stored_mib
+from cpq_train.quantization.costs import LayerCost, bit_macs, count_costs, network_bytes, stored_mib
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
 
@@ -59,6 +59,6 @@ def test_a_network_is_stored_at_the_bits_of_its_weights() -> None:
     four, off = QuantizerScheme(bits=4), QuantizerScheme(mode="off")
     schemes = {"0": LayerScheme(four, four), "1": LayerScheme(off, off)}
     num_bits = 1152 * 4 + (1152 + 32 + 4 + 4 * 4) * 32  # BatchNorm's count of batches is no float number
-    assert network_mib(network, schemes) == num_bits / 8 / 2**20
+    assert network_bytes(network, schemes) == num_bits // 8
     network[2].register_parameter("_log_amax", nn.Parameter(torch.zeros(7)))  # of a learned range
-    assert network_mib(network, schemes) == num_bits / 8 / 2**20
+    assert network_bytes(network, schemes) == num_bits // 8
