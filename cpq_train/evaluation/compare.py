@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpq_train.evaluation import bootstrap
+from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
 from cpq_train.evaluation.figures import draw_figures
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
@@ -25,6 +26,7 @@ from cpq_train.evaluation.runs import Run, load_runs, relative
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")
 LOST_OBJECTS_FILE = "lost_objects.csv"
+NUM_LISTED_QUANTIZERS = 10
 
 
 def compare(run_dirs: list[Path], output: Path) -> Document:
@@ -109,9 +111,14 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None) -> Documen
         "errors_per_range": None if run.matches is None else errors_per_range(run.matches),
         "reliability": None if run.matches is None else reliability(run.matches).to_document(),
         "lost_objects": None if changed is None else counts(changed),
+        "amax_drift": _amax_drift(run.folder / AMAX_DRIFT_FILE),
         "gap_to_float": {metric: _gap(run, baseline, no_baseline, metric) for metric in COMPARED_METRICS},
         "ptq_loss_won_back": {metric: _won_back(run, runs, metric) for metric in COMPARED_METRICS},
     }
+
+
+def _amax_drift(path: Path) -> Document | None:
+    return summary(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
 
 
 def _difference(run: Run, other: Run, metric: str) -> bootstrap.Interval | None:

@@ -73,7 +73,7 @@ def sections(report: Document) -> list[Section]:
         ),
         Section("confidence", "Calibration of confidence", _CONFIDENCE, [_calibration(report)]),
         Section("lost", "Objects lost and won", _LOST, _lost_objects(report)),
-        Section("quantizers", "Quantizers"),
+        Section("quantizers", "Quantizers", "", _drifts(report)),
         Section("checkpoints", "Checkpoints", "", [_checkpoints(report)]),
     ]
     filled = (_with_contents(part, report) for part in parts)
@@ -279,6 +279,27 @@ def _change(of_run: Counts, member: str, change: str) -> str:
     cell = of_run[member]
     share = f" ({cell[change] / cell['found_by_float']:.0%})" if cell["found_by_float"] else ""
     return f"{cell[change]}{share}"
+
+
+def _drifts(report: Document) -> list[Table]:
+    header = ["quantizer", "amax / its start", "clipped share", "SQNR of weights (dB)"]
+    return [
+        Table(
+            f"{run['title']}: the ranges that moved furthest, at their last reading",
+            header,
+            [
+                [
+                    f"`{name}`",
+                    _NONE if reading["drift"] is None else f"{2 ** reading['drift']:.3f}",
+                    _number(reading["clipped_share"], ".3%"),
+                    _number(reading["sqnr_db"], ".1f"),
+                ]
+                for name, reading in run["amax_drift"].items()
+            ],
+        )
+        for run in report["runs"]
+        if run["amax_drift"]
+    ]
 
 
 def _checkpoints(report: Document) -> Table:

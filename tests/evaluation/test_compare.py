@@ -173,6 +173,8 @@ def test_what_tuning_left_behind_is_drawn(arms: dict[str, Path], tmp_path: Path)
     assert "conv._input_quantizer, 5: +1<" in svg
     assert "conv._input_quantizer, 0: +0<" in svg
     assert (tmp_path / "report" / files[1]).read_bytes() == PNG
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| `conv._input_quantizer` | 2.000 | n/a | n/a |" in text
 
 
 @pytest.mark.parametrize(
