@@ -22,6 +22,7 @@ from cpq_train.evaluation.ranges import errors_per_range
 from cpq_train.evaluation.reliability import reliability
 from cpq_train.evaluation.report import print_report, write_markdown
 from cpq_train.evaluation.runs import Run, load_runs, relative
+from cpq_train.evaluation.wandb_report import log_report
 
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")
@@ -29,7 +30,7 @@ LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
 
 
-def compare(run_dirs: list[Path], output: Path) -> Document:
+def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Document:
     """Compare scored runs: print the tables, write the report.
 
     Writes `report.html` (one page with all pictures inside), `report.md` and its `pictures/`, `report.json`,
@@ -40,6 +41,7 @@ def compare(run_dirs: list[Path], output: Path) -> Document:
             intervals, curves, calibration and lost objects, `bev_sample.npz` the pictures from above,
             `amax_drift.csv` and `sensitivity.json` with its picture what became of the quantizers.
         output: folder of the report.
+        wandb: W&B project to log the report to; null logs nothing.
 
     Returns:
         The contents of `report.json`.
@@ -67,6 +69,8 @@ def compare(run_dirs: list[Path], output: Path) -> Document:
     write_markdown(output / "report.md", report)
     write_page(output / "report.html", report)
     print_report(report)
+    if wandb is not None:
+        log_report(output, report, wandb)
     return report
 
 

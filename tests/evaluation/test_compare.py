@@ -189,6 +189,23 @@ def test_bad_drift_files(arms: dict[str, Path], tmp_path: Path, text: str, messa
         compare([arms["float"], run], tmp_path / "report")
 
 
+def test_the_report_goes_to_wandb(
+    arms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    compare([arms["float"], arms["qat"]], tmp_path / "report", wandb="experiments")
+    (run,) = tmp_path.rglob("run-*.wandb")
+    logged = run.read_bytes()
+    group = arms["qat"].parent.name
+    for text in (b"experiments", f"{group}-compare".encode(), f"{group}-report".encode(), b"scores/Scores"):
+        assert text in logged
+    tables = [path.name for path in run.parent.rglob("*.table.json")]
+    assert any(name.startswith("Against float") for name in tables)
+    (page,) = run.parent.rglob("*.html")
+    assert page.read_bytes() == (tmp_path / "report/report.html").read_bytes()
+
+
 def test_differences_are_paired(arms: dict[str, Path], tmp_path: Path) -> None:
     """Two arms that differ little: their own intervals overlap widely, that of the difference is narrow."""
     write_arm(tmp_path / "close", "qat", NOISE_M["float"] + 0.02)
