@@ -13,9 +13,10 @@ from cpq_train.evaluation import charts
 from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, most_moved, read_amax_history
 from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample
 from cpq_train.evaluation.boxes import Bools
+from cpq_train.evaluation.close_ups import EXTENT_M, MAX_OBJECTS, Subject, draw_close_ups
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
 from cpq_train.evaluation.metric import curves
-from cpq_train.evaluation.plots import MIN_SCORE, BevPanel, draw_bev
+from cpq_train.evaluation.plots import BevPanel, draw_bev
 from cpq_train.evaluation.protocol import RANGE_BINS_M, RECALL_GRID, TP_THRESHOLD_INDEX
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import reliability
@@ -134,32 +135,59 @@ def _reliability_chart(runs: Sequence[Run]) -> str:
 def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Path) -> Iterator[Figure]:
     """A picture for every sample that runs kept, with the runs that kept it side by side."""
     samples = {run.name: read_bev_sample(path) for run in runs if (path := run.folder / BEV_FILE).exists()}
+    panels = {
+        run.name: _bev_panel(run, runs, samples[run.name], changed.get(run.name))
+        for run in runs
+        if run.name in samples
+    }
+    titles = {run.name: f"{run.title}: {_summary(panels[run.name])}" for run in runs if run.name in panels}
     for token in sorted({sample.token for sample in samples.values()}):
-        panels = {}
-        for run in runs:
-            if run.name in samples and samples[run.name].token == token:
-                title, panel = _bev_panel(run, runs, samples[run.name], changed.get(run.name))
-                panels[title] = panel
+        shown = [name for name in panels if samples[name].token == token]
         file = f"{FOLDER}/bev_{token}.png"
-        draw_bev(output / file, panels)
+        draw_bev(output / file, {titles[name]: panels[name] for name in shown})
         yield Figure("bev", file, f"Sample {token} from above, each arm in a panel.")
+    for run in runs:
+        baseline, _ = relative(run, runs, "float")
+        if run.name in changed and baseline is not None and baseline.name in panels and run.name in panels:
+            yield from _close_ups(baseline, run, panels, changed[run.name], output)
 
 
-def _bev_panel(
-    run: Run, runs: Sequence[Run], sample: BevSample, changed: Changes | None
-) -> tuple[str, BevPanel]:
+def _close_ups(
+    baseline: Run, run: Run, panels: Mapping[str, BevPanel], changed: Changes, output: Path
+) -> Iterator[Figure]:
+    """The objects of the sample that float is surest of, among those that a run loses."""
+    above, below = panels[baseline.name], panels[run.name]
+    if below.lost is None or not below.lost.any() or above.sample.token != below.sample.token:
+        return
+    row_of = {token: row for row, token in enumerate(changed.tokens.tolist())}
+    lost = [(row_of[below.sample.gt_tokens[row]], row) for row in np.flatnonzero(below.lost).tolist()]
+    lost.sort(key=lambda pair: -changed.float_score[pair[0]])
+    subjects = [Subject(row, _object_title(changed, of, run.arm)) for of, row in lost[:MAX_OBJECTS]]
+    file = f"{FOLDER}/{Path(run.name).name}_lost.png"
+    draw_close_ups(output / file, subjects, (baseline.title, above), (run.title, below))
+    caption = (
+        f"Objects of this sample that {run.title} loses, those that {baseline.title} is surest of: above as "
+        f"{baseline.title} sees them, below as {run.title} does. {2 * EXTENT_M:g} m wide."
+    )
+    yield Figure("bev", file, caption)
+
+
+def _object_title(changed: Changes, row: int, arm: str) -> str:
+    name = DETECTION_CLASSES[changed.labels[row]].replace("_", " ")
+    scores = [f"{score:.2f}" if score else "none" for score in (changed.float_score[row], changed.score[row])]
+    where = f"{changed.range_m[row]:.0f} m, {changed.num_points[row]} points"
+    return f"{name}, {where}\nscore: float {scores[0]}, {arm} {scores[1]}"
+
+
+def _bev_panel(run: Run, runs: Sequence[Run], sample: BevSample, changed: Changes | None) -> BevPanel:
     baseline, _ = relative(run, runs, "float")
     if baseline is None or baseline.matches is None:
-        shown = int(BevPanel(sample).is_shown.sum())
-        return f"{run.title}: {shown} detections, {len(sample.gt_boxes)} objects", BevPanel(sample, MIN_SCORE)
+        return BevPanel(sample)
     needed = operating_scores(baseline.matches)
-    panel = BevPanel(sample, needed)
-    if changed is not None and len(sample.gt_tokens):
-        lost, won = (
-            np.isin(sample.gt_tokens, changed.tokens[rows]) for rows in (changed.is_lost, changed.is_won)
-        )
-        panel = BevPanel(sample, needed, lost, won)
-    return f"{run.title}: {_summary(panel)}", panel
+    if changed is None or not len(sample.gt_tokens):
+        return BevPanel(sample, needed)
+    found = (np.isin(sample.gt_tokens, changed.tokens[rows]) for rows in (changed.is_lost, changed.is_won))
+    return BevPanel(sample, needed, *found)
 
 
 def _summary(panel: BevPanel) -> str:

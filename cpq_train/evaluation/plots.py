@@ -85,7 +85,7 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
-        _draw_panel(axes, panel, extent_m)
+        draw_panel(axes, panel, extent_m)
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
@@ -99,17 +99,29 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     figure.savefig(path)
 
 
-def _draw_panel(axes: Axes, panel: BevPanel, extent_m: float) -> None:
+def draw_panel(
+    axes: Axes, panel: BevPanel, extent_m: float, centre_m: tuple[float, float] = (0.0, 0.0)
+) -> None:
+    """Draw a square of a sample.
+
+    Args:
+        axes: where to.
+        panel: what it shows.
+        extent_m: half the side of the square.
+        centre_m: its middle, x and y in the LiDAR frame.
+    """
     sample = panel.sample
     points = np.asarray(sample.points, np.float32)
     axes.scatter(points[:, 0], points[:, 1], s=1.2, c="#9A9A9A", linewidths=0, rasterized=True)
-    _draw_rings(axes, extent_m)
+    if centre_m == (0.0, 0.0):
+        _draw_rings(axes, extent_m)
     _draw_boxes(axes, sample.gt_boxes, GROUND_TRUTH_COLOUR, "annotated object", filled=True)
     _draw_boxes(axes, sample.boxes[panel.is_shown], DETECTION_COLOUR, _detections(panel), filled=False)
     _draw_marks(axes, sample.gt_boxes, panel.lost, LOST_COLOUR, "solid", "lost: float finds it")
     _draw_marks(axes, sample.gt_boxes, panel.won, WON_COLOUR, (0, (2, 1)), "won: float misses it")
     axes.plot(0, 0, marker="^", markersize=12, color="black", linestyle="none", label="ego vehicle")
-    axes.set(xlim=(-extent_m, extent_m), ylim=(-extent_m, extent_m), aspect="equal", xticks=[], yticks=[])
+    x_m, y_m = ((middle - extent_m, middle + extent_m) for middle in centre_m)
+    axes.set(xlim=x_m, ylim=y_m, aspect="equal", xticks=[], yticks=[])
     for side in axes.spines.values():
         side.set_color("#B0B0B0")
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from evaluation_problems import random_boxes, random_problem
 
 from cpq_train.errors import UserError
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.bev import BEV_FILE, BevSample, write_bev_sample
+from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.compare import compare, share_won_back
 from cpq_train.evaluation.matches import write_matches
@@ -129,6 +130,25 @@ def test_lost_objects_are_counted_and_listed_alike(arms: dict[str, Path], tmp_pa
             for group in ("class", "range_m", "num_points"):
                 assert sum(cell[change] for cell in groups[group].values()) == total[change]
     assert runs["ptq"]["lost_objects"]["all"]["all"]["lost"] > 0
+
+
+def test_lost_objects_are_drawn_from_near_by(arms: dict[str, Path], tmp_path: Path) -> None:
+    """All objects of a sample, and close-ups of those that ptq loses; float's own picture has none."""
+    for arm in ("float", "ptq"):
+        shutil.copytree(arms[arm], tmp_path / arm)
+    compare([tmp_path / "float", tmp_path / "ptq"], tmp_path / "report")
+    with (tmp_path / "report/lost_objects.csv").open(newline="") as file:
+        lost = [row for row in csv.DictReader(file) if row["change"] == "lost"]
+    of_sample = [row for row in lost if row["sample_token"] == lost[0]["sample_token"]][:3]
+    tokens = np.array(["elsewhere", *(row["annotation_token"] for row in of_sample)])
+    for arm in ("float", "ptq"):
+        sample = read_bev_sample(tmp_path / arm / BEV_FILE)
+        few = {"gt_boxes": sample.gt_boxes[: len(tokens)], "gt_labels": sample.gt_labels[: len(tokens)]}
+        write_bev_sample(tmp_path / arm / BEV_FILE, replace(sample, gt_tokens=tokens, **few))
+    report = compare([tmp_path / "float", tmp_path / "ptq"], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "bev"]
+    assert files == ["pictures/bev_token.png", "pictures/ptq_lost.png"]
+    assert png_size(tmp_path / "report" / files[1]) == (400 * len(of_sample), 840)
 
 
 def test_without_a_float_run_nothing_is_lost(arms: dict[str, Path], tmp_path: Path) -> None:
