@@ -101,7 +101,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], y_
     head = canvas.legend(list(series), 10, 18) + 12
     canvas.height = head + 238
     values = [value for column in series.values() for value in column if value is not None]
-    ticks = nice_ticks(0, max(values, default=1.0))
+    ticks = nice_ticks(0, max(values, default=0.0) or 1.0)
     axes = Axes(54, head + 10, WIDTH - 70, 200, (0, len(groups)), (0, ticks[-1]))
     axes.draw(canvas, [], ticks, "", y_label)
     width = 0.8 / len(series)

@@ -13,7 +13,7 @@ from html import escape
 from typing import NamedTuple
 
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "14 4")
 
 _TEXT, _MUTED, _GRID, _PAPER = (
     "var(--text, #1b1f24)",
@@ -24,6 +24,8 @@ _TEXT, _MUTED, _GRID, _PAPER = (
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 _CHARACTER = 0.58
 """Mean width of a character, of the font size."""
+_LEAST_SPAN = 1e-3
+"""Of an axis; scores have four digits."""
 
 
 class Style(NamedTuple):
@@ -34,7 +36,7 @@ class Style(NamedTuple):
 
 
 def style(number: int) -> Style:
-    """The style of a series by its number; colours and dashes go round together."""
+    """The style of a series by its number: no two of the first 42 are alike."""
     return Style(PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
 
 
@@ -165,8 +167,13 @@ class Axes:
 
 
 def nice_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
-    """Round numbers that enclose a range: multiples of 1, 2 or 5 times a power of 10."""
-    span = max(high - low, 1e-9)
+    """Round numbers that enclose a range: multiples of 1, 2 or 5 times a power of 10.
+
+    There are at least two of them; a range without width gets a little on either side.
+    """
+    if high - low < _LEAST_SPAN:
+        low, high = low - _LEAST_SPAN, high + _LEAST_SPAN
+    span = high - low
     steps = sorted(base * 10.0**power for power in range(-9, 10) for base in (1, 2, 5))
     step = next(step for step in steps if span / step <= at_most - 2)
     first, last = int(low // step), -int(-high // step)

@@ -27,7 +27,7 @@ def log_report(output: Path, report: Document, project: str) -> None:
     group = _group([run["folder"] for run in report["runs"]])
     with wandb.init(project=project, group=group, job_type=JOB_TYPE, name=f"{group}-{JOB_TYPE}") as run:
         tables = {
-            f"{section.name}/{table.title}": wandb.Table(table.header, table.rows)
+            f"{section.name}/{table.title}": wandb.Table(list(table.header), list(table.rows))
             for section in sections(report)
             for table in section.tables
         }

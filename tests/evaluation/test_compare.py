@@ -116,6 +116,18 @@ def png_size(path: Path) -> tuple[int, int]:
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
+def test_runs_that_find_nothing(tmp_path: Path) -> None:
+    """All scores are 0, and all intervals have no width."""
+    for arm in ("float", "ptq", "qat"):
+        write_arm(tmp_path / arm, arm, noise_m=100.0)
+    report = compare([tmp_path / arm for arm in ("float", "ptq", "qat")], tmp_path / "report")
+    assert all(run["metrics"]["mAP"] == 0 for run in report["runs"])
+    assert (tmp_path / "report/report.html").exists()
+    total = report["runs"][1]["lost_objects"]["all"]["all"]
+    assert total["objects"] > 0
+    assert total["found_by_float"] == total["lost"] == total["won"] == 0
+
+
 def test_lost_objects_are_counted_and_listed_alike(arms: dict[str, Path], tmp_path: Path) -> None:
     runs = {run["arm"]: run for run in compare(list(arms.values()), tmp_path)["runs"]}
     assert runs["float"]["lost_objects"] is None
