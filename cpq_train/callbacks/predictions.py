@@ -140,9 +140,8 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
         sample = _sample(data, row, detections[row])
         name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"
         panel = BevPanel(sample)
-        draw_bev(
-            folder / f"{name}.png", {f"{_stem(Path(sample.token))}: {panel.is_shown.sum()} detections": panel}
-        )
+        title = f"{_stem(Path(sample.token))}\n{panel.is_shown.sum()} detections"
+        draw_bev(folder / f"{name}.png", {title: panel})
     if len(rows) > MAX_PICTURES:
         Console().print(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
 

@@ -89,11 +89,16 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    found = dict(
-        entry for axes in all_axes for entry in zip(*axes.get_legend_handles_labels()[::-1], strict=True)
-    )
+    handles = {}
+    for axes in all_axes:
+        handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=len(found), fontsize=16, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=3 * columns,
+        fontsize=16 if columns > 1 else 13,
+        frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -156,6 +161,8 @@ def _draw_rings(axes: Axes, extent_m: float) -> None:
 def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bool) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
 
+    if not len(boxes_N9):
+        return
     corners, noses = _outlines(np.asarray(boxes_N9, np.float64))
     face = (colour, 0.55) if filled else "none"
     width = 1.2 if filled else 2.2

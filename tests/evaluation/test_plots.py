@@ -25,7 +25,7 @@ def sample_with(boxes: list[list[float]], scores: list[float]) -> BevSample:
 
 def coloured(path: Path, colour: str) -> NDArray[np.int64]:
     """(N, 2) column and row of the pixels of a colour, above the legend."""
-    pixels = matplotlib.image.imread(path)[:740, :, :3]
+    pixels = matplotlib.image.imread(path)[:700, :, :3]
     wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.argwhere(np.abs(pixels - wanted).max(axis=2) < 0.02)[:, ::-1]
 
@@ -66,6 +66,20 @@ def test_marks_stand_around_their_objects(tmp_path: Path) -> None:
     ring = coloured(tmp_path / "bev.png", WON_COLOUR)
     assert len(ring) > 50
     assert (ring[:, 0] < 300).all()
+
+
+@pytest.mark.parametrize("num_panels", [1, 2, 3, 4])
+def test_the_legend_fits(num_panels: int, tmp_path: Path) -> None:
+    """Its row below the panels is white at both ends, in the left and the right 1 % of the width."""
+    none = np.zeros(1, bool)
+    sample = replace(sample_with([[0.0] * 9], [0.9]), gt_boxes=np.ones((1, 9)), gt_labels=np.zeros(1, int))
+    panels = {str(number): BevPanel(sample, 0.3, none, none) for number in range(num_panels)}
+    draw_bev(tmp_path / "bev.png", panels)
+    legend = matplotlib.image.imread(tmp_path / "bev.png")[-60:, :, :3]
+    side = legend.shape[1] // 100
+    assert (legend[:, :side] == 1).all()
+    assert (legend[:, -side:] == 1).all()
+    assert (legend < 0.5).any()
 
 
 def test_files_of_the_first_release_lack_tokens(tmp_path: Path) -> None:
