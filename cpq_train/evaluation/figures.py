@@ -163,7 +163,7 @@ def _close_ups(
     lost = [(row_of[below.sample.gt_tokens[row]], row) for row in np.flatnonzero(below.lost).tolist()]
     lost.sort(key=lambda pair: -changed.float_score[pair[0]])
     subjects = [Subject(row, _object_title(changed, of, run.arm)) for of, row in lost[:MAX_OBJECTS]]
-    file = f"{FOLDER}/{Path(run.name).name}_lost.png"
+    file = f"{FOLDER}/{run.file_name}_lost.png"
     draw_close_ups(output / file, subjects, (baseline.title, above), (run.title, below))
     caption = (
         f"Objects of this sample that {run.title} loses, those that {baseline.title} is surest of: above as "
@@ -220,13 +220,13 @@ def _drift_figures(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
             f"{run.title}: how ranges moved from where calibration left them; 1 is twice as wide, -1 half. "
             f"The {len(names)} of {len(history)} quantizers that moved furthest."
         )
-        yield _write(output, "quantizers", f"{Path(run.name).name}_amax_drift", caption, svg)
+        yield _write(output, "quantizers", f"{run.file_name}_amax_drift", caption, svg)
 
 
 def _brought(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     """Copies of the pictures that lie in run directories, such as that of a sensitivity analysis."""
     for run in runs:
         for picture in sorted(run.folder.glob("*.png")):
-            file = f"{FOLDER}/{Path(run.name).name}_{picture.name}"
+            file = f"{FOLDER}/{run.file_name}_{picture.name}"
             shutil.copyfile(picture, output / file)
             yield Figure("quantizers", file, f"{run.title}: {picture.stem.replace('_', ' ')}.")

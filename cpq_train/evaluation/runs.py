@@ -53,6 +53,11 @@ class Run:
         """The arm, and the run where its name says more."""
         return self.arm if self.arm == self.name else f"{self.arm} ({self.name})"
 
+    @property
+    def file_name(self) -> str:
+        """The name as the beginning of a file name."""
+        return self.name.strip("/").replace("/", "_")
+
     def score(self, metric: str) -> float:
         """A score of `metrics.json`."""
         return float(self.metrics["metrics"][metric])

@@ -210,6 +210,15 @@ def test_what_tuning_left_behind_is_drawn(arms: dict[str, Path], tmp_path: Path)
     assert "| `conv._input_quantizer` | 2.000 | n/a | n/a |" in text
 
 
+def test_pictures_of_runs_with_one_name(arms: dict[str, Path], tmp_path: Path) -> None:
+    for experiment, content in (("first", PNG), ("second", PNG + b"other")):
+        shutil.copytree(arms["qat"], tmp_path / experiment / "qat")
+        (tmp_path / experiment / "qat/sensitivity.png").write_bytes(content)
+    report = compare([tmp_path / "first/qat", tmp_path / "second/qat"], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "quantizers"]
+    assert [(tmp_path / "report" / file).read_bytes() for file in files] == [PNG, PNG + b"other"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("step,amax\n1,2\n", "columns .*'quantizer'.* are missing"), (f"{DRIFT}1,conv,wide,2,,\n", "line 2")],
