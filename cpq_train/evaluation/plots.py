@@ -89,7 +89,7 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in all_axes:
         handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(
