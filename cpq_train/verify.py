@@ -16,10 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from cpq_train.console import table_console
-from cpq_train.data.clouds import CloudFiles
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import Batch, SampleConfig, collate
+from cpq_train.data.dataset import Batch, Item, collate
 from cpq_train.data.simulator import simulate
+from cpq_train.data.sweeps import read_cloud
+from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
@@ -155,9 +156,7 @@ def _samples(
     num_sweeps: int,
 ) -> Iterator[Iterator[Batch]]:
     if clouds:
-        sizes = (config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
-        files = CloudFiles(clouds, SampleConfig(1, *sizes))
-        yield (collate([files[position]]) for position in range(len(files)))
+        yield (_batch_of(path, config) for path in clouds)
         return
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
@@ -182,6 +181,20 @@ def _samples(
         if num_samples > len(data.eval_rows):
             raise UserError(f"num_samples is {num_samples}: {root} has {len(data.eval_rows)} for validation")
         yield islice(data.evaluation_dataloader(), num_samples)
+
+
+def _batch_of(path: Path, config: NetworkConfig) -> Batch:
+    """A cloud file as a batch of one sample."""
+    voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
+    voxels, cells, num_points = voxelize(read_cloud(path))
+    item: Item = {
+        "voxel_features": mean_voxel_features(voxels, num_points),
+        "voxel_coords": cells,
+        "gt_boxes": torch.zeros(0, 10),
+        "sample_row": 0,
+        "token": path.name,
+    }
+    return collate([item])
 
 
 def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cpq_train.data.augmentation import Augmentation
-from cpq_train.data.clouds import CloudFiles
+from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from cpq_train.data.clouds import CloudFiles
+from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, SampleKey
 
 # Both extend DistributedSampler so that Lightning leaves them in place and tells them the epoch.

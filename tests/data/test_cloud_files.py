@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpq_train.data.clouds import CloudFiles
+from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import SampleConfig, collate
 from cpq_train.data.sweeps import CloudError
 
