@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import NETWORK_PREFIX, network_state, read_checkpoint, sha256_of
+from cpq_train.interop.checkpoint import (
+    NETWORK_PREFIX,
+    network_state,
+    read_checkpoint,
+    sha256_of,
+    write_checkpoint,
+)
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
 from cpq_train.quantization.calibration import AMAX, is_calibrated, problems_of_state
@@ -178,7 +183,7 @@ def fold_checkpoint(config: NetworkConfig, path: str | Path, output: str | Path)
     state = {NETWORK_PREFIX + name: tensor for name, tensor in subject.network.state_dict().items()}
     kept = ("epoch", "global_step", "hyper_parameters", "pytorch-lightning_version")
     checkpoint = {key: value for key, value in read_checkpoint(path).items() if key in kept}
-    torch.save({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)
+    write_checkpoint({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)
 
 
 def _restructure(

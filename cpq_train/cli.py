@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpq_train.errors import UserError
 
-LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity", "profile")
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 
@@ -53,6 +53,14 @@ def _simulate(args: list[str]) -> None:
     auto_cli(simulate, args=args, as_positional=False, prog="cpq_train simulate")
 
 
+def _build_gt_database(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from cpq_train.data.gt_database import build_gt_database
+
+    auto_cli(build_gt_database, args=args, as_positional=False, prog="cpq_train build-gt-database")
+
+
 def _describe(args: list[str]) -> None:
     from jsonargparse import auto_cli
 
@@ -75,6 +83,17 @@ def _verify(args: list[str]) -> None:
     verify(**parser.parse_args(args).as_dict())
 
 
+def _convert(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from cpq_train.convert import convert
+
+    # Not auto_cli, which has a --config of its own.
+    parser = ArgumentParser(prog="cpq_train convert", description="Checkpoints of other projects.")
+    parser.add_function_arguments(convert)
+    convert(**parser.parse_args(args).as_dict())
+
+
 def _compare(args: list[str]) -> None:
     from cpq_train.evaluation.compare import compare
 
@@ -88,9 +107,11 @@ def _compare(args: list[str]) -> None:
 
 PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
     "simulate": _simulate,
+    "build-gt-database": _build_gt_database,
     "compare": _compare,
     "describe": _describe,
     "verify": _verify,
+    "convert": _convert,
 }
 
 

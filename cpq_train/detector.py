@@ -13,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from cpq_train.arms import (
@@ -30,14 +32,18 @@ from cpq_train.arms import (
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import network_state
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
+from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
-from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
+from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
-from cpq_train.optim import OptimizerConfig, new_optimizer
+from cpq_train.nonfinite import nonfinite_loss
+from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
     freeze_batchnorm,
+    joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
 from cpq_train.quantization.calibration import collecting_ranges, static_ranges
@@ -49,13 +55,16 @@ from cpq_train.quantization.range_policy import (
     range_parameters,
     start_observing,
 )
-from cpq_train.quantization.ranks import check_equal_over_ranks
+from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.starting_point import Batches, CalibrationConfig, improve
 from cpq_train.teacher import Teacher, find_teacher
 
 Batch = dict[str, Any]
+
+FOLDED_FILE = "folded.ckpt"
+"""The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
 
 
 class CenterPointDetector(LightningModule):
@@ -70,9 +79,11 @@ class CenterPointDetector(LightningModule):
         batchnorm: folded, frozen, or trained and folded behind training; null is what `weights` has, and
             folded where a float network becomes another arm.
         ranges: What becomes of the ranges while the qat arm trains.
-        code_weights: Loss weight of each of the ten numbers of a box code.
+        code_weights: Loss weight of each of the ten numbers of a box code, or the ancestor whose weights are
+            taken: openpcdet (0.2 on cosine and sine of the yaw), tianweiy or mmdet3d (0.2 on the velocity).
         loc_weight: Weight of the box losses against the heat-map losses.
         post_processing: From heat maps to boxes; the same for every arm that is compared.
+        test_time_flip: Detect in each scene and its three mirror images and average, at four times the cost.
         optimizer: Learning rate and schedule.
         calibration: What calibration does beyond finding ranges.
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
@@ -88,14 +99,18 @@ class CenterPointDetector(LightningModule):
         scheme: str | None = None,
         batchnorm: BatchNormPolicy | None = None,
         ranges: RangePolicy = RangePolicy(),  # noqa: B008
-        code_weights: tuple[float, ...] = CODE_WEIGHTS,
+        code_weights: Ancestor | tuple[float, ...] = "openpcdet",
         loc_weight: float = 0.25,
         post_processing: PostProcessing = PostProcessing(),  # noqa: B008
+        test_time_flip: bool = False,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
     ) -> None:
         super().__init__()
+        if test_time_flip:
+            check_flippable(network)
+        self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
         self.save_hyperparameters(
             {
                 "network": asdict(network),
@@ -104,9 +119,10 @@ class CenterPointDetector(LightningModule):
                 "scheme": scheme,
                 "batchnorm": batchnorm,
                 "ranges": asdict(ranges),
-                "code_weights": list(code_weights),
+                "code_weights": list(self.code_weights),
                 "loc_weight": loc_weight,
                 "post_processing": asdict(post_processing),
+                "test_time_flip": test_time_flip,
                 "optimizer": asdict(optimizer),
                 "calibration": asdict(calibration),
                 "distillation": distillation and asdict(distillation),
@@ -116,12 +132,13 @@ class CenterPointDetector(LightningModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
-        self.code_weights, self.loc_weight = code_weights, loc_weight
-        self.post_processing, self.optimizer = post_processing, optimizer
+        self.post_processing, self.test_time_flip = post_processing, test_time_flip
+        self.optimizer = optimizer
         self.calibration = calibration
         self.distillation = distillation
         self.subject: Subject | None = None
         self._teacher: Teacher | None = None
+        self._observed_step: int | None = None
 
     def configure_model(self) -> None:
         """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
@@ -132,12 +149,17 @@ class CenterPointDetector(LightningModule):
         if self.weights is not None and not self._is_resuming():
             self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
         elif arm == "float" or self._is_resuming():
-            self._adopt(build(self.network_config, arm, scheme, self.batchnorm))
+            self.configure_untrained()
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
         # Here and not when fitting starts: the optimizer and DDP are set up in between.
         if self.subject is not None and self.subject.arm == "qat" and not self._is_resuming():
             set_range_policy(self.subject, self.ranges.amax)
+
+    def configure_untrained(self) -> None:
+        """Build the arm with fresh weights, without ranges: for a checkpoint to fill, or to be measured."""
+        scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+        self._adopt(build(self.network_config, self.arm or "float", scheme, self.batchnorm))
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None
@@ -167,7 +189,7 @@ class CenterPointDetector(LightningModule):
         """Raw outputs of every head for a batch of voxels."""
         return self._run(self.network, batch)
 
-    def _run(self, network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+    def _run(self, network: Network, batch: Batch) -> list[dict[str, Tensor]]:
         batch = self.to_device(batch)
         heads: list[dict[str, Tensor]] = network(
             batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
@@ -175,24 +197,37 @@ class CenterPointDetector(LightningModule):
         return heads
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch; logs it with its parts."""
+        """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
         config = self.network_config
         targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
         heads, distilled = self._run_with_teacher(batch)
-        losses = center_loss(heads, targets, self.code_weights, self.loc_weight)
+        losses = center_loss(heads, targets, self.code_weights, self.loc_weight, sum_over_ranks)
         if distilled:
             losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
-        size = batch["batch_size"]
-        self.log("train/loss", losses["loss"], prog_bar=True, batch_size=size)
-        parts = {f"train/{name}": value for name, value in losses.items() if name != "loss"}
-        self.log_dict(parts, batch_size=size)
+        self._log_losses(losses, batch["batch_size"])
+        if not torch.isfinite(losses["loss"]):  # waits for the device, once per step
+            where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
+            raise nonfinite_loss(self.network, lambda: self(batch), losses, batch, where)
         return losses["loss"]
+
+    def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self._is_log_step():
+            values = sum_over_ranks(values) / self.trainer.world_size
+        named = dict(zip(losses, values.unbind(), strict=True))
+        self.log("train/loss", named.pop("loss"), prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train/{name}": value for name, value in named.items()}, batch_size=batch_size)
+
+    def _is_log_step(self) -> bool:
+        """Whether loggers get what is logged now."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
         if self._teacher is None:
             return self(batch), {}
-        return self._teacher.instruct(self.network, batch, self.code_weights)
+        return self._teacher.instruct(self.network, batch, self.code_weights, sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
@@ -202,9 +237,15 @@ class CenterPointDetector(LightningModule):
     predict_step = validation_step
 
     def detect(self, batch: Batch) -> list[Detections]:
-        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame."""
+        """Boxes, scores and labels of each sample of a batch, in the LiDAR frame.
+
+        In fp32 whatever the trainer's precision: scores of all arms and baselines are comparable.
+        """
         config = self.network_config
-        return decode(self(batch), config.class_groups, config.geometry, self.post_processing)
+        network = flip_averaged(self.network, config) if self.test_time_flip else self.network
+        with torch.autocast(self.device.type, enabled=False):
+            heads = self._run(network, batch)
+            return decode(heads, config.class_groups, config.geometry, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
@@ -219,7 +260,13 @@ class CenterPointDetector(LightningModule):
             self.print_coverage()
         check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
-        if self.trainer.world_size > 1 and trains_on_parts_of_a_batch(self.network):
+        if self.trainer.world_size > 1:
+            self._check_batch_statistics()
+
+    def _check_batch_statistics(self) -> None:
+        if joins_batches_of_ranks(self.network) and self.device.type != "cuda":
+            raise UserError(f"trainer.sync_batchnorm is true on {self.device.type}; accepted: false, or CUDA")
+        if trains_on_parts_of_a_batch(self.network):
             rank_zero_warn(
                 "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
             )
@@ -235,7 +282,7 @@ class CenterPointDetector(LightningModule):
         assert self.subject is not None
         is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
         if is_kept and last and self.trainer.is_global_zero:
-            fold_checkpoint(self.network_config, last, Path(last).with_name("folded.ckpt"))
+            fold_checkpoint(self.network_config, last, Path(last).with_name(FOLDED_FILE))
 
     def train(self, mode: bool = True) -> Self:
         """As of any module; a frozen BatchNorm stays in evaluation."""
@@ -248,18 +295,25 @@ class CenterPointDetector(LightningModule):
             freeze_batchnorm(self.network)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """In a step in which ranges move, let the quantizers look at its tensors."""
-        self._is_observing = self.ranges.moves_at(self.global_step)
-        if self._is_observing:
+        """In a step in which ranges move, let the quantizers look at its tensors, all accumulated batches."""
+        if self._observed_step is None and self.ranges.moves_at(self.global_step):
+            self._observed_step = self.global_step
             start_observing(self.network)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Move the ranges towards what the quantizers saw."""
-        if self._is_observing:
-            finish_observing(self.network, self.ranges.momentum)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and move the ranges towards what the quantizers saw: once, before any callback saves them."""
+        super().optimizer_step(*args, **kwargs)
+        if self._observed_step is not None:
+            self._move_ranges()
+
+    def _move_ranges(self) -> None:
+        finish_observing(self.network, self.ranges.momentum)
+        self._observed_step = None
 
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
+        if self._observed_step is not None:  # between accumulated batches; what is validated is not observed
+            self._move_ranges()
         assert self.subject is not None
         if needs_calibration(self.subject):
             raise UserError(
@@ -326,11 +380,31 @@ class CenterPointDetector(LightningModule):
             Console().print(coverage_table(self.subject.prepared))
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with its tensors on the device of the network."""
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        """The batch with its tensors on the network's device; pinned ones travel while the step starts."""
+        return {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
 
     def _is_global_zero(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients, by then those of all ranks and accumulated batches; logs their norm before.
+
+        Raises:
+            UserError: Their norm is not finite; no weight has been touched.
+        """
+        norm = gradient_norm(self.named_parameters())
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val is not None:
+            clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""

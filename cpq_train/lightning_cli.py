@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 
 from cpq_train.callbacks.baselines import Baselines
+from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.callbacks.predictions import WritePredictions
+from cpq_train.callbacks.resume_point import ResumePoint
+from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.checkpoint import read_checkpoint
+from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.trainer import QuantTrainer
 
 
@@ -41,7 +45,7 @@ class QuantCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
-        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity")}
+        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity", "profile")}
         return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
 
     def _prepare_subcommand_parser(
@@ -69,7 +73,9 @@ class QuantCLI(LightningCLI):
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
         parser.add_lightning_class_args(WritePredictions, "predictions")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
+        parser.add_lightning_class_args(ResumePoint, "resume")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -78,19 +84,33 @@ class QuantCLI(LightningCLI):
                 "checkpoint.monitor": "val/NDS",
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,  # a resumed run writes its files again
             }
         )
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_dir)
         for name in ("voxel_size", "point_cloud_range"):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
+    def _parse_ckpt_path(self) -> None:
+        """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
+        if self.config[self.config.subcommand].get("ckpt_path") != "last":
+            super()._parse_ckpt_path()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Where the configuration names no logger, a fit writes a CSV log into its run directory."""
+        """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
         config = self.config_init[self.subcommand].trainer
         if config.logger is None:
-            is_fit = self.subcommand == "fit"
-            kwargs["logger"] = CSVLogger(config.default_root_dir, name="", version="") if is_fit else False
-        return super().instantiate_trainer(**kwargs)
+            kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
+        if kwargs.get("logger", config.logger):
+            kwargs["callbacks"] = [*(config.callbacks or []), StartLoggers(), LearningRateMonitor("step")]
+        trainer = super().instantiate_trainer(**kwargs)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVRunLogger | WandbRunLogger):
+                logger.run_dir = Path(trainer.default_root_dir)
+            if isinstance(logger, WandbRunLogger):
+                settings = self.parser.dump(self.config, skip_none=False)
+                logger.run_config = yaml.safe_load(settings)[self.subcommand]
+        return trainer
 
 
 def _checkpoint_dir(default_root_dir: str) -> str:
@@ -119,7 +139,6 @@ def run(args: list[str]) -> None:
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_class=QuantTrainer,
-        trainer_defaults={"callbacks": [LearningRateMonitor("step")]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments that are handed over

@@ -103,6 +103,7 @@ class Bench:
             arm=arm,
             scheme=scheme,
             post_processing=model.post_processing,
+            test_time_flip=model.test_time_flip,
         )
         detector.configure_model()
         return detector.to(self._device).eval()
@@ -131,6 +132,7 @@ class Bench:
         if self._score_detections:
             post_processing = asdict(model.post_processing)
             context |= {"scored": self._tokens(data.eval_rows), "post_processing": post_processing}
+            context |= {"test_time_flip": model.test_time_flip}
         return context
 
     def _tokens(self, rows: Iterable[Any]) -> list[str]:

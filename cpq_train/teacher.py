@@ -14,6 +14,7 @@ from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.distillation import DistillationConfig, distillation_loss, run_observed
+from cpq_train.models.normalisers import SumOverRanks, one_rank
 
 STUDENTS: tuple[Arm, ...] = ("qat", "float_tuned")
 FLOAT_ARMS: tuple[Arm, ...] = ("float", "float_tuned")
@@ -44,7 +45,11 @@ class Teacher:
         self.network.to(device).eval().requires_grad_(False)
 
     def instruct(
-        self, student: CenterPoint, batch: Mapping[str, Any], code_weights: Sequence[float]
+        self,
+        student: CenterPoint,
+        batch: Mapping[str, Any],
+        code_weights: Sequence[float],
+        sum_over_ranks: SumOverRanks = one_rank,
     ) -> tuple[list[HeadOutput], dict[str, Tensor]]:
         """One forward pass of each; nothing is kept for a backward pass through the teacher.
 
@@ -52,6 +57,7 @@ class Teacher:
             student: The network that is trained.
             batch: Voxels, as the detector gets them.
             code_weights: Weight of each of the ten numbers of a box code.
+            sum_over_ranks: See `distillation_loss`.
 
         Returns:
             The student's raw outputs by head, and the parts of the loss (`distillation_loss`).
@@ -60,7 +66,7 @@ class Teacher:
         with torch.no_grad():
             example = run_observed(self.network, *voxels)
         own = run_observed(student, *voxels)
-        return own.heads, distillation_loss(own, example, self.config, code_weights)
+        return own.heads, distillation_loss(own, example, self.config, code_weights, sum_over_ranks)
 
 
 def find_teacher(

@@ -2,24 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from rich.console import Console
 from torch import Tensor
+from typing_extensions import override
 
+from cpq_train.checkpoint_io import AtomicCheckpointIO
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.evaluation.run_files import METRICS_FILE
+from cpq_train.files import remove_partial
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
+from cpq_train.loggers.start import logged_calibration
+from cpq_train.preemption import Preempted, Request, noting_signals, requeue
+from cpq_train.profile import Settings as ProfileSettings
+from cpq_train.profile import profile
 from cpq_train.quantization.calibration import check_ranges
+from cpq_train.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint
 from cpq_train.sensitivity import Settings, analyse
+from cpq_train.strategy import QuantDDPStrategy
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+# What `trainer.strategy` auto (on several devices) and ddp mean; Lightning's own class has its class path.
+StrategyRegistry.register(
+    "ddp", QuantDDPStrategy, "DDP that leaves ranges alone", override=True, gradient_as_bucket_view=True
+)
+
+
+class _NotingSignals(_SignalConnector):
+    """Leaves the signals of a fit to `noting_signals`.
+
+    Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts, where
+    the run may hang or the file tear (lightning issue 21406).
+    """
+
+    @override
+    def register_signal_handlers(self) -> None:
+        if self.trainer.state.fn != "fit":
+            super().register_signal_handlers()
 
 
 class QuantTrainer(Trainer):
-    """Lightning's Trainer, and the verbs `calibrate` and `sensitivity`."""
+    """Lightning's Trainer whose fit outlives a cluster's faults, and the verbs beside its own.
+
+    Attributes:
+        continues_run: Whether the present fit goes on from the newest checkpoint of its own folder.
+
+    Raises:
+        UserError: The precision is none of `PRECISIONS`. Gradients overflow fp16, and true half precision
+            rounds ranges and weights. Quantization is computed in fp32 in any case.
+    """
+
+    continues_run = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.precision not in PRECISIONS:
+            raise UserError(f"trainer.precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
+        self.strategy.checkpoint_io = AtomicCheckpointIO()
+        self._signal_connector = _NotingSignals(self)
+
+    @override
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: TRAIN_DATALOADERS | LightningDataModule | None = None,
+        val_dataloaders: EVAL_DATALOADERS | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, and validate along the way.
+
+        Args:
+            model: The detector.
+            train_dataloaders: Loader of training batches, where no data module gives it.
+            val_dataloaders: Loader of validation batches, where no data module gives it.
+            datamodule: Gives the samples.
+            ckpt_path: Checkpoint to resume; `last` is the newest good one in the run's folder, and a fresh
+                start where there is none.
+            weights_only: Admit tensors and plain values in the checkpoint only; null is torch's default,
+                which does.
+
+        Raises:
+            Preempted: The run was asked to stop; it is saved.
+            UserError: What was given does not work out, a loss is not finite, the disk is full, or a process
+                that loads data died.
+        """
+        try:
+            with noting_signals(), _naming_dead_workers():
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        except Preempted as stop:  # by now the loggers are closed: SLURM may end the job at once
+            if stop.request is Request.REQUEUE and self.is_global_zero and requeue():
+                stop.code = 0
+            raise
+
+    @override
+    def _fit_impl(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        # Here and not in `fit`: the launcher has started all ranks, so that they can follow rank 0's choice.
+        self.continues_run = ckpt_path == "last"
+        if self.continues_run:
+            self.strategy.connect(model)
+            self.strategy.setup_environment()
+            # Lightning looks at the loader alone; here the data module knows the place in the epoch.
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+            ckpt_path = self.strategy.broadcast(self._newest_checkpoint() if self.is_global_zero else None)
+        elif self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
+            rank_zero_warn(
+                f"{str(checkpoint_folder(self))!r} holds an earlier run, whose files are now replaced; "
+                "--ckpt_path last would go on with it"
+            )
+        super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def _newest_checkpoint(self) -> str | None:
+        """What `--ckpt_path last` means; also clears away what killed writers left."""
+        run, checkpoints = Path(self.default_root_dir), checkpoint_folder(self)
+        for folder in (run, checkpoints):
+            remove_partial(folder)
+        is_scored = (run / METRICS_FILE).exists()
+        last_epoch = None if is_scored or self.max_epochs is None else self.max_epochs - 1
+        newest = newest_checkpoint(checkpoints, last_epoch)
+        rank_zero_info(
+            f"--ckpt_path last: no checkpoint in {str(checkpoints)!r}, starting afresh"
+            if newest is None
+            else f"--ckpt_path last: going on from {str(newest)!r}"
+        )
+        return None if newest is None else str(newest)
 
     def calibrate(
         self,
@@ -47,6 +175,7 @@ class QuantTrainer(Trainer):
                 or a range came out unfit.
         """
         assert isinstance(model, CenterPointDetector)
+        assert isinstance(datamodule, NuScenesDataModule)
         if model.weights is None or ckpt_path is not None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         model.arm = "ptq"
@@ -55,16 +184,17 @@ class QuantTrainer(Trainer):
     def _calibrate(
         self,
         model: CenterPointDetector,
-        datamodule: LightningDataModule,
+        datamodule: NuScenesDataModule,
         output: Path,
         ranges_file: Path | None,
     ) -> None:
         self._connect(model, datamodule)
-        given = None if ranges_file is None else _ranges_of(ranges_file, model)
-        model.calibrate(datamodule, given)
-        num_zero = check_ranges(model.network)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.save_checkpoint(output, weights_only=True)
+        with logged_calibration(self, model, datamodule, output):
+            given = None if ranges_file is None else _ranges_of(ranges_file, model)
+            model.calibrate(datamodule, given)
+            num_zero = check_ranges(model.network)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.save_checkpoint(output, weights_only=True)
         if self.is_global_zero:
             zero = f", {num_zero} output channels are all zero" if num_zero else ""
             Console().print(f"PTQ checkpoint: {output}{zero}")
@@ -148,6 +278,63 @@ class QuantTrainer(Trainer):
         settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
+
+    def profile(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        output: Path | None = None,
+        sample: str | None = None,
+        cloud: Path | None = None,
+        num_passes: int = 5,
+        trace: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure time, memory and storage of every layer on one cloud, and print tables of them.
+
+        Time is that of an evaluation pass with one sample, from voxels to boxes; memory is
+        that of the forward pass of training. The cloud is made up unless `sample` or `cloud` names one.
+
+        Args:
+            model: The detector; without `model.weights` it has fresh weights, and a quantized one without
+                ranges takes them from this cloud: times and sizes hardly depend on either, boxes do.
+            datamodule: Gives grid and limits of voxels, and the sample where one is asked for.
+            output: Folder for profile.json, latency.csv, memory.csv, storage.csv and modules.txt.
+            sample: Token of a sample of the data set, or `first` for the first validation sample.
+            cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
+            num_passes: Passes whose median is reported; as many run without hooks beside them.
+            trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
+            ckpt_path: Not used: the network comes from `model.weights`.
+            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
+
+        Raises:
+            UserError: The cloud, the sample, the checkpoint or an argument is no good.
+        """
+        assert isinstance(model, CenterPointDetector)
+        assert isinstance(datamodule, NuScenesDataModule)
+        if ckpt_path is not None:
+            raise UserError("profile takes its network from model.weights, not from --ckpt_path")
+        if self.world_size != 1:
+            raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
+        settings = ProfileSettings(output, sample, cloud, num_passes, trace)
+        self.accelerator.setup_device(self.strategy.root_device)
+        precision = self.precision_plugin.forward_context
+        profile(model, datamodule, settings, self.strategy.root_device, precision)
+
+
+@contextmanager
+def _naming_dead_workers() -> Iterator[None]:
+    """Say what to do where a process that loads data died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            f"a process that loads data died: {error}. Often the memory of the machine or /dev/shm is full: "
+            "lower data.num_workers or data.batch_size; --ckpt_path last goes on from the last checkpoint"
+        ) from error
 
 
 def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:

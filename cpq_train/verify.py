@@ -16,11 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from cpq_train.console import table_console
+from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import Batch, Item, collate
+from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.simulator import simulate
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
 from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
@@ -185,16 +185,10 @@ def _samples(
 
 def _batch_of(path: Path, config: NetworkConfig) -> Batch:
     """A cloud file as a batch of one sample."""
-    voxelize = Voxelizer(config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS)
-    voxels, cells, num_points = voxelize(read_cloud(path))
-    item: Item = {
-        "voxel_features": mean_voxel_features(voxels, num_points),
-        "voxel_coords": cells,
-        "gt_boxes": torch.zeros(0, 10),
-        "sample_row": 0,
-        "token": path.name,
-    }
-    return collate([item])
+    sample = SampleConfig(
+        1, config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS
+    )
+    return batch_of_clouds([read_cloud(path)], sample, [path.name])
 
 
 def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings) -> None:

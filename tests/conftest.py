@@ -38,6 +38,15 @@ def reference_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def seed_text() -> str:
+    """The text that this project began with: its module tree and storage tables are reproduced."""
+    path = SHARED / "seed.md"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: set CPQ_SHARED to the folder that holds it")
+    return path.read_text()
+
+
+@pytest.fixture(scope="session")
 def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny simulated data set: three training and two validation scenes of two key frames each."""
     from cpq_train.data.simulator import simulate

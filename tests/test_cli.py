@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 from tiny_model import BASE, OVERLAY, tiny_options
 
@@ -246,22 +245,6 @@ def test_resumed_distillation_equals_uninterrupted(arms: Run, simulated_root: Pa
     resumed = fit(tmp_path / "resumed", "--ckpt_path", str(first))
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-
-
-def test_a_fit_logs_to_wandb(
-    arms: Run, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
-    options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt")]
-    logger = ("--trainer.logger", "lightning.pytorch.loggers.WandbLogger")
-    main([*options, *logger, "--trainer.logger.save_dir", str(tmp_path), "--trainer.log_every_n_steps", "1"])
-    wandb.finish()
-    (run,) = tmp_path.rglob("run-*.wandb")
-    logged = run.read_bytes()
-    for key in (b"train/loss", b"val/NDS", b"val/mAP_minus_float"):
-        assert key in logged
 
 
 @pytest.mark.parametrize(

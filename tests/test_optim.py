@@ -25,7 +25,8 @@ def test_adam_steps_equal_openpcdet(golden_dir: Path) -> None:
     initial = {k.removeprefix("init::"): golden[k] for k in golden.files if k.startswith("init::")}
     parameters = {name: nn.Parameter(torch.from_numpy(value)) for name, value in initial.items()}
     optimizer, schedule = new_optimizer(list(parameters.values()), OptimizerConfig(lr=0.001), 100)
-    for step in range(100):
+    assert optimizer.param_groups[0]["betas"][1] == golden["beta2"]
+    for step in range(int(golden["total_steps"])):
         for name, parameter in parameters.items():
             random = np.random.RandomState(zlib.crc32(f"{name}/{step}".encode()))
             parameter.grad = torch.from_numpy(random.normal(0, 3, tuple(parameter.shape)).astype(np.float32))

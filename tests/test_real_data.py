@@ -11,7 +11,7 @@ from torch import Tensor
 from cpq_train.arms import Subject, build
 from cpq_train.cli import main
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer
 from cpq_train.models import NetworkConfig
 from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
@@ -66,10 +66,10 @@ def _ten_sweeps(realdata_dir: Path) -> tuple[Tensor, Tensor, int, Tensor]:
     (file,) = (realdata_dir / "lidar").glob("*.fp16x5.bin")
     points = np.fromfile(file, np.float16).reshape(-1, 5).astype(np.float32)
     config = NetworkConfig()
-    voxels, coords, num_points = Voxelizer(config.voxel_size, config.point_cloud_range, 10, 60000)(points)
+    features, coords, _ = Voxelizer(config.voxel_size, config.point_cloud_range, 10, 60000)(points)
     assert 50_000 < len(coords) <= 60_000
     coords = torch.cat([coords.new_zeros(len(coords), 1), coords], 1)
-    return mean_voxel_features(voxels, num_points), coords, 1, torch.zeros(1, 1, 10)
+    return features, coords, 1, torch.zeros(1, 1, 10)
 
 
 @pytest.mark.parametrize("what", ["key frames", "ten sweeps"])

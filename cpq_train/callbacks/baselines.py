@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing_extensions import override
 from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
+from cpq_train.files import write_whole
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.scoring import score_detector
 
@@ -107,7 +107,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "dataset": data.index.dataset_info(),
         "samples": [data.index.sample_token(row) for row in data.eval_rows.tolist()],
         "data": asdict(data.evaluation_config),
-        "postprocessing": postprocessing_sha256(module.post_processing),
+        "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
@@ -120,6 +120,4 @@ def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuS
 
 def _write(file: Path, score: Score) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(score))
-    partial.replace(file)
+    write_whole(file, json.dumps(score))

@@ -124,7 +124,7 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
         checkpoint_sha256=sha256_of(checkpoint),
         dataset=data.index.dataset_info(),
         split=data.val_split,
-        postprocessing_sha256=postprocessing_sha256(module.post_processing),
+        postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
         parents=subject.parents,
         coverage=coverage(subject.prepared),
         profile={"stored_bytes": network_bytes(module.network, subject.prepared.schemes)},
@@ -132,9 +132,10 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
     )
 
 
-def postprocessing_sha256(config: PostProcessing) -> str:
+def postprocessing_sha256(config: PostProcessing, test_time_flip: bool = False) -> str:
     """Hash of the settings from heat maps to boxes: arms that differ in them are not compared."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+    settings = asdict(config) | ({"test_time_flip": True} if test_time_flip else {})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def log_equal(module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from cpq_train.data.dataset import Item, SampleConfig
+from cpq_train.data.dataset import Item, SampleConfig, voxelizer_of
 from cpq_train.data.sweeps import CloudError, read_cloud
-from cpq_train.data.voxelization import Voxelizer, mean_voxel_features
+from cpq_train.data.voxelization import Voxelizer
 
 
 class CloudFiles(Dataset[Item]):
@@ -44,16 +44,10 @@ class CloudFiles(Dataset[Item]):
             CloudError: it is truncated or holds NaN or infinite values.
         """
         if self._voxelizer is None:  # in the worker, not before it forks
-            config = self.config
-            self._voxelizer = Voxelizer(
-                config.voxel_size,
-                config.point_cloud_range,
-                config.max_points_per_voxel,
-                config.max_num_voxels,
-            )
-        voxels, cells, num_points = self._voxelizer(read_cloud(self.paths[position]))
+            self._voxelizer = voxelizer_of(self.config)
+        features, cells, _ = self._voxelizer(read_cloud(self.paths[position]))
         return {
-            "voxel_features": mean_voxel_features(voxels, num_points),
+            "voxel_features": features,
             "voxel_coords": cells,
             "gt_boxes": torch.zeros(0, 10),
             "sample_row": position,

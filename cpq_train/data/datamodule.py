@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
+from cpq_train.data.gt_database import open_gt_database
+from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.errors import UserError
 
@@ -44,6 +49,10 @@ class NuScenesDataModule(LightningDataModule):
         test_split: official split that the test and predict verbs run on.
         sample_tokens: evaluate these samples only; all of them must belong to the split.
         augmentation: what is drawn anew for each training sample; null for none.
+        gt_sampling: objects of other samples that training scenes are filled up with, from the database
+            that build-gt-database makes; null for none.
+        class_balanced: train on samples drawn so that each class comes up equally often (CBGS); drawn once,
+            by the seed. An epoch is then several times as long.
         num_calibration_samples: samples that quantizers are calibrated with; each scene gives equally many,
             up to one.
         calibration_split: official split to calibrate on; null for `train_split`.
@@ -76,6 +85,8 @@ class NuScenesDataModule(LightningDataModule):
         test_split: str = "test",
         sample_tokens: list[str] | None = None,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen, and shown in the command's help
+        gt_sampling: GtSampling | None = None,
+        class_balanced: bool = False,
         num_calibration_samples: int = 256,
         calibration_split: str | None = None,
         force_calibration_on_val: bool = False,
@@ -106,14 +117,25 @@ class NuScenesDataModule(LightningDataModule):
             augmentation=augmentation,
             is_training=True,
         )
+        self.gt_sampling, self.class_balanced = gt_sampling, class_balanced
         self._index: NuScenesIndex | None = None
         self.clouds: list[Path] | None = None
         """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
+        self._resumed: EpochPosition | None = None
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
         if self.clouds is None:
             self._open_index()
+
+    def setup(self, stage: str) -> None:
+        """Before a fit starts, looks for what it needs.
+
+        Raises:
+            UserError: see `_gt_sampler`.
+        """
+        if stage == "fit":
+            self._gt_sampler()
 
     @property
     def index(self) -> NuScenesIndex:
@@ -138,13 +160,56 @@ class NuScenesDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Augmented training samples, in an order and with draws of their own in every epoch."""
-        rows = self.index.sample_rows(self.train_split)
-        dataset = DetectionDataset(self.index, rows, self._training_config)
+        rows = self._train_rows
+        dataset = DetectionDataset(self.index, rows, self._training_config, self._gt_sampler())
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
-        if self.trainer is not None:  # workers start to load before Lightning tells the sampler the epoch
+        if self._resumed is not None:  # its epoch too: workers load before Lightning tells the sampler
+            self._resumed.check_order(self.batch_size * world_size, len(rows), self.seed)
+            sampler.begin_at(self._resumed.epoch, self._resumed.num_batches * self.batch_size)
+            self._resumed = None
+        elif self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+
+    @cached_property
+    def _train_rows(self) -> Rows:
+        """Index rows of an epoch's training samples; with class balance a row may occur several times."""
+        rows = self.index.sample_rows(self.train_split)
+        return class_balanced_rows(self.index, rows, self.seed) if self.class_balanced else rows
+
+    def _gt_sampler(self) -> GtSampler | None:
+        """What fills training scenes up.
+
+        Raises:
+            UserError: there is no database, it holds no object to sample, or sampling is to fade out of a
+                training of unknown length.
+        """
+        if self.gt_sampling is None:
+            return None
+        num_sweeps = self._training_config.num_sweeps
+        database = open_gt_database(self.index, self.train_split, num_sweeps, self.cache_dir)
+        max_epochs = None if self.trainer is None else self.trainer.max_epochs
+        return GtSampler(database, self.gt_sampling, None if max_epochs == -1 else max_epochs)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far training has come in its epoch; Lightning keeps it in checkpoints."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return {}
+        epochs = self.trainer.fit_loop.epoch_progress.current.state_dict()
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()
+        position = EpochPosition(
+            epoch=epochs["processed"],
+            num_batches=batches["processed"] if epochs["started"] > epochs["processed"] else 0,
+            samples_per_batch=self.batch_size * self.trainer.world_size,
+            num_samples=len(self._train_rows),
+            seed=self.seed,
+        )
+        return dataclasses.asdict(position)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where `state_dict` was asked for; what was trained on is not loaded again."""
+        self._resumed = EpochPosition(**state_dict)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the validation samples."""
@@ -247,4 +312,12 @@ class NuScenesDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_compute_in_one_thread,
         )
+
+
+def _compute_in_one_thread(_: int) -> None:
+    """Keeps numpy's BLAS in a worker to one thread, as torch does with its own: workers share the cores."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no annotations
+
+    threadpool_limits(1)

@@ -1,8 +1,8 @@
 """Samples as network input: points, boxes, augmentation and voxels of one sample, and batches of them.
 
-Every random draw comes from a generator seeded by (seed, epoch, sample row), so that what is loaded does
-not depend on the number of workers or ranks. Shape letters: B batch, V voxels, N boxes of a sample, M boxes
-of the fullest sample.
+Every random draw comes from a generator seeded by (seed, epoch, position in the data set), in evaluation by
+the sample's row, so that what is loaded does not depend on the number of workers or ranks. Shape letters:
+B batch, V voxels, N boxes of a sample, M boxes of the fullest sample.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.boxes import Float64
+from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
-from cpq_train.data.voxelization import Voxelizer, grid_cells, mean_voxel_features, take
+from cpq_train.data.voxelization import Voxelizer, grid_cells
 from cpq_train.errors import UserError
 
 MIN_LIDAR_POINTS = 1
@@ -92,6 +93,13 @@ class SampleConfig:
         grid_cells(self.voxel_size, self.point_cloud_range)
 
 
+def voxelizer_of(config: SampleConfig) -> Voxelizer:
+    """The voxelizer of samples of this kind."""
+    return Voxelizer(
+        config.voxel_size, config.point_cloud_range, config.max_points_per_voxel, config.max_num_voxels
+    )
+
+
 class DetectionDataset(Dataset[Item]):
     """Samples of an index by position.
 
@@ -99,13 +107,21 @@ class DetectionDataset(Dataset[Item]):
         index: the data set's index.
         rows: (S,) rows of the samples, in the order of positions.
         config: how to load them.
+        gt_sampler: what training scenes are filled up by; None for nothing.
     """
 
-    def __init__(self, index: NuScenesIndex, rows: NDArray[np.int64], config: SampleConfig) -> None:
+    def __init__(
+        self,
+        index: NuScenesIndex,
+        rows: NDArray[np.int64],
+        config: SampleConfig,
+        gt_sampler: GtSampler | None = None,
+    ) -> None:
         self.index = index
         self.rows = rows
         self.config = config
-        self._voxelizer: Voxelizer | None = None
+        self.gt_sampler = gt_sampler
+        self._voxelizer = voxelizer_of(config)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,9 +134,9 @@ class DetectionDataset(Dataset[Item]):
         """
         epoch, position = (0, key) if isinstance(key, int) else key
         row = int(self.rows[position])
-        rng = self._generator(epoch, row)
+        rng = self._generator(epoch, position)
         for _ in range(len(self)):
-            points, boxes = self._scene(row, rng)
+            points, boxes = self._scene(row, epoch, rng)
             if len(boxes) or not self.config.is_training:
                 return self._item(row, points, boxes, rng)
             row = int(rng.choice(self.rows))
@@ -129,15 +145,17 @@ class DetectionDataset(Dataset[Item]):
             f"{list(self.config.point_cloud_range)}: training needs some"
         )
 
-    def _generator(self, epoch: int, row: int) -> np.random.Generator:
-        if self.config.is_training:
-            return np.random.default_rng([self.config.seed, epoch, row])
-        return np.random.default_rng([_EVALUATION_SEED, row])
+    def _generator(self, epoch: int, position: int) -> np.random.Generator:
+        if self.config.is_training:  # by position: a sample may come several times in an epoch
+            return np.random.default_rng([self.config.seed, epoch, position])
+        return np.random.default_rng([_EVALUATION_SEED, int(self.rows[position])])
 
-    def _scene(self, row: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], Float64]:
-        """Points (P, 5) and labelled boxes (N, 10) of a sample, augmented."""
+    def _scene(self, row: int, epoch: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], Float64]:
+        """Points (P, 5) and labelled boxes (N, 10) of a sample, filled up and augmented."""
         points = load_sweeps(self.index, row, self.config.num_sweeps)
         boxes = target_boxes(self.index, row)
+        if self.gt_sampler is not None and self.gt_sampler.is_on(epoch):
+            points, boxes = self.gt_sampler.fill(points, boxes, visible_boxes(self.index, row), rng)
         if self.config.augmentation is not None:
             self.config.augmentation.apply(points, boxes[:, :9], rng)
         if self.config.is_training:
@@ -145,25 +163,14 @@ class DetectionDataset(Dataset[Item]):
         return points, boxes
 
     def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
-        voxels, cells, num_points = self._voxelize(take(points, rng.permutation(len(points))).numpy())
+        features, cells, _ = self._voxelizer(points, rng.permutation(len(points)))
         return {
-            "voxel_features": mean_voxel_features(voxels, num_points),
+            "voxel_features": features,
             "voxel_coords": cells,
             "gt_boxes": torch.from_numpy(boxes.astype(np.float32)),
             "sample_row": row,
             "token": self.index.sample_token(row),
         }
-
-    def _voxelize(self, points: NDArray[np.float32]) -> tuple[Tensor, Tensor, Tensor]:
-        if self._voxelizer is None:  # in the worker, not before it forks
-            config = self.config
-            self._voxelizer = Voxelizer(
-                config.voxel_size,
-                config.point_cloud_range,
-                config.max_points_per_voxel,
-                config.max_num_voxels,
-            )
-        return self._voxelizer(points)
 
 
 def target_boxes(index: NuScenesIndex, row: int) -> Float64:
@@ -171,11 +178,22 @@ def target_boxes(index: NuScenesIndex, row: int) -> Float64:
 
     An unknown velocity becomes 0, as OpenPCDet has it. Column 9 is the label, 1 for the first class.
     """
-    where = index.annotations(row)
-    classes = index.annotation_classes[where]
-    is_target = (classes >= 0) & (index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS)
-    boxes = np.nan_to_num(index.annotation_boxes[where][is_target], nan=0.0)
+    annotations = _visible(index, row)
+    classes = index.annotation_classes[annotations]
+    is_target = classes >= 0
+    boxes = np.nan_to_num(index.annotation_boxes[annotations[is_target]], nan=0.0)
     return np.column_stack([boxes, classes[is_target] + 1.0])
+
+
+def visible_boxes(index: NuScenesIndex, row: int) -> Float64:
+    """Boxes (N, 9) of a sample with LiDAR points, of classes outside the detection task too."""
+    return index.annotation_boxes[_visible(index, row)]
+
+
+def _visible(index: NuScenesIndex, row: int) -> NDArray[np.int64]:
+    """Annotation rows of a sample with LiDAR points."""
+    where = index.annotations(row)
+    return np.flatnonzero(index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS) + np.int64(where.start)
 
 
 def is_inside(boxes: Float64, point_cloud_range: Sequence[float]) -> NDArray[np.bool_]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.data import derived
 from cpq_train.data.tables import TABLES, TableReader
 from cpq_train.errors import UserError
 
@@ -214,16 +213,18 @@ def open_index(
     root = Path(root).expanduser()
     stamps = _table_stamps(root, version)
     key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
-    homes = _homes(root, version, cache_dir)
-    if (folder := _find(homes, key)) is not None:
+    places = derived.homes(root, version, cache_dir)
+    if (folder := derived.find(places, key)) is not None:
         return _load(folder, root)
-    home, unfinished = _start_folder(homes, key)
+    unfinished = derived.start_folder(places, key)
+    folder = unfinished.with_name(key)
     try:
         _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
-        _publish(unfinished, home / key)
+        derived.publish(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return _load(home / key, root)
+    derived.drop_others(folder)
+    return _load(folder, root)
 
 
 def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int]]:
@@ -250,50 +251,6 @@ def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int]]:
             )
         stamps.append((table, path.stat().st_size, path.stat().st_mtime_ns))
     return stamps
-
-
-def _homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
-    """The folders that may hold indexes of this data set, in order of preference."""
-    unique = f"{root.resolve().name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]}"
-    if cache_dir is not None:
-        return [Path(cache_dir).expanduser() / unique / version]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".cpq_train" / version, user_cache / "cpq_train" / unique / version]
-
-
-def _find(homes: list[Path], key: str) -> Path | None:
-    return next((home / key for home in homes if (home / key).is_dir()), None)
-
-
-def _start_folder(homes: list[Path], key: str) -> tuple[Path, Path]:
-    """Makes an empty folder of a name of its own in the first home that can be written.
-
-    Raises:
-        UserError: none can.
-    """
-    refusals = []
-    for home in homes:
-        unfinished = home / f".unfinished-{key}-{uuid.uuid4().hex}"
-        try:
-            unfinished.mkdir(parents=True)
-        except OSError as error:
-            refusals.append(f"{home} ({error.strerror})")
-        else:
-            return home, unfinished
-    raise UserError(f"no place for the index can be written: {', '.join(refusals)}; give data.cache_dir")
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    """Gives a complete folder its final name, and drops the indexes of earlier tables."""
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        return  # another process was first, with the same content
-    for other in folder.parent.iterdir():
-        if other != folder and not other.name.startswith(".unfinished"):
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:

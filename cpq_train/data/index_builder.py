@@ -22,6 +22,11 @@ from cpq_train.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS
 Columns = dict[str, NDArray[Any]]
 
 _LIDAR = "LIDAR_TOP"
+_FRAME_KEYS = (
+    "token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame",
+    "filename", "prev",
+)  # fmt: skip
+_ANNOTATIONS_AT_ONCE = 1 << 16
 _MAX_VELOCITY_SPAN_S = 1.5
 """Neighbours further apart give no velocity (nuscenes-devkit, `box_velocity`); twice that if central."""
 
@@ -38,12 +43,17 @@ def read_columns(reader: TableReader) -> Columns:
     calibrations = {r["token"]: r for r in reader.records("calibrated_sensor") if r["sensor_token"] in lidars}
     scenes = {r["token"]: r["name"] for r in reader.records("scene")}
     samples = list(reader.records("sample"))
-    frames = [r for r in reader.records("sample_data") if r["calibrated_sensor_token"] in calibrations]
+    frames = [
+        {key: record[key] for key in _FRAME_KEYS}
+        for record in reader.records("sample_data")
+        if record["calibrated_sensor_token"] in calibrations
+    ]
 
     columns = _sample_columns(samples, scenes)
     sample_rows = {record["token"]: row for row, record in enumerate(samples)}
     columns |= _frame_columns(frames, calibrations, _ego_poses(reader, frames))
     columns |= _key_frame_columns(columns, frames, samples, sample_rows)
+    del frames, samples  # half a gigabyte for the whole of nuScenes
     annotations = _Annotations(sample_rows, attribute_ids, _instances(reader, category_names))
     for record in reader.records("sample_annotation"):
         annotations.add(record)
@@ -81,19 +91,22 @@ def _sample_columns(samples: list[Record], scenes: Mapping[str, str]) -> Columns
     }
 
 
-def _ego_poses(reader: TableReader, frames: list[Record]) -> dict[str, Record]:
-    wanted = {r["ego_pose_token"] for r in frames}
-    poses = {r["token"]: r for r in reader.records("ego_pose") if r["token"] in wanted}
-    for token in wanted - poses.keys():
+def _ego_poses(reader: TableReader, frames: list[Record]) -> Float64:
+    """Rotation and translation (F, 7) of the vehicle at each frame."""
+    rows = {r["ego_pose_token"]: row for row, r in enumerate(frames)}
+    poses = np.full((len(frames), 7), np.nan)
+    for record in reader.records("ego_pose"):
+        if record["token"] in rows:
+            poses[rows[record["token"]]] = record["rotation"] + record["translation"]
+    poses = poses[[rows[r["ego_pose_token"]] for r in frames]]  # frames may share one
+    for row in np.flatnonzero(np.isnan(poses[:, 0])):
+        token = frames[row]["ego_pose_token"]
         raise UserError(f"table ego_pose has no record {token!r}, which a record of sample_data refers to")
     return poses
 
 
-def _frame_columns(
-    frames: list[Record], calibrations: Mapping[str, Record], ego_poses: Mapping[str, Record]
-) -> Columns:
+def _frame_columns(frames: list[Record], calibrations: Mapping[str, Record], ego_poses: Float64) -> Columns:
     rows = {record["token"]: row for row, record in enumerate(frames)} | {"": -1}
-    egos = [ego_poses[r["ego_pose_token"]] for r in frames]
     lidars = [calibrations[r["calibrated_sensor_token"]] for r in frames]
     return {
         "frame_paths": _byte_strings([r["filename"] for r in frames]),
@@ -101,8 +114,8 @@ def _frame_columns(
         "frame_previous": np.array(
             [_row(rows, r["prev"], "sample_data", "sample_data") for r in frames], dtype=np.int32
         ),
-        "frame_ego_rotations": _vectors(egos, "rotation", 4),
-        "frame_ego_translations": _vectors(egos, "translation", 3),
+        "frame_ego_rotations": np.ascontiguousarray(ego_poses[:, :4]),
+        "frame_ego_translations": np.ascontiguousarray(ego_poses[:, 4:]),
         "frame_lidar_rotations": _vectors(lidars, "rotation", 4),
         "frame_lidar_translations": _vectors(lidars, "translation", 3),
     }
@@ -159,8 +172,8 @@ class _Annotations:
         self._sample_rows = sample_rows
         self._attribute_ids = attribute_ids
         self._instances = instances
-        self._rows: dict[str, int] = {}
-        self._neighbours: list[tuple[str, str]] = []
+        self._token_ids: dict[str, int] = {}  # of each token that a record has or names as a neighbour
+        self._links = array("i")
         self._integers = array("q")
         self._numbers = array("d")
 
@@ -172,8 +185,8 @@ class _Annotations:
                 f"table instance has no record {record['instance_token']!r} of annotation {token}"
             )
         instance, class_id, is_bike_rack = self._instances[record["instance_token"]]
-        self._rows[token] = len(self._rows)
-        self._neighbours.append((record["prev"], record["next"]))
+        for link in (token, record["prev"], record["next"]):
+            self._links.append(self._token_ids.setdefault(link, len(self._token_ids)))
         self._integers.extend(
             (
                 _row(self._sample_rows, record["sample_token"], "sample", "sample_annotation"),
@@ -200,7 +213,9 @@ class _Annotations:
         """The annotation columns, sorted by sample; `columns` holds those of the samples."""
         integers = np.array(self._integers, dtype=np.int64).reshape(-1, 7)
         numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 10)
-        velocities = self._velocities(numbers[:, :3], columns["sample_times_us"][integers[:, 0]])
+        links = np.array(self._links, dtype=np.int32).reshape(-1, 3)
+        tokens = _byte_strings(list(self._token_ids))[links[:, 0]]
+        velocities = self._velocities(links, numbers[:, :3], columns["sample_times_us"][integers[:, 0]])
         order = np.argsort(integers[:, 0], kind="stable")
         integers, numbers, velocities = integers[order], numbers[order], velocities[order]
         samples, translations, sizes, rotations = (
@@ -209,11 +224,12 @@ class _Annotations:
             numbers[:, 3:6],
             numbers[:, 6:],
         )
+        del self._token_ids, self._links
         lidar_to_global = columns["sample_ego_to_global"] @ columns["sample_lidar_to_ego"]
         counts = np.bincount(samples, minlength=len(columns["sample_tokens"]))
         return {
             "annotation_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            "annotation_tokens": _byte_strings(list(self._rows))[order],
+            "annotation_tokens": tokens[order],
             "annotation_instances": integers[:, 1].astype(np.int32),
             "annotation_classes": integers[:, 2].astype(np.int8),
             "annotation_is_bike_rack": integers[:, 3].astype(np.bool_),
@@ -224,15 +240,23 @@ class _Annotations:
             "annotation_sizes_wlh": np.ascontiguousarray(sizes),
             "annotation_rotations": np.ascontiguousarray(rotations),
             "annotation_velocities": np.ascontiguousarray(velocities[:, :2]),
-            "annotation_boxes": global_to_lidar(
-                translations, sizes, rotations, velocities, lidar_to_global[samples]
+            "annotation_boxes": np.concatenate(
+                [
+                    global_to_lidar(
+                        translations[a], sizes[a], rotations[a], velocities[a], lidar_to_global[samples[a]]
+                    )
+                    for a in np.array_split(np.arange(len(samples)), 1 + len(samples) // _ANNOTATIONS_AT_ONCE)
+                ]
             ),
         }
 
-    def _velocities(self, translations_m: Float64, times_us: NDArray[np.int64]) -> Float64:
+    def _velocities(
+        self, links: NDArray[np.int32], translations_m: Float64, times_us: NDArray[np.int64]
+    ) -> Float64:
         """Velocities (A, 3) in m/s as `NuScenes.box_velocity` defines them, NaN where it gives none."""
-        neighbours = [self._rows.get(token, -1) for pair in self._neighbours for token in pair]
-        previous, following = np.array(neighbours, dtype=np.int64).reshape(-1, 2).T
+        rows = np.full(len(self._token_ids), -1)
+        rows[links[:, 0]] = np.arange(len(links))
+        previous, following = rows[links[:, 1:]].T
         itself = np.arange(len(previous))
         first = np.where(previous < 0, itself, previous)
         last = np.where(following < 0, itself, following)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -23,8 +24,21 @@ class TrainingSampler(DistributedSampler[SampleKey]):
     the epoch, which is how workers that outlive an epoch learn of the next one.
     """
 
+    _begun_epoch, _num_taken = -1, 0
+
+    def begin_at(self, epoch: int, num_taken: int) -> None:
+        """Begin in an epoch, behind those of this rank's samples that a resumed run was trained on before.
+
+        Args:
+            epoch: Which one; those after it are whole.
+            num_taken: How many samples to leave out.
+        """
+        self.set_epoch(epoch)
+        self._begun_epoch, self._num_taken = epoch, num_taken
+
     def __iter__(self) -> Iterator[SampleKey]:
-        for position in super().__iter__():
+        num_taken = self._num_taken if self.epoch == self._begun_epoch else 0
+        for position in itertools.islice(super().__iter__(), num_taken, None):
             yield self.epoch, int(position)  # type: ignore[call-overload]
 
 

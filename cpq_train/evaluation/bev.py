@@ -15,6 +15,7 @@ from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.predictions import LidarDetections
+from cpq_train.files import replacing
 
 BEV_FILE = "bev_sample.npz"
 MAX_POINTS = 60_000
@@ -100,7 +101,8 @@ def write_bev_sample(path: Path, sample: BevSample) -> None:
     """Write a sample for drawing; points to about a centimetre."""
     columns = {name: getattr(sample, name) for name in BevSample.__dataclass_fields__}
     columns = {name: _compact(column) for name, column in columns.items()}
-    np.savez_compressed(path, **columns | {"points": np.asarray(sample.points, np.float16)})
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **columns | {"points": np.asarray(sample.points, np.float16)})
 
 
 def _compact(column: Any) -> NDArray[Any]:

@@ -8,7 +8,6 @@ varies with the scenes alone cancels. This module imports neither torch nor Ligh
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cpq_train.evaluation.reliability import reliability
 from cpq_train.evaluation.report import print_report, write_markdown
 from cpq_train.evaluation.runs import Run, load_runs, relative
 from cpq_train.evaluation.wandb_report import log_report
+from cpq_train.files import replacing, write_whole
 
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")
@@ -61,9 +61,7 @@ def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Doc
         "runs": [_describe(run, runs, changed.get(run.name)) for run in runs],
         "pictures": draw_figures(runs, changed, output),
     }
-    partial = output / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, output / "report.json")
+    write_whole(output / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     if changed:
         _write_lost_objects(output / LOST_OBJECTS_FILE, changed)
     write_markdown(output / "report.md", report)
@@ -98,10 +96,8 @@ def _changes(runs: Sequence[Run]) -> dict[str, Changes]:
 
 
 def _write_lost_objects(path: Path, changed: dict[str, Changes]) -> None:
-    partial = path.with_suffix(".csv.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         write_changes(file, changed)
-    os.replace(partial, path)
 
 
 def _describe(run: Run, runs: Sequence[Run], changed: Changes | None) -> Document:

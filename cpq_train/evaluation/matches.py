@@ -16,6 +16,7 @@ from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predict
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
 from cpq_train.evaluation.protocol import THRESHOLDS_M
+from cpq_train.files import replacing
 
 SCHEMA = 1
 
@@ -109,7 +110,8 @@ def write_matches(path: Path, matches: Matches) -> None:
     columns = {field.name: getattr(matches, field.name) for field in fields(matches)}
     for name, dtype in _COMPACT.items():
         columns[name] = columns[name].astype(dtype)
-    np.savez_compressed(path, schema=SCHEMA, thresholds_m=THRESHOLDS_M, **columns)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, schema=SCHEMA, thresholds_m=THRESHOLDS_M, **columns)
 
 
 def read_matches(path: Path) -> Matches:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.protocol import CLASS_RANGE_M, RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
+from cpq_train.files import write_whole
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 SCHEMA = 1
@@ -116,9 +116,7 @@ def write_metrics(path: Path, document: Document) -> None:
         UserError: The document is not as the schema has it.
     """
     check_metrics(document, str(path))
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> Document:

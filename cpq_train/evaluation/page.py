@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from html import escape
 from pathlib import Path
 
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.sections import Section, Table, sections, subtitle
+from cpq_train.files import write_whole
 
 _TITLE = "Comparison of arms"
 
@@ -83,9 +83,7 @@ def write_page(path: Path, report: Document) -> None:
 </body>
 </html>
 """
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(html)
-    os.replace(partial, path)
+    write_whole(path, html)
 
 
 def _section(section: Section, folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.table import Table as RichTable
@@ -10,6 +9,7 @@ from rich.table import Table as RichTable
 from cpq_train.console import table_console
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.sections import Section, Table, sections, subtitle
+from cpq_train.files import write_whole
 
 
 def print_report(report: Document) -> None:
@@ -37,9 +37,7 @@ def _rich(table: Table) -> RichTable:
 def write_markdown(path: Path, report: Document) -> None:
     """Write the whole report; the file appears only when it is whole."""
     parts = ["# Comparison of arms", subtitle(report), *map(_section, sections(report))]
-    partial = path.with_suffix(".md.partial")
-    partial.write_text("\n\n".join(parts) + "\n")
-    os.replace(partial, path)
+    write_whole(path, "\n\n".join(parts) + "\n")
 
 
 def _section(section: Section) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions, Strings
 from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
+from cpq_train.files import replacing
 from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 LIDAR_ONLY = {
@@ -55,8 +55,7 @@ def write_submission(
     order = np.argsort(predictions.boxes.sample, kind="stable")
     ordered = predictions[order]
     ends = np.searchsorted(ordered.boxes.sample, np.arange(len(sample_tokens)), side="right")
-    partial = path.with_suffix(path.suffix + ".partial")
-    with partial.open("w") as file:
+    with replacing(path) as partial, partial.open("w") as file:
         file.write(f'{{"meta": {json.dumps(dict(meta))}, "results": {{')
         start = 0
         for sample, (token, end) in enumerate(zip(sample_tokens.tolist(), ends.tolist(), strict=True)):
@@ -64,7 +63,6 @@ def write_submission(
             file.write(f"{', ' if sample else ''}{json.dumps(token)}: {json.dumps(records)}")
             start = end
         file.write("}}")
-    os.replace(partial, path)
 
 
 def _records(predictions: Predictions, token: str) -> list[Record]:

@@ -1,9 +1,12 @@
-"""Reading checkpoints safely: tensors and plain values only, on a machine without CUDA."""
+"""Reading and writing checkpoints safely: tensors and plain values only, on a machine without CUDA."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cpq_train.errors import UserError
+from cpq_train.files import write_whole
 
 NETWORK_PREFIX = "network."
 """The detector keeps its network under this name."""
@@ -35,8 +39,42 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_plain(path: str | Path) -> Any:
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint; the file appears, or replaces the old one, only when it is whole.
+
+    It is put together in memory first: how much room it takes is known before the disk is touched.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getbuffer())
+
+
+def check_intact(path: str | Path) -> None:
+    """Compare every tensor's bytes with its checksum, which `torch.load` does not.
+
+    Raises:
+        UserError: They differ, or the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"checkpoint {str(path)!r} is corrupt: {error}") from error
+    if damaged is not None:
+        raise UserError(f"checkpoint {str(path)!r} is corrupt: the checksum of {damaged} is wrong")
+
+
+def read_plain(path: str | Path, mmap: bool = False) -> Any:
     """Load any file of `torch.save` on the CPU, with `weights_only=True`.
+
+    Args:
+        path: The file.
+        mmap: Leave the tensors on the disk until they are used.
 
     Raises:
         UserError: The file is missing, corrupt, or holds pickled code.
@@ -45,15 +83,15 @@ def read_plain(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise UserError(
-                f"checkpoint {str(path)!r} holds pickled code and is refused; "
+                f"checkpoint {str(path)!r} holds pickled code and is refused{_named(str(error))}; "
                 "accepted: tensors and plain values"
             ) from error
         raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of garbage, torch's unpickler may raise anything
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} is corrupt: {first}") from error
 
@@ -61,11 +99,19 @@ def read_plain(path: str | Path) -> Any:
 def _is_refusal(message: str, path: Path) -> bool:
     """Whether torch met a call or class it does not admit, rather than bytes that make no sense.
 
-    It says "Unsupported operand" of a pickle of a newer protocol and of garbage; a pickle starts with 0x80.
+    It names what it does not admit as GLOBAL, and says "Unsupported operand" of a pickle of a newer protocol
+    and of garbage; a pickle starts with 0x80, an archive with PK.
     """
     with path.open("rb") as file:
-        is_pickle = file.read(1) == b"\x80"
-    return "Unsupported" in message and (is_pickle or "Unsupported operand" not in message)
+        start = file.read(4)
+    is_pickle = start[:1] == b"\x80" or start == b"PK\x03\x04"
+    return "GLOBAL" in message or ("Unsupported operand" in message and is_pickle)
+
+
+def _named(message: str) -> str:
+    """The class or function that torch refused, in brackets, where its message says it."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f" ({found[1]})" if found else ""
 
 
 def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

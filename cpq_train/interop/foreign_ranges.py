@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import read_plain
+from cpq_train.interop.conventions import OPENPCDET, TIANWEIY, Convention, convention_of
+from cpq_train.interop.foreign_file import STATE_KEYS, read_foreign
 
 AMAX = "_quantizer._amax"
 WEIGHT_AMAX = "_weight_quantizer._amax"
@@ -24,23 +25,7 @@ WEIGHT_AMAX = "_weight_quantizer._amax"
 LARGEST_FACTOR = 2.0
 """Between a weight and its amax; beyond it the file was made for other weights, or before folding."""
 
-_WRAPPERS = re.compile(r"^((module|network)\.)+")
-
-_FROM_DET3D = (
-    (r"^backbone\.extra_conv\.", "backbone_3d.conv_out."),
-    (r"^backbone\.conv([234])\.([01])\.", r"backbone_3d.conv\1.0.\2."),
-    (r"^backbone\.conv([234])\.3\.", r"backbone_3d.conv\1.1."),
-    (r"^backbone\.conv([234])\.4\.", r"backbone_3d.conv\1.2."),
-    (r"^backbone\.(conv_input|conv1)\.", r"backbone_3d.\1."),
-    (r"^neck\.", "backbone_2d."),
-    (r"^bbox_head\.shared_conv\.", "dense_head.shared_conv."),
-    (r"^(bbox_head\.tasks\.\d+\.)reg\.", r"\1center."),
-    (r"^(bbox_head\.tasks\.\d+\.)height\.", r"\1center_z."),
-    (r"^bbox_head\.tasks\.(\d+\.\w+)\.([01])\.", r"dense_head.heads_list.\1.0.\2."),
-    (r"^bbox_head\.tasks\.(\d+\.\w+)\.3\.", r"dense_head.heads_list.\1.1."),
-)
-
-_DET3D_SIZE_WEIGHT = re.compile(rf"^bbox_head\.tasks\.\d+\.dim\.3\.{re.escape(WEIGHT_AMAX)}$")
+_SIZE_WEIGHT = re.compile(rf"^dense_head\.heads_list\.\d+\.dim\.1\.{re.escape(WEIGHT_AMAX)}$")
 
 
 @dataclass(frozen=True)
@@ -81,23 +66,17 @@ def read_ranges(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: The file is missing, corrupt, holds pickled code, or no amax.
     """
-    content = read_plain(path)
+    content = read_foreign(path)
     state: Any = content if isinstance(content, Mapping) else {}
-    state = state.get("state_dict", state.get("model_state", state))
-    found = {name: value for name, value in state.items() if str(name).endswith(AMAX)}
+    state = next((state[key] for key in STATE_KEYS if key in state), state)
+    found = {
+        name: value for name, value in state.items() if str(name).endswith(AMAX) and isinstance(value, Tensor)
+    }
     if not found:
         raise UserError(
             f"ranges {str(path)!r} hold no amax; accepted: a state dict with names ending in {AMAX}"
         )
     return found
-
-
-def our_name(name: str) -> str:
-    """The name that a tensor of theirs has in our network, if it has one."""
-    name = _WRAPPERS.sub("", name)
-    for pattern, replacement in _FROM_DET3D:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def match_ranges(theirs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> MatchedRanges:
@@ -110,8 +89,9 @@ def match_ranges(theirs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> M
     matched = MatchedRanges()
     found: dict[str, list[Tensor]] = {}
     for name, amax in theirs.items():
-        ours = our_name(name)
-        taken = _fit(_in_our_order(name, amax.float()), ours, state)
+        convention = TIANWEIY if convention_of(name) is TIANWEIY else OPENPCDET
+        ours = convention.our_name(name)
+        taken = _fit(_in_our_order(ours, amax.float(), convention), ours, state)
         if isinstance(taken, str):
             matched.unused[name] = taken
         else:
@@ -127,10 +107,10 @@ def match_ranges(theirs: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> M
     return matched
 
 
-def _in_our_order(name: str, amax: Tensor) -> Tensor:
-    """The size of a box is width, length, height in det3d, and length, width, height here."""
-    is_size = _DET3D_SIZE_WEIGHT.match(_WRAPPERS.sub("", name)) and amax.numel() == 3
-    return amax.flatten()[[1, 0, 2]].view(amax.shape) if is_size else amax
+def _in_our_order(name: str, amax: Tensor, convention: Convention) -> Tensor:
+    """The ranges of the channels that are a box's length, width, height, in this order."""
+    is_size = _SIZE_WEIGHT.match(name) and amax.numel() == 3
+    return amax.flatten()[list(convention.size_rows)].view(amax.shape) if is_size else amax
 
 
 def _quantizers(state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -2,9 +2,10 @@
 
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
+from cpq_train.models.code_weights import CODE_WEIGHTS
 from cpq_train.models.config import BevGeometry, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
-from cpq_train.models.losses import CODE_WEIGHTS, center_loss
+from cpq_train.models.losses import center_loss
 from cpq_train.models.nms import rotated_iou_bev, rotated_nms
 from cpq_train.models.targets import HeadTargets, assign_targets
 

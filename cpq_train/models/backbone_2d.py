@@ -15,6 +15,14 @@ from torch import Tensor, nn
 BN_EPS = 1e-3
 
 
+class Concatenation(nn.Module):
+    """Joins maps along the channels; a module so that it can be measured like any layer."""
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """(B, C_i, H, W) each -> (B, sum of C_i, H, W)."""
+        return torch.cat(tuple(maps), dim=1)
+
+
 class BaseBEVBackbone(nn.Module):
     """Levels of 3x3 convolutions; each level's output is upsampled to one scale and concatenated.
 
@@ -48,6 +56,7 @@ class BaseBEVBackbone(nn.Module):
             _upsampling(*sizes, bn_momentum)
             for sizes in zip(channels, upsample_channels, upsample_strides, strict=True)
         )
+        self.concatenation = Concatenation()
         self.out_channels = sum(upsample_channels)
 
     def forward(self, bev_BCHW: Tensor) -> Tensor:
@@ -64,7 +73,8 @@ class BaseBEVBackbone(nn.Module):
         for block, deblock in zip(self.blocks, self.deblocks, strict=True):
             x = block(x)
             maps.append(deblock(x))
-        return torch.cat(maps, dim=1)
+        joined: Tensor = self.concatenation(maps)
+        return joined
 
 
 def _level(

@@ -22,6 +22,7 @@ from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.divergence import foreground_divergence
 from cpq_train.models.losses import box_code_error, box_codes_at
+from cpq_train.models.normalisers import Sum, SumOverRanks, divided, one_rank
 from cpq_train.models.targets import HeadTargets
 
 PEAK_THRESHOLD = 0.1
@@ -86,7 +87,11 @@ def run_observed(
 
 
 def distillation_loss(
-    student: Outputs, teacher: Outputs, config: DistillationConfig, code_weights: Sequence[float]
+    student: Outputs,
+    teacher: Outputs,
+    config: DistillationConfig,
+    code_weights: Sequence[float],
+    sum_over_ranks: SumOverRanks = one_rank,
 ) -> dict[str, Tensor]:
     """The weighted parts of the loss; each is 0 where the student equals the teacher.
 
@@ -95,18 +100,21 @@ def distillation_loss(
         teacher: Without gradients.
         config: Weights of the parts.
         code_weights: Weight of each of the ten numbers of a box code.
+        sum_over_ranks: Adds up what the parts are divided by, where a step's samples are spread over ranks.
 
     Returns:
-        `distill_heatmap`, `distill_box` and `distill_bev`; float32 scalars.
+        `distill_heatmap`, `distill_box` and `distill_bev`; float32 scalars, whatever autocast left.
     """
     heads = list(zip(student.heads, teacher.heads, strict=True))
-    codes_10 = torch.stack([box_code_error(mine, peaks_of(theirs)) for mine, theirs in heads]).sum(0)
-    return {
-        "distill_heatmap": config.heatmap_weight * _heatmap_divergence(heads),
-        "distill_box": config.box_weight * (codes_10 @ codes_10.new_tensor(code_weights)),
-        "distill_bev": config.bev_weight
-        * _feature_error(student.bev_BCHW, teacher.bev_BCHW, foreground_of(teacher.heads)),
-    }
+    with torch.autocast(student.bev_BCHW.device.type, enabled=False):
+        sums = {
+            "distill_heatmap": _heatmap_divergence(heads),
+            "distill_box": _box_error(heads, code_weights),
+            "distill_bev": _feature_error(student.bev_BCHW, teacher.bev_BCHW, foreground_of(teacher.heads)),
+        }
+        parts = divided(sums, sum_over_ranks)
+    weights = (config.heatmap_weight, config.box_weight, config.bev_weight)
+    return {name: weight * part for weight, (name, part) in zip(weights, parts.items(), strict=True)}
 
 
 def foreground_of(heads: Sequence[HeadOutput]) -> Tensor:
@@ -127,19 +135,24 @@ def peaks_of(head: HeadOutput) -> HeadTargets:
     return HeadTargets(probability_BCHW, box_codes_at(head, cell_BK), cell_BK, score_BK > PEAK_THRESHOLD)
 
 
-def _heatmap_divergence(heads: Sequence[tuple[HeadOutput, HeadOutput]]) -> Tensor:
+def _heatmap_divergence(heads: Sequence[tuple[HeadOutput, HeadOutput]]) -> Sum:
     """Kullback-Leibler divergence of the student's class probabilities, weighted by the teacher's.
 
     Soft targets (Hinton et al., 2015) for independent classes: the cross-entropy less the teacher's own.
     """
     mine = torch.cat([student["hm"] for student, _ in heads], dim=1).float()
     theirs = torch.cat([teacher["hm"] for _, teacher in heads], dim=1).float()
-    divergence, weight = foreground_divergence(mine, theirs)
-    return divergence / weight.clamp(min=1)
+    return Sum(*foreground_divergence(mine, theirs))
 
 
-def _feature_error(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Tensor:
-    """Energy of the difference over the energy of the teacher's features, both weighted."""
+def _box_error(heads: Sequence[tuple[HeadOutput, HeadOutput]], code_weights: Sequence[float]) -> Sum:
+    """Weighted absolute error of the box codes at the teacher's peaks, and the number of peaks, by head."""
+    errors, counts = zip(*(box_code_error(mine, peaks_of(theirs)) for mine, theirs in heads), strict=True)
+    return Sum(torch.stack(errors) @ errors[0].new_tensor(code_weights), torch.stack(counts))
+
+
+def _feature_error(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Sum:
+    """Energy of the difference, and the energy of the teacher's features, both weighted."""
     theirs = teacher_BCHW.float()
     error = (weight_B1HW * (student_BCHW.float() - theirs).square()).sum()
-    return error / (weight_B1HW * theirs.square()).sum().clamp(min=torch.finfo(theirs.dtype).tiny)
+    return Sum(error, (weight_B1HW * theirs.square()).sum(), least=torch.finfo(theirs.dtype).tiny)

@@ -4,13 +4,11 @@ Letters: B batch, K slots per sample, C channels, H W rows and columns of the ma
 OpenPCDet's; where it is odd the choice made here is:
 
 * the order of the box code is centre, z, size, rotation, velocity, so OpenPCDet's ten code weights put
-  their 0.2 on the cosine and sine of the yaw (tianweiy/CenterPoint has the velocity there, and 0.2 means
-  it). The default is OpenPCDet's; `code_weights` takes the other choice, e.g. (1, 1, 1, 1, 1, 1, 1, 1, 0.2,
-  0.2);
+  their 0.2 on the cosine and sine of the yaw, not on the velocity: see `code_weights`;
 * OpenPCDet masks unknown (NaN) targets by multiplying with 0, and NaN * 0 makes the loss NaN. Here they are
   selected away, so that an unknown velocity costs nothing and its object still counts in the divisor;
 * the heat map is divided by the number of peak cells (two objects in one cell count once), the box loss by
-  the number of objects; with none of them there is no division.
+  the number of objects, both of all ranks (`normalisers.py`); with none of them there is no division.
 """
 
 from __future__ import annotations
@@ -21,10 +19,9 @@ import torch
 from torch import Tensor
 
 from cpq_train.models.center_head import HeadOutput, box_codes
+from cpq_train.models.code_weights import CODE_WEIGHTS
+from cpq_train.models.normalisers import Sum, SumOverRanks, divided, one_rank
 from cpq_train.models.targets import HeadTargets
-
-CODE_WEIGHTS: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2, 1.0, 1.0)
-"""OpenPCDet's weights of the box code: x, y, z, three log sizes, cosine, sine, two velocities."""
 
 _PROBABILITY_MARGIN = 1e-4
 
@@ -34,6 +31,7 @@ def center_loss(
     targets: Sequence[HeadTargets],
     code_weights: Sequence[float] = CODE_WEIGHTS,
     loc_weight: float = 0.25,
+    sum_over_ranks: SumOverRanks = one_rank,
 ) -> dict[str, Tensor]:
     """Loss of all heads, computed in float32 whatever autocast left.
 
@@ -42,19 +40,23 @@ def center_loss(
         targets: targets by head.
         code_weights: weight of each of the ten numbers of a box code.
         loc_weight: weight of the box losses against the heat-map losses.
+        sum_over_ranks: adds up the numbers of objects, where a step's samples are spread over ranks.
 
     Returns:
         `loss`, the sum, and its parts `hm_loss_head_0`, `loc_loss_head_0` and so on; scalars, differentiable.
     """
-    parts: dict[str, Tensor] = {}
-    for number, (head, target) in enumerate(zip(heads, targets, strict=True)):
-        error_10 = box_code_error(head, target)
-        parts[f"hm_loss_head_{number}"] = heatmap_loss(head["hm"], target.heatmap)
-        parts[f"loc_loss_head_{number}"] = loc_weight * (error_10 @ error_10.new_tensor(code_weights))
-    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+    sums: dict[str, Sum] = {}
+    with torch.autocast(heads[0]["hm"].device.type, enabled=False):
+        for number, (head, target) in enumerate(zip(heads, targets, strict=True)):
+            error_10, num_objects = box_code_error(head, target)
+            box_total = loc_weight * (error_10 @ error_10.new_tensor(code_weights))
+            sums[f"hm_loss_head_{number}"] = heatmap_loss(head["hm"], target.heatmap)
+            sums[f"loc_loss_head_{number}"] = Sum(box_total, num_objects)
+        parts = divided(sums, sum_over_ranks)
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
-def heatmap_loss(logits_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+def heatmap_loss(logits_BCHW: Tensor, target_BCHW: Tensor) -> Sum:
     """Focal loss with fewer penalties around a peak (CornerNet, alpha 2, beta 4).
 
     Args:
@@ -62,26 +64,25 @@ def heatmap_loss(logits_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
         target_BCHW: heat map with 1 exactly at the peaks.
 
     Returns:
-        Sum over all cells divided by the number of peak cells, if there are any.
+        Sum over all cells, and the number of peak cells.
     """
     probability = logits_BCHW.float().sigmoid().clamp(_PROBABILITY_MARGIN, 1 - _PROBABILITY_MARGIN)
     is_peak = target_BCHW == 1
     # The published loss ignores cells above 1; there are none.
     at_peaks = probability.log() * (1 - probability) ** 2
     elsewhere = (1 - probability).log() * probability**2 * (1 - target_BCHW) ** 4
-    total = -torch.where(is_peak, at_peaks, elsewhere).sum()
-    return total / is_peak.sum().clamp(min=1)
+    return Sum(-torch.where(is_peak, at_peaks, elsewhere).sum(), is_peak.sum())
 
 
-def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
-    """Mean absolute error of each number of the box code.
+def box_code_error(head: HeadOutput, target: HeadTargets) -> tuple[Tensor, Tensor]:
+    """Absolute error of each number of the box code.
 
     Args:
         head: raw outputs of one head.
         target: its targets.
 
     Returns:
-        Errors summed over all objects and divided by their number, (10,).
+        Errors summed over all objects, (10,), and the number of objects, a scalar.
     """
     predicted_BKC = box_codes_at(head, target.indices)
     known_BKC = target.mask[..., None] & ~target.boxes.isnan()
@@ -89,7 +90,7 @@ def box_code_error(head: HeadOutput, target: HeadTargets) -> Tensor:
     # selected.
     wanted_BKC = torch.where(known_BKC, target.boxes, 0.0)
     error_BKC = torch.where(known_BKC, (predicted_BKC - wanted_BKC).abs(), 0.0)
-    return error_BKC.sum((0, 1)) / target.mask.sum().clamp(min=1)
+    return error_BKC.sum((0, 1)), target.mask.sum()
 
 
 def box_codes_at(head: HeadOutput, cells_BK: Tensor) -> Tensor:

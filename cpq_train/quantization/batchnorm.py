@@ -67,6 +67,11 @@ def trains_on_parts_of_a_batch(network: nn.Module) -> bool:
     )
 
 
+def joins_batches_of_ranks(network: nn.Module) -> bool:
+    """Whether a BatchNorm takes its statistics from the samples of all ranks."""
+    return any(isinstance(m, nn.SyncBatchNorm) and m.training for m in network.modules())
+
+
 def followed_by_batchnorm(network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
     """Name, parent, convolution and the BatchNorm's name in the parent, for every such pair."""
     for parent_name, parent in network.named_modules():

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.sparse import SparseConv3d, SubMConv3d
@@ -75,7 +76,7 @@ def count_costs(network: nn.Module, layers: Iterable[str], run: Callable[[], int
     macs = dict.fromkeys(modules, 0)
 
     def count(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
-        macs[name] += _num_macs(module, inputs, output)
+        macs[name] += num_macs(module, inputs, output)
 
     handles = [m.register_forward_hook(partial(count, name=name)) for name, m in modules.items()]
     try:
@@ -91,12 +92,21 @@ def _num_weights(module: nn.Module) -> int:
     return 0 if weight is None else int(weight.numel())
 
 
-def _num_macs(module: Any, inputs: Any, output: Any) -> int:
+def num_macs(module: Any, inputs: Any, output: Any) -> int:
+    """Multiply-accumulates of one call of a layer; 0 for layers without products, as normalisation.
+
+    Args:
+        module: Any layer; convolutions, sparse ones too, and Linear have products.
+        inputs: What it was called with.
+        output: What it returned.
+    """
     if isinstance(module, (SubMConv3d, SparseConv3d)):
         rulebook = output.find_indice_pair(module.indice_key)  # none where there was no voxel
         return 0 if rulebook is None else num_pairs(rulebook) * module.in_channels * module.out_channels
-    if isinstance(module, nn.ConvTranspose2d):  # every weight meets every input position
+    if isinstance(module, _ConvTransposeNd):  # every weight meets every input position
         return int(inputs[0][:, 0].numel() * module.weight.numel())
-    if isinstance(module, nn.Conv2d):  # every weight meets every output position
+    if isinstance(module, _ConvNd):  # every weight meets every output position
         return int(output[:, 0].numel() * module.weight.numel())
+    if isinstance(module, nn.Linear):
+        return int(output[..., 0].numel() * module.weight.numel())
     return 0

@@ -49,6 +49,11 @@ def step_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     return torch.where(amax <= SMALLEST_AMAX, 1.0, amax / torch.full_like(amax, fmt.qmax))
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """fp16 and bf16, which autocast makes, in fp32; others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def round_to_codes(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     """The numbers of the format nearest to x * scale, without a gradient of their own."""
     return fmt.round_(torch.mul(x, scale))
@@ -110,7 +115,6 @@ class _FakeQuantize(Function):
     ) -> Tensor:
         ctx.how = how
         ctx.save_for_backward(x, amax, scale)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         return round_to_codes(x, scale, how.fmt).div_(torch.where(scale == 0, 1.0, scale))
 
     @staticmethod
@@ -168,7 +172,7 @@ def fake_quantize(
         `code / scale`, the shape of `x`.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
-    return cast(Tensor, _FakeQuantize.apply(x, log_amax, amax, scale, _How(fmt, window)))
+    return cast(Tensor, _FakeQuantize.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window)))
 
 
 def codes(
@@ -183,7 +187,7 @@ def codes(
     """Integer codes, held in fp32.
 
     Args:
-        x: fp32, any shape.
+        x: Any shape; fp16 and bf16 are rounded as fp32.
         amax: Broadcastable to `x`, >= 0.
         fmt: The integers to use.
         window: See `fake_quantize`.
@@ -196,7 +200,9 @@ def codes(
         Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
-    return cast(Tensor, _Codes.apply(x, log_amax, amax, scale, _How(fmt, window, grad_factor)))
+    return cast(
+        Tensor, _Codes.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor))
+    )
 
 
 class _Rescale(Function):

@@ -187,7 +187,7 @@ class Quantizer(TensorQuantizer):
         if self._collected is inputs:
             return
         assert self._calibrator is not None
-        self._calibrator.collect(inputs.detach())
+        self._calibrator.collect(fake_quant.full_precision(inputs.detach()))
         if self.is_shared:
             self._collected = inputs
 

@@ -28,7 +28,7 @@ def largest_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
-    """Elementwise sum over the ranks of integers of one shape."""
+    """Elementwise sum over the ranks of tensors of one shape."""
     if _has_ranks():
         counts = counts.clone()
         dist.all_reduce(counts, dist.ReduceOp.SUM)

@@ -44,3 +44,18 @@ def real_tokens() -> list[str]:
 @pytest.fixture(scope="session")
 def real_index(realdata_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> NuScenesIndex:
     return open_index(realdata_dir / "nuscenes_mini_val", "v1.0-mini", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def simulated_cache(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the index of the simulated root and the GT database of its training split (2 sweeps) lie."""
+    from cpq_train.data.gt_database import build_gt_database
+
+    cache = tmp_path_factory.mktemp("gt_database")
+    build_gt_database(simulated_root, num_sweeps=2, num_workers=0, cache_dir=cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def simulated_index(simulated_root: Path, simulated_cache: Path) -> NuScenesIndex:
+    return open_index(simulated_root, "v1.0-trainval", simulated_cache)

@@ -63,6 +63,29 @@ def test_points_stay_on_their_boxes() -> None:
         assert (np.abs(boxes[:, 6]) <= np.pi).all()
 
 
+def test_order_of_the_changes() -> None:
+    """Flips, rotation, scaling, translation: one matrix, put together from the draws."""
+    everything = Augmentation(max_rotation_rad=3.0, min_scale=0.8, max_scale=1.2, translation_std_m=0.5)
+    for seed in range(20):
+        points, boxes = scene(np.random.default_rng(seed))
+        before, yaws = points[:, :3].astype(np.float64), boxes[:, 6].copy()
+        velocities = boxes[:, 7:9].copy()
+        everything.apply(points, boxes, np.random.default_rng(seed))
+        draws = np.random.default_rng(seed)
+        flip_over_x, flip_over_y = draws.random(2) < 0.5
+        angle, factor = draws.uniform(-3.0, 3.0), draws.uniform(0.8, 1.2)
+        flip = np.diag([-1.0 if flip_over_y else 1.0, -1.0 if flip_over_x else 1.0])
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix = factor * turn @ flip
+        shift = draws.normal(0.0, 0.5, 3)
+        np.testing.assert_allclose(points[:, :2], before[:, :2] @ matrix.T + shift[:2], atol=2e-5)
+        np.testing.assert_allclose(points[:, 2], factor * before[:, 2] + shift[2], atol=2e-5)
+        np.testing.assert_allclose(boxes[:, 7:9], velocities @ matrix.T, atol=1e-9)
+        headings = np.column_stack([np.cos(yaws), np.sin(yaws)]) @ (turn @ flip).T
+        np.testing.assert_allclose(np.cos(boxes[:, 6]), headings[:, 0], atol=1e-9)
+        np.testing.assert_allclose(np.sin(boxes[:, 6]), headings[:, 1], atol=1e-9)
+
+
 def test_ranges_of_the_draws() -> None:
     scales, angles, flips = [], [], []
     for seed in range(300):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch
@@ -68,11 +68,17 @@ def test_order_changes_with_epoch_and_seed(pristine_root: Path) -> None:
     assert sorted(order(0, 0)) == [0, 1, 2, 3]
 
 
-def test_two_ranks_see_what_one_sees(pristine_root: Path) -> None:
-    data = datamodule(pristine_root)
-    whole = by_token(epoch_of(data, 5))
-    halves = [by_token(epoch_of(data, 5, rank, 2)) for rank in range(2)]
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_ranks_see_what_one_sees(pristine_root: Path, num_workers: int) -> None:
+    """Each sample on one rank alone, drawn as on one rank, whatever the seeds of rank and worker."""
+    whole = by_token(epoch_of(datamodule(pristine_root), 5))
+    data = datamodule(pristine_root, num_workers=num_workers)
+    halves = []
+    for rank in range(2):
+        seed_everything(17 + rank, workers=True)
+        halves.append(by_token(epoch_of(data, 5, rank, 2)))
     assert [len(half) for half in halves] == [2, 2]
+    assert not halves[0].keys() & halves[1].keys()
     assert same(halves[0] | halves[1], whole)
 
 

@@ -82,14 +82,22 @@ def test_capped_voxels_are_lost_at_random(index: NuScenesIndex) -> None:
     assert kept.max() > 0.4
 
 
-def test_training_draws_depend_on_seed_epoch_and_sample_alone(index: NuScenesIndex) -> None:
+def test_training_draws_depend_on_seed_epoch_and_position_alone(index: NuScenesIndex) -> None:
     train, other_seed = training_dataset(index), training_dataset(index, seed=1)
     item = train[(3, 2)]
     assert equal(item, training_dataset(index)[(3, 2)])
-    rows = index.sample_rows("train")[[2, 0]]
-    assert equal(item, DetectionDataset(index, rows, train.config)[(3, 0)])
     assert not equal(item, train[(4, 2)])
     assert not equal(item, other_seed[(3, 2)])
+
+
+def test_a_sample_that_comes_twice_is_drawn_twice(index: NuScenesIndex) -> None:
+    rows = index.sample_rows("train")[[2, 0, 2]]
+    train = DetectionDataset(index, rows, training_dataset(index).config)
+    first, third = train[(3, 0)], train[(3, 2)]
+    assert first["sample_row"] == third["sample_row"]
+    assert not equal(first, third)
+    evaluated = DetectionDataset(index, rows, CONFIG)
+    assert equal(evaluated[0], evaluated[2])
 
 
 def test_training_boxes_are_objects_with_points_inside_the_range(index: NuScenesIndex) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpq_train.data import derived
 from cpq_train.data import index as index_module
 from cpq_train.data.boxes import invert_poses
 from cpq_train.data.index import COLUMNS, NuScenesIndex, open_index
@@ -188,7 +189,7 @@ def test_half_built_index_is_never_used(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_processes_may_build_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = builds(monkeypatch)
-    monkeypatch.setattr(index_module, "_find", lambda *_: None)
+    monkeypatch.setattr(derived, "find", lambda *_: None)
     with ThreadPoolExecutor(4) as pool:
         indexes = list(pool.map(lambda _: open_index(root, "v1.0-mini"), range(4)))
     assert len(built) == 4

@@ -1,5 +1,6 @@
 """The torchmetrics class: one process, and two with uneven and duplicated samples."""
 
+import dataclasses
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
-from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.index import COLUMNS, NuScenesIndex
+from cpq_train.data.samplers import EvaluationSampler
 from cpq_train.errors import UserError
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 
@@ -106,3 +109,63 @@ def test_two_ranks_with_uneven_and_duplicated_samples(
     mp.start_processes(_rank, (port, mini_index, rows, tmp_path), nprocs=2, start_method="fork")
     for rank in range(2):
         np.testing.assert_array_equal(np.load(tmp_path / f"{rank}.npy"), [expected, expected])
+
+
+NUM_VAL = 6019
+"""Samples of nuScenes' validation split, which 8 does not divide."""
+
+
+def val_sized(index: NuScenesIndex) -> NuScenesIndex:
+    """As many samples as the validation split has: those of the mini one over and over, two objects each."""
+    origin = np.arange(NUM_VAL) % len(index)
+    kept = np.minimum(np.diff(index.annotation_offsets)[origin], 2)
+    ends = np.cumsum(kept)
+    annotations = np.repeat(index.annotation_offsets[origin], kept)
+    annotations += np.arange(ends[-1]) - np.repeat(ends - kept, kept)
+    of_samples = {name: getattr(index, name)[origin] for name in COLUMNS if name.startswith("sample_")}
+    of_samples["sample_tokens"] = np.array([b"%032d" % row for row in range(NUM_VAL)])
+    names = [name for name in COLUMNS if name.startswith("annotation_") and name != "annotation_offsets"]
+    of_annotations = {name: getattr(index, name)[annotations] for name in names}
+    offsets = np.concatenate([[0], ends])
+    return dataclasses.replace(index, **of_samples, **of_annotations, annotation_offsets=offsets)
+
+
+def _eighth(rank: int, port: int, index: NuScenesIndex, output: Path) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", address, timeout=timedelta(seconds=60), world_size=8, rank=rank)
+    every = np.arange(NUM_VAL)
+    metric = NuScenesDetectionMetric(index, every)
+    results = []
+    for sampler in (EvaluationSampler(every, rank, 8), DistributedSampler(every, 8, rank, shuffle=False)):
+        update(metric, index, np.array(list(sampler)))
+        of_sampler = [len(list(sampler))]
+        if rank == 0:
+            scored = metric.compute()
+            of_sampler += [len(scored.predictions.score), scored.scores.mean_ap, scored.scores.nds]
+        else:  # takes part in the exchange, which is all that this rank's own evaluation would add
+            metric.sync()
+            assert len(metric._gathered) == NUM_VAL
+            metric.unsync()
+        results.append(of_sampler)
+        metric.reset()
+    np.save(output / f"{rank}.npy", results)
+    dist.destroy_process_group()
+
+
+def test_uneven_tail_of_8_ranks_is_scored_once(mini_index: NuScenesIndex, tmp_path: Path) -> None:
+    """Whether the ranks hold 6019 samples, or 6024 of a sampler that pads."""
+    index = val_sized(mini_index)
+    alone = NuScenesDetectionMetric(index, np.arange(NUM_VAL))
+    update(alone, index, np.arange(NUM_VAL))
+    scored = alone.compute()
+    expected = [len(scored.predictions.score), scored.scores.mean_ap, scored.scores.nds]
+    assert 0.01 < scored.scores.mean_ap < 0.9
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_eighth, (port, index, tmp_path), nprocs=8, start_method="fork")
+    of_ranks = [np.load(tmp_path / f"{rank}.npy") for rank in range(8)]
+    assert [int(of_rank[0, 0]) for of_rank in of_ranks] == [753] * 3 + [752] * 5
+    assert sum(of_rank[:, 0] for of_rank in of_ranks).tolist() == [6019, 6024]
+    np.testing.assert_array_equal(of_ranks[0][:, 1:], [expected, expected])

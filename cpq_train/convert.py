@@ -1,0 +1,207 @@
+"""`convert`: another project's float checkpoint as one of ours, and ours in OpenPCDet's layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+import yaml
+from rich.table import Table
+from torch import Tensor
+
+from cpq_train.arms import Subject, build, from_weights
+from cpq_train.console import table_console
+from cpq_train.errors import UserError
+from cpq_train.files import replacing
+from cpq_train.interop.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
+from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
+from cpq_train.interop.conversion import Converted, to_ours
+from cpq_train.interop.foreign_file import foreign_state, read_foreign, stated_mmdet3d_version
+from cpq_train.interop.openpcdet_file import openpcdet_content
+from cpq_train.interop.sparse_layouts import SparseLayout
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.center_head import BOX_BRANCHES
+
+Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
+
+CHECK_NUM_VOXELS: Final = 2000
+NUM_NAMES_SHOWN: Final = 4
+
+
+def convert(
+    input: Path,
+    output: Path,
+    source: Source | None = None,
+    target: Literal["openpcdet"] | None = None,
+    mmdet3d_version: Literal[0, 1] | None = None,
+    sparse_layout: SparseLayout | None = None,
+    config: Path | None = None,
+) -> None:
+    """Turn a float checkpoint of another project into one for `model.weights`, or ours into OpenPCDet's.
+
+    Nothing in the file is executed. Every tensor is accounted for, and what was written is read back and run.
+
+    Args:
+        input: The checkpoint to convert.
+        output: Where to.
+        source: The project that wrote `input`; tianweiy is tianweiy/CenterPoint, which NVIDIA uses too.
+        target: Instead of `source`: write a float checkpoint of ours in this project's file layout.
+        mmdet3d_version: Major version that trained a checkpoint of mmdet3d; 1.0 changed what its boxes mean.
+        sparse_layout: Axes of the sparse weights (out k, kernel r s t, in c), where shapes do not tell them:
+            krsc (spconv 2), rsck (spconv 1), rskc (Native of spconv 2.0 and 2.1).
+        config: YAML file whose `model.network` has the sizes of the network; default: nuScenes.
+
+    Raises:
+        UserError: The file is unreadable, holds code, is of another project or network, or an option is
+            missing or contradicts it.
+    """
+    _check_options(input, output, source, target, mmdet3d_version, sparse_layout)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    console = table_console()
+    if source is None:
+        content = openpcdet_content(read_checkpoint(input), input)
+        with replacing(output) as part:
+            # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
+            torch.save(content, part, _use_new_zipfile_serialization=False)
+        console.print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
+        return
+    subject = build(_network_config(config), "float", None)
+    content = read_foreign(input)
+    convention = _convention(source, mmdet3d_version, content)
+    converted = _converted(input, content, convention, subject.network, sparse_layout)
+    subject.parents = {source: sha256_of(input)}
+    with replacing(output) as part:
+        torch.save(_checkpoint(subject, converted, convention, source), part)
+        num_voxels = _run(from_weights(subject.network.config, part, None, None).network)
+    console.print(_report(input, converted))
+    console.print(
+        f"forward pass of {output} on {num_voxels} random voxels: "
+        f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
+    )
+
+
+def _check_options(
+    input: Path,
+    output: Path,
+    source: Source | None,
+    target: str | None,
+    mmdet3d_version: int | None,
+    sparse_layout: str | None,
+) -> None:
+    if (source is None) == (target is None):
+        raise UserError(f"source is {source}, target is {target}: expected one of the two")
+    if target is not None and sparse_layout is not None:
+        raise UserError(f"sparse_layout {sparse_layout!r} says how `source` wrote a file; target needs none")
+    if (source == "mmdet3d") != (mmdet3d_version is not None):
+        raise UserError(
+            f"mmdet3d_version is {mmdet3d_version} with source {source}: expected 0 or 1 with source mmdet3d "
+            "(1.0 changed what its boxes mean), and none with another"
+        )
+    if output.is_dir() or input.resolve() == output.resolve():
+        what = "a folder" if output.is_dir() else "the input"
+        raise UserError(f"output {str(output)!r} is {what}: expected another file")
+
+
+def _network_config(path: Path | None) -> NetworkConfig:
+    if path is None:
+        return NetworkConfig()
+    try:
+        content = yaml.safe_load(path.read_text())
+        return NetworkConfig(**((content.get("model") or {}).get("network") or {}))
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise UserError(f"config {str(path)!r} has no readable model.network: {error}") from error
+
+
+def _convention(source: Source, mmdet3d_version: int | None, content: Any) -> Convention:
+    if source != "mmdet3d":
+        return {"openpcdet": OPENPCDET, "tianweiy": TIANWEIY}[source]
+    stated = stated_mmdet3d_version(content)
+    if stated is not None and stated != mmdet3d_version:
+        raise UserError(f"mmdet3d_version is {mmdet3d_version}, but the file says that {stated}.x wrote it")
+    return (MMDET3D_0, MMDET3D_1)[mmdet3d_version or 0]
+
+
+def _converted(
+    path: Path,
+    content: Any,
+    convention: Convention,
+    network: CenterPoint,
+    sparse_layout: SparseLayout | None,
+) -> Converted:
+    if isinstance(content, Mapping) and "quantization" in content:
+        raise UserError(f"checkpoint {str(path)!r} is of this project: it can be model.weights as it is")
+    theirs = foreign_state(content, path)
+    try:
+        return to_ours(theirs, convention, network.state_dict(), sparse_layout)
+    except UserError as error:
+        raise UserError(f"checkpoint {str(path)!r}: {error}") from error
+
+
+def _checkpoint(
+    subject: Subject, converted: Converted, convention: Convention, source: Source
+) -> dict[str, Any]:
+    return {
+        "state_dict": {NETWORK_PREFIX + name: tensor for name, tensor in converted.state.items()},
+        "quantization": subject.describe(),
+        "conversion": {
+            "source": convention.project,
+            "sparse_layout": converted.layout,
+            "input_sha256": subject.parents[source],
+        },
+    }
+
+
+@torch.inference_mode()
+def _run(network: CenterPoint) -> int:
+    """A forward pass on a seeded cloud; the number of its voxels.
+
+    Raises:
+        UserError: An output is not finite or of another shape than the head's.
+    """
+    geometry = network.geometry
+    features, coords = _random_voxels(network.config)
+    heads = network.eval()(features, coords, 1)
+    for group, head in zip(network.config.class_groups, heads, strict=True):
+        for branch, channels in {**BOX_BRANCHES, "hm": len(group)}.items():
+            shape = tuple(head[branch].shape)
+            is_finite = bool(head[branch].isfinite().all())
+            if shape != (1, channels, geometry.height, geometry.width) or not is_finite:
+                raise UserError(
+                    f"the converted network gives {branch} of {', '.join(group)} as {shape}, "
+                    f"{'' if is_finite else 'not '}all finite"
+                )
+    return len(coords)
+
+
+def _random_voxels(config: NetworkConfig) -> tuple[Tensor, Tensor]:
+    """Features (V, C) and coordinates (V, 4) of voxels in the middle of the grid, close to one another."""
+    generator = torch.Generator().manual_seed(0)
+    grid_zyx = torch.tensor(config.grid_size[::-1])
+    offsets = torch.randn(CHECK_NUM_VOXELS, 3, generator=generator) * torch.tensor([4.0, 12.0, 12.0])
+    cells = (grid_zyx // 2 + offsets.long()).clamp(torch.zeros_like(grid_zyx), grid_zyx - 1).unique(dim=0)
+    size, low = torch.tensor(config.voxel_size), torch.tensor(config.point_cloud_range[:3])
+    features = torch.rand(len(cells), max(3, config.num_point_features), generator=generator)
+    features[:, :3] = low + (cells.flip(1) + 0.5) * size
+    coords = torch.cat([torch.zeros(len(cells), 1, dtype=torch.long), cells], 1)
+    return features[:, : config.num_point_features], coords.int()
+
+
+def _report(path: Path, converted: Converted) -> Table:
+    title = f"{path}: sparse weights were {converted.layout}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("tensors", justify="right")
+    table.add_column("what was done")
+    table.add_column("which", overflow="fold")
+    for change, names in converted.changes.items():
+        table.add_row(str(len(names)), change, _which(names))
+    return table
+
+
+def _which(names: list[str]) -> str:
+    """The names, all heads' as one; the first few where they are many."""
+    distinct = list(dict.fromkeys(re.sub(r"(heads_list)\.\d+", r"\1.*", name) for name in names))
+    rest = f", and {len(distinct) - NUM_NAMES_SHOWN} more" if len(distinct) > NUM_NAMES_SHOWN else ""
+    return ", ".join(distinct[:NUM_NAMES_SHOWN]) + rest

@@ -1,0 +1,181 @@
+"""The ground-truth database: the points of every annotated object of a split, for sampling them into scenes.
+
+It lies beside the index as a few memory-mapped columns. Its name depends on the tables, the split and the
+number of sweeps, so that one of other data is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from cpq_train.console import table_console
+from cpq_train.data import derived
+from cpq_train.data.gt_database_parts import COLUMNS, build_parts, merge_parts, object_annotations
+from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.sweeps import MAX_NUM_SWEEPS
+from cpq_train.errors import UserError
+from cpq_train.nuscenes import DETECTION_CLASSES
+
+_SCHEMA = 1
+"""Counted up when content or columns change, so that older databases are not used."""
+
+
+@dataclass(frozen=True)
+class GtDatabase:
+    """The objects of a split, by scene, sample and annotation in the order of the index.
+
+    All arrays are memory-mapped and read-only. N objects, P points; those of object `n` are rows
+    `point_offsets[n] : point_offsets[n + 1]` of `points`.
+    """
+
+    folder: Path
+    classes: NDArray[np.int8] = field(repr=False)
+    """(N,) index into DETECTION_CLASSES."""
+    boxes: NDArray[np.float64] = field(repr=False)
+    """(N, 9) box rows in the LiDAR frame of the sample's key frame; NaN where the velocity is unknown."""
+    num_points: NDArray[np.int32] = field(repr=False)
+    """(N,) over all sweeps."""
+    sample_rows: NDArray[np.int32] = field(repr=False)
+    """(N,) rows of the index."""
+    tokens: NDArray[np.bytes_] = field(repr=False)
+    """(N,) of the annotations."""
+    point_offsets: NDArray[np.int64] = field(repr=False)
+    """(N + 1,)"""
+    points: NDArray[np.float32] = field(repr=False)
+    """(P, 5) x, y, z in metres relative to the centre of the box, not rotated; intensity; time lag in s."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path]]:
+        """Pickles as a path: another process maps the same files."""
+        return _load, (self.folder,)
+
+    def points_of(self, row: int) -> NDArray[np.float32]:
+        """A copy of the points (P, 5) of the object at a row, moved to where they were seen."""
+        where = slice(self.point_offsets[row], self.point_offsets[row + 1])
+        points: NDArray[np.float32] = np.array(self.points[where])
+        points[:, :3] += self.boxes[row, :3].astype(np.float32)
+        return points
+
+
+def build_gt_database(
+    root: Path,
+    version: str = "v1.0-trainval",
+    split: str = "train",
+    num_sweeps: int = MAX_NUM_SWEEPS,
+    num_workers: int = 4,
+    cache_dir: Path | None = None,
+) -> None:
+    """Collects the points of every annotated object of a split, for `data.gt_sampling`.
+
+    Scenes that are finished are kept, so that a build that was interrupted goes on where it was; the result
+    is the same, byte for byte. A database that is there already is left as it is.
+
+    Args:
+        root: The data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
+        version: Name of the folder of tables.
+        split: Official split, the one that will be trained on.
+        num_sweeps: LiDAR sweeps per sample, as `data.num_sweeps` of the training.
+        num_workers: Processes; 0 works in this one.
+        cache_dir: Where to keep the database, as `data.cache_dir` of the training; by default the data root,
+            or the user's cache if that is read-only.
+
+    Raises:
+        UserError: The root, the version or the split is missing, there is no object or no place to write,
+            or a number is out of range.
+        CloudError: A cloud is missing or damaged.
+    """
+    if not 1 <= num_sweeps <= MAX_NUM_SWEEPS:
+        raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
+    if num_workers < 0:
+        raise UserError(f"num_workers is {num_workers}: expected 0 or more")
+    index = open_index(root, version, cache_dir)
+    rows = index.sample_rows(split)
+    if not any(len(object_annotations(index, row)) for row in rows):
+        raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
+    name = _name(index, split, num_sweeps)
+    places = derived.homes(index.root, version, cache_dir)
+    folder = derived.find(places, name)
+    if folder is None:
+        parts = derived.start_folder(places, name, is_resumable=True)
+        folder = parts.with_name(name)
+        _build(index, rows, parts, folder, num_sweeps, num_workers)
+    _print_counts(_load(folder))
+
+
+def _build(
+    index: NuScenesIndex,
+    rows: NDArray[np.int64],
+    parts: Path,
+    folder: Path,
+    num_sweeps: int,
+    num_workers: int,
+) -> None:
+    """Makes a database from the parts of its scenes, which are removed behind it."""
+    merged = parts / uuid.uuid4().hex
+    try:
+        files = build_parts(index, rows, parts, num_sweeps, num_workers)
+        merge_parts(files, merged)
+        derived.publish(merged, folder)
+    except OSError:
+        if not folder.is_dir():  # made by another process, which has removed the parts
+            raise
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def open_gt_database(
+    index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None = None
+) -> GtDatabase:
+    """Opens the database of a split, which `build_gt_database` has made.
+
+    Raises:
+        UserError: there is none of the present tables; the message is the command that builds it.
+    """
+    folder = derived.find(
+        derived.homes(index.root, index.version, cache_dir), _name(index, split, num_sweeps)
+    )
+    if folder is None:
+        place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
+        raise UserError(
+            f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
+            f"{index.root} has none of its present tables; build it with\n"
+            f"  python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
+            f"--split {split} --num_sweeps {num_sweeps}{place}"
+        )
+    return _load(folder)
+
+
+def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
+    source = json.dumps([_SCHEMA, index.fingerprint, split, num_sweeps])
+    return f"gt-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+
+def _load(folder: Path) -> GtDatabase:
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
+    return GtDatabase(folder=folder, **columns)
+
+
+def _print_counts(database: GtDatabase) -> None:
+    table = Table()
+    for heading in ("class", "objects", "of 5 points or more"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for class_id, name in enumerate(DETECTION_CLASSES):
+        num_points = database.num_points[database.classes == class_id]
+        table.add_row(name, str(len(num_points)), str(np.count_nonzero(num_points >= 5)))
+    console = table_console()
+    text = f"GT database: {database.folder} ({len(database.points)} points)"
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)

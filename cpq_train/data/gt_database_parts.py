@@ -1,0 +1,143 @@
+"""Builds the ground-truth database scene by scene, and merges the scenes.
+
+A scene's part appears under its name only when it is complete: what is there is never built again.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from cpq_train.data.box_geometry import points_in_boxes
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.sweeps import load_sweeps
+
+Columns = dict[str, NDArray[Any]]
+Rows = NDArray[np.int64]
+
+_PART_COLUMNS = ("classes", "boxes", "num_points", "sample_rows", "tokens")
+COLUMNS = (*_PART_COLUMNS, "point_offsets", "points")
+"""Files of a database, see `GtDatabase`."""
+
+
+def object_annotations(index: NuScenesIndex, row: int) -> Rows:
+    """Annotation rows (N,) of a sample's objects: of a detection class, with a LiDAR or a radar point.
+
+    OpenPCDet's info files hold the same ones.
+    """
+    where = index.annotations(row)
+    num_points = index.annotation_num_lidar_pts[where] + index.annotation_num_radar_pts[where]
+    is_object = (index.annotation_classes[where] >= 0) & (num_points > 0)
+    return np.flatnonzero(is_object) + np.int64(where.start)
+
+
+def build_parts(
+    index: NuScenesIndex, rows: Rows, folder: Path, num_sweeps: int, num_workers: int
+) -> list[Path]:
+    """Builds the parts that a folder lacks, with a progress bar.
+
+    Args:
+        index: the data set.
+        rows: samples to take the objects of.
+        folder: where the parts lie.
+        num_sweeps: sweeps per sample.
+        num_workers: processes; 0 works in this one.
+
+    Returns:
+        The part of each scene, in the order of the index.
+
+    Raises:
+        CloudError: a cloud is missing or damaged.
+    """
+    scenes = np.unique(index.sample_scenes[rows])
+    files = [folder / f"{index.scene_names[scene].decode()}.npz" for scene in scenes]
+    tasks = [
+        (file, rows[index.sample_scenes[rows] == scene])
+        for file, scene in zip(files, scenes, strict=True)
+        if not file.is_file()
+    ]
+    # A DataLoader's workers notice the death of their parent and hand their errors over.
+    loader = DataLoader(_Parts(index, tasks, num_sweeps), batch_size=None, num_workers=num_workers)
+    done = f" ({len(files) - len(tasks)} scenes were done)" if len(tasks) < len(files) else ""
+    for _ in track(loader, f"Collecting objects{done}", total=len(tasks)):
+        pass
+    return files
+
+
+class _Parts(Dataset[int]):
+    """Writes the part at a position when it is asked for."""
+
+    def __init__(self, index: NuScenesIndex, tasks: list[tuple[Path, Rows]], num_sweeps: int) -> None:
+        self._index, self._tasks, self._num_sweeps = index, tasks, num_sweeps
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, position: int) -> int:
+        file, rows = self._tasks[position]
+        _write(file, _joined(_objects(self._index, int(row), self._num_sweeps) for row in rows))
+        return position
+
+
+def _objects(index: NuScenesIndex, row: int, num_sweeps: int) -> Columns:
+    """The objects of one sample, and their points relative to the centres of their boxes."""
+    annotations = object_annotations(index, row)
+    boxes = index.annotation_boxes[annotations]
+    cloud = load_sweeps(index, row, num_sweeps)
+    points = [cloud[rows] for rows in points_in_boxes(cloud, boxes)]
+    for own, box in zip(points, boxes, strict=True):
+        own[:, :3] -= box[:3].astype(np.float32)
+    return {
+        "classes": index.annotation_classes[annotations],
+        "boxes": boxes,
+        "num_points": np.array([len(own) for own in points], dtype=np.int32),
+        "sample_rows": np.full(len(boxes), row, dtype=np.int32),
+        "tokens": index.annotation_tokens[annotations],
+        "points": np.concatenate([cloud[:0], *points]),
+    }
+
+
+def _joined(parts: Iterable[Columns]) -> Columns:
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _write(file: Path, part: Columns) -> None:
+    partial = file.with_name(f".{uuid.uuid4().hex}.npz")
+    try:
+        with partial.open("wb") as stream:
+            np.savez(stream, **part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def merge_parts(files: list[Path], folder: Path) -> None:
+    """Writes the columns of a database from its parts; the points pass through memory scene by scene."""
+    folder.mkdir()
+    columns = _joined(_read(file, _PART_COLUMNS) for file in files)
+    columns["point_offsets"] = np.concatenate([[0], np.cumsum(columns["num_points"], dtype=np.int64)])
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column, allow_pickle=False)
+    shape = (int(columns["point_offsets"][-1]), 5)
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    with (folder / "points.npy").open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for file in track(files, "Merging scenes"):
+            _read(file, ("points",))["points"].tofile(stream)
+        os.fsync(stream.fileno())
+
+
+def _read(file: Path, names: Iterable[str]) -> Columns:
+    with np.load(file, allow_pickle=False) as part:
+        return {name: part[name] for name in names}

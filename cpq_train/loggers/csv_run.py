@@ -1,0 +1,109 @@
+"""The metrics of a run as `metrics.csv` in its directory."""
+
+from __future__ import annotations
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from cpq_train.files import write_whole
+
+METRICS_FILE = "metrics.csv"
+
+Row = dict[str, Any]
+
+
+class CSVRunLogger(Logger):
+    """Writes a row of `metrics.csv` as soon as it is logged; a resumed run goes on with the file.
+
+    Lightning's own CSVLogger deletes the file of the run that is resumed, and holds rows back that a killed
+    process then loses. Only a fit is logged: what `validate` finds is in `metrics.json`.
+
+    Attributes:
+        run_dir: The run directory; the command line sets it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run_dir = Path()
+        self._columns: list[str] | None = None
+
+    @property
+    def file(self) -> Path:
+        """The log."""
+        return self.run_dir / METRICS_FILE
+
+    @property
+    @override
+    def name(self) -> str:
+        """No folder of that name is made."""
+        return ""
+
+    @property
+    @override
+    def version(self) -> str:
+        """No folder of that name is made."""
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.run_dir)
+
+    @rank_zero_only
+    def start(self, global_step: int) -> None:
+        """Open the log; rows of a former run from `global_step` on are dropped, for they come again."""
+        kept = [row for row in self._read() if int(row["step"]) < global_step]
+        self._columns = sorted({name for row in kept for name, value in row.items() if value != ""})
+        self._write(kept)
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
+        """Add a row; columns that are new become empty fields of the rows before it."""
+        if self._columns is None:
+            return
+        row: Row = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        row["step"] = step
+        if row.keys() <= set(self._columns):
+            with self.file.open("a", newline="") as file:
+                file.write(_text(self._columns, [row]))  # in one piece: a killed process leaves whole rows
+        else:
+            rows = self._read()
+            self._columns = sorted({*self._columns, *row})
+            self._write([*rows, row])
+
+    @override
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` has them."""
+
+    def _read(self) -> list[Row]:
+        """The rows written in full."""
+        text = self.file.read_text() if self.file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        return list(csv.DictReader(io.StringIO(whole)))
+
+    def _write(self, rows: list[Row]) -> None:
+        """Replace the file at once; without rows there is none."""
+        assert self._columns is not None
+        if not rows:
+            self.file.unlink(missing_ok=True)
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        header = dict(zip(self._columns, self._columns, strict=True))
+        write_whole(self.file, _text(self._columns, [header, *rows]))
+
+
+def _text(columns: list[str], rows: Iterable[Row]) -> str:
+    out = io.StringIO()
+    csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
+    return out.getvalue()

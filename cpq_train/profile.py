@@ -1,0 +1,229 @@
+"""`profile`: what a detector costs by layer, on one cloud. The generic part is in `cpq_train.profiling`.
+
+Letters: P points, V voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpq_train.arms import needs_calibration
+from cpq_train.console import table_console
+from cpq_train.data.clouds import Cloud, synthetic_cloud
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.data.dataset import voxelizer_of
+from cpq_train.data.sweeps import load_sweeps, read_cloud
+from cpq_train.detector import CenterPointDetector
+from cpq_train.errors import UserError
+from cpq_train.profiling.instrument import Function, observing, parts_of
+from cpq_train.profiling.latency import measure_latency
+from cpq_train.profiling.memory import MemoryObserver, kept_buffers, observing_memory
+from cpq_train.profiling.report import Profile, print_profile, write_files
+from cpq_train.profiling.storage import storage_rows
+from cpq_train.profiling.trace import write_trace
+from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.costs import count_costs
+
+NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "rulebook"),)
+"""What a pass of the network spends time in beside its modules."""
+
+DETECTION_FUNCTIONS = (
+    *NETWORK_FUNCTIONS,
+    Function("cpq_train.detector", "decode", "decode"),
+    Function("cpq_train.models.decode", "rotated_nms", "NMS"),
+)
+"""The same of a pass from voxels to boxes."""
+
+FIRST = "first"
+NUM_WARM_UP = 1
+SYNTHETIC_SEED = 0
+_ORDER_SEED = 0
+"""Points are shuffled as evaluation shuffles them, so that a limit on voxels leaves a mix of sweeps."""
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to profile on; see `QuantTrainer.profile`.
+
+    Raises:
+        UserError: They contradict one another.
+    """
+
+    output: Path | None = None
+    sample: str | None = None
+    cloud: Path | None = None
+    num_passes: int = 5
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.cloud is not None:
+            raise UserError(f"--sample {self.sample} and --cloud {self.cloud} are both given: expected one")
+        if self.num_passes < 1:
+            raise UserError(f"--num_passes is {self.num_passes}: expected 1 or more")
+        if self.trace and self.output is None:
+            raise UserError("--trace needs --output, the folder that trace.json is written to")
+
+
+class Bench:
+    """A detector and one cloud on a device, and the passes that are measured.
+
+    Args:
+        model: The detector; built here, with fresh weights where it has none.
+        points: (P, 5).
+        data: Gives grid and limits of voxels.
+        device: Where to run.
+        precision: The context that the trainer runs forward passes in.
+    """
+
+    def __init__(
+        self,
+        model: CenterPointDetector,
+        points: Cloud,
+        data: NuScenesDataModule,
+        device: torch.device,
+        precision: Context = nullcontext,
+    ) -> None:
+        order = np.random.default_rng(_ORDER_SEED).permutation(len(points))
+        features_V5, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
+        self._features_V5, self._coords_V3 = features_V5.to(device), coords_V3.to(device)
+        self._precision = precision
+        self.device, self.num_points = device, len(points)
+        self.model = model.to(device).eval()
+        assert model.subject is not None
+        self.network = model.network
+        self.is_calibrated_here = needs_calibration(model.subject)
+        if self.is_calibrated_here:
+            with collecting_ranges(self.network, lambda problems: None):
+                model(self._batch())
+
+    @property
+    def num_voxels(self) -> int:
+        """V."""
+        return len(self._coords_V3)
+
+    @torch.inference_mode()
+    def detect(self) -> None:
+        """From voxels to boxes."""
+        with self._precision():
+            self.model.detect(self._batch())
+
+    def train(self) -> list[dict[str, Tensor]]:
+        """The forward pass of training, its outputs with all that backward needs."""
+        with self._precision():
+            heads: list[dict[str, Tensor]] = self.model(self._batch())
+            return heads
+
+    def profile(self, settings: Settings) -> Profile:
+        """Measure everything."""
+        observe = partial(observing, self.network, functions=DETECTION_FUNCTIONS)
+        macs = self._macs()
+        latency = measure_latency(self.detect, observe, self.device, macs, settings.num_passes, NUM_WARM_UP)
+        evaluation = self._memory(self.detect)
+        self.model.train()
+        with kept_buffers(self.network):
+            training = self._memory(self.train)
+        self.model.eval()
+        if settings.trace:
+            assert settings.output is not None
+            settings.output.mkdir(parents=True, exist_ok=True)
+            write_trace(settings.output / "trace.json", self.detect, observe)
+        return Profile(
+            self._context(settings),
+            str(self.network),
+            latency,
+            training.rows(),
+            training.peak_bytes(),
+            evaluation.peak_bytes(),
+            storage_rows(self.network),
+        )
+
+    def _macs(self) -> dict[str, float]:
+        layers = [name for name, part in parts_of(self.network).items() if part.is_layer]
+
+        def run() -> int:
+            self.detect()
+            return 1
+
+        return {name: cost.num_macs for name, cost in count_costs(self.network, layers, run).items()}
+
+    def _memory(self, run: Callable[[], Any]) -> MemoryObserver:
+        with observing_memory(self.network, self.device, NETWORK_FUNCTIONS) as observer:
+            outputs = run()
+            observer.finish()
+            del outputs
+        return observer
+
+    def _batch(self) -> dict[str, Any]:
+        batch_column = torch.zeros_like(self._coords_V3[:, :1])
+        return {
+            "voxel_features": self._features_V5,
+            "voxel_coords": torch.cat([batch_column, self._coords_V3], dim=1),
+            "batch_size": 1,
+        }
+
+    def _context(self, settings: Settings) -> dict[str, Any]:
+        subject = self.model.subject
+        assert subject is not None
+        on_cuda = self.device.type == "cuda"
+        return {
+            "arm": subject.arm,
+            "scheme": None if subject.scheme is None else subject.scheme.name,
+            "weights": self.model.weights or "untrained",
+            "ranges_from_this_input": self.is_calibrated_here,
+            "input": str(settings.cloud or settings.sample or "synthetic"),
+            "num_points": self.num_points,
+            "num_voxels": self.num_voxels,
+            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
+            "num_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "num_passes": settings.num_passes,
+        }
+
+
+def profile(
+    model: CenterPointDetector,
+    data: NuScenesDataModule,
+    settings: Settings,
+    device: torch.device,
+    precision: Context = nullcontext,
+) -> Profile:
+    """Measure a detector, print it and write what was asked for.
+
+    Raises:
+        UserError: The input or the checkpoint is no good.
+    """
+    points = _points(data, settings)
+    if model.weights is None:
+        model.configure_untrained()
+    else:
+        model.configure_model()
+    found = Bench(model, points, data, device, precision).profile(settings)
+    console = table_console()
+    print_profile(console, found)
+    if settings.output is not None:
+        write_files(settings.output, found)
+        console.print(f"Files: {settings.output}")
+    return found
+
+
+def _points(data: NuScenesDataModule, settings: Settings) -> Cloud:
+    num_sweeps = data.evaluation_config.num_sweeps
+    if settings.cloud is not None:
+        return read_cloud(settings.cloud)
+    if settings.sample is None:
+        return synthetic_cloud(num_sweeps, SYNTHETIC_SEED)
+    data.prepare_data()
+    is_first = settings.sample == FIRST
+    rows = data.eval_rows if is_first else data.index.sample_rows(None, [settings.sample])
+    return load_sweeps(data.index, int(rows[0]), num_sweeps)
