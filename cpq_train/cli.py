@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cpq_train.errors import UserError
 
-LIGHTNING_VERBS = ("fit", "validate", "calibrate", "sensitivity", "profile")
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity", "profile")
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 
@@ -101,6 +101,7 @@ def _compare(args: list[str]) -> None:
     parser = argparse.ArgumentParser("cpq_train compare", description="One table and one report over arms.")
     parser.add_argument("run_dirs", nargs="+", type=Path, help="run directories with a metrics.json")
     parser.add_argument("--output", required=True, type=Path, help="folder of the report")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
     compare(**vars(parser.parse_args(args)))
 
 

@@ -233,6 +233,9 @@ class CenterPointDetector(LightningModule):
         """Detections of each sample, for the evaluation callback."""
         return {"detections": self.detect(batch)}
 
+    test_step = validation_step
+    predict_step = validation_step
+
     def detect(self, batch: Batch) -> list[Detections]:
         """Boxes, scores and labels of each sample of a batch, in the LiDAR frame.
 
@@ -317,6 +320,9 @@ class CenterPointDetector(LightningModule):
                 f"model.weights {self.weights!r} has no activation ranges: run calibrate first, "
                 "or set model.arm to float"
             )
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def calibrate(self, datamodule: LightningDataModule, given: Mapping[str, Tensor] | None = None) -> None:
         """Find the activation ranges on the data module's calibration samples, each seen by one rank.

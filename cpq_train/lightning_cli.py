@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -45,12 +46,33 @@ class QuantCLI(LightningCLI):
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
         ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity", "profile")}
-        return {"fit": theirs["fit"], "validate": theirs["validate"], **ours}
+        return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            # By itself jsonargparse would take a list in brackets only.
+            parser.add_argument(
+                "--clouds",
+                nargs="+",
+                type=Path,
+                help="float32 files as nuScenes has them, a sweep each, instead of samples of data.root",
+            )
+        return parser
+
+    def predict(self, model: LightningModule, **arguments: Any) -> None:
+        """Predict without keeping in memory what is written."""
+        assert isinstance(self.datamodule, NuScenesDataModule)
+        self.datamodule.clouds = self.config_init["predict"]["clouds"]
+        self.trainer.predict(model, return_predictions=False, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks every run has, and what the data shares with the network."""
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(ResumePoint, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")

@@ -278,7 +278,9 @@ def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown verb 'train'; accepted: fit, validate, calibrate" in _fails(["train"], capsys)
+    assert "unknown verb 'train'; accepted: fit, validate, test, predict, calibrate" in _fails(
+        ["train"], capsys
+    )
 
 
 def test_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
 from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models.decode import PostProcessing
+from cpq_train.quantization.costs import network_bytes
 from cpq_train.quantization.prepare import coverage
 
 
@@ -43,8 +44,8 @@ class Evaluation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate" and _checkpoint_of(trainer, pl_module) is None:
-            raise UserError("validate needs a checkpoint: model.weights or --ckpt_path")
+        if trainer.state.fn == "validate":
+            checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
         self._metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(pl_module.device)
 
@@ -73,7 +74,7 @@ class Evaluation(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate" and trainer.is_global_zero:
-            self._write(trainer, pl_module, Path(str(_checkpoint_of(trainer, pl_module))))
+            self._write(trainer, pl_module, checkpoint_of(trainer, pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,10 +100,18 @@ class Evaluation(Callback):
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 
-def _checkpoint_of(trainer: Trainer, module: LightningModule) -> str | None:
+def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
+    """The checkpoint that a verb runs.
+
+    Raises:
+        UserError: None was given.
+    """
     assert isinstance(module, CenterPointDetector)
     path = trainer.ckpt_path or module.weights
-    return None if path is None else str(path)
+    if path is None:
+        assert trainer.state.fn is not None
+        raise UserError(f"{trainer.state.fn.value} needs a checkpoint: model.weights or --ckpt_path")
+    return Path(path)
 
 
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
@@ -118,6 +127,7 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
         parents=subject.parents,
         coverage=coverage(subject.prepared),
+        profile={"stored_bytes": network_bytes(module.network, subject.prepared.schemes)},
         config=dict(module.hparams),
     )
 

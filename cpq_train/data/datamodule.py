@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.class_balance import class_balanced_rows
+from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
@@ -30,7 +32,8 @@ class NuScenesDataModule(LightningDataModule):
     """Samples of a data set in the nuScenes format as batches of voxels.
 
     Args:
-        root: the data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
+        root: the data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables;
+            null only where bare cloud files are predicted on.
         version: name of the folder of tables, such as v1.0-trainval or v1.0-mini.
         num_sweeps: LiDAR sweeps per sample, 1 (the key frame alone) to 10.
         voxel_size: x, y, z in metres.
@@ -59,7 +62,7 @@ class NuScenesDataModule(LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         version: str = "v1.0-trainval",
         num_sweeps: int = 10,
         voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2),
@@ -116,11 +119,14 @@ class NuScenesDataModule(LightningDataModule):
         )
         self.gt_sampling, self.class_balanced = gt_sampling, class_balanced
         self._index: NuScenesIndex | None = None
+        self.clouds: list[Path] | None = None
+        """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
         self._resumed: EpochPosition | None = None
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
-        open_index(self.root, self.version, self.cache_dir)
+        if self.clouds is None:
+            self._open_index()
 
     def setup(self, stage: str) -> None:
         """Before a fit starts, looks for what it needs.
@@ -139,8 +145,13 @@ class NuScenesDataModule(LightningDataModule):
             UserError: the root, the version or a table is missing or damaged.
         """
         if self._index is None:
-            self._index = open_index(self.root, self.version, self.cache_dir)
+            self._index = self._open_index()
         return self._index
+
+    def _open_index(self) -> NuScenesIndex:
+        if self.root is None:
+            raise UserError("data.root is not given: expected the folder that holds samples/ and the tables")
+        return open_index(self.root, self.version, self.cache_dir)
 
     @property
     def eval_rows(self) -> Rows:
@@ -204,20 +215,38 @@ class NuScenesDataModule(LightningDataModule):
         """This rank's share of the validation samples."""
         return self.evaluation_dataloader(*self._place())
 
+    @property
+    def test_rows(self) -> Rows:
+        """Index rows (S,) of the samples of the test split, over all ranks."""
+        return self.index.sample_rows(self.test_split, self.sample_tokens)
+
     def test_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the test split."""
-        return self._evaluation_loader(
-            self.index.sample_rows(self.test_split, self.sample_tokens), *self._place()
+        return self._evaluation_loader(self._samples(self.test_rows), *self._place())
+
+    @property
+    def predict_rows(self) -> Rows:
+        """Index rows (S,) of `sample_tokens`, of whatever split; without any, of the test split.
+
+        Where `clouds` are predicted on, the positions of the files.
+        """
+        if self.clouds is not None:
+            return np.arange(len(self.clouds))
+        return self.index.sample_rows(
+            self.test_split if self.sample_tokens is None else None, self.sample_tokens
         )
 
     def predict_dataloader(self) -> DataLoader[Item]:
-        """This rank's share of `sample_tokens`, of whatever split; without any, of the test split."""
-        split = self.test_split if self.sample_tokens is None else None
-        return self._evaluation_loader(self.index.sample_rows(split, self.sample_tokens), *self._place())
+        """This rank's share of what is predicted on."""
+        files = None if self.clouds is None else CloudFiles(self.clouds, self.evaluation_config)
+        return self._evaluation_loader(files or self._samples(self.predict_rows), *self._place())
 
     def evaluation_dataloader(self, rank: int = 0, world_size: int = 1) -> DataLoader[Item]:
         """A rank's share of the validation samples: each sample on exactly one rank, without augmentation."""
-        return self._evaluation_loader(self.eval_rows, rank, world_size)
+        return self._evaluation_loader(self._samples(self.eval_rows), rank, world_size)
+
+    def _samples(self, rows: Rows) -> DetectionDataset:
+        return DetectionDataset(self.index, rows, self.evaluation_config)
 
     @property
     def calibration_rows(self) -> Rows:
@@ -269,12 +298,13 @@ class NuScenesDataModule(LightningDataModule):
         """Rank and number of ranks; without a trainer there is one."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _evaluation_loader(self, rows: Rows, rank: int, world_size: int) -> DataLoader[Item]:
-        dataset = DetectionDataset(self.index, rows, self.evaluation_config)
+    def _evaluation_loader(
+        self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int
+    ) -> DataLoader[Item]:
         sampler = EvaluationSampler(dataset, rank, world_size)
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
-    def _loader(self, dataset: DetectionDataset, **order: Any) -> DataLoader[Item]:
+    def _loader(self, dataset: DetectionDataset | CloudFiles, **order: Any) -> DataLoader[Item]:
         return DataLoader(
             dataset,
             **order,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
+from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, SampleKey
 
 # Both extend DistributedSampler so that Lightning leaves them in place and tells them the epoch.
@@ -44,7 +45,7 @@ class TrainingSampler(DistributedSampler[SampleKey]):
 class EvaluationSampler(DistributedSampler[int]):
     """Every sample exactly once: rank r of n takes r, r + n, r + 2 n, ..., and ranks may differ by one."""
 
-    def __init__(self, dataset: DetectionDataset, rank: int, world_size: int) -> None:
+    def __init__(self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         self.num_samples = max(0, math.ceil((len(dataset) - rank) / world_size))
 

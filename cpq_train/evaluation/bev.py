@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.errors import UserError
+from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.predictions import LidarDetections
 from cpq_train.files import replacing
@@ -32,6 +33,7 @@ class BevSample:
         boxes: (N, 9) detections.
         scores: (N,) confidence.
         labels: (N,) class ids.
+        gt_tokens: (G,) annotation tokens; none in files of the first release.
     """
 
     token: str
@@ -41,6 +43,7 @@ class BevSample:
     boxes: NDArray[np.floating[Any]]
     scores: NDArray[np.floating[Any]]
     labels: NDArray[np.integer[Any]]
+    gt_tokens: Strings = field(default_factory=lambda: np.zeros(0, np.str_))
 
 
 def busiest_sample(matches: Matches) -> str:
@@ -65,13 +68,33 @@ def bev_sample(
     keep = (index.annotation_classes[within] >= 0) & (num_points > 0)
     return BevSample(
         token=index.sample_token(row),
-        points=points[:: -(-len(points) // MAX_POINTS) or 1, :3],
+        points=_thinned(points),
         gt_boxes=index.annotation_boxes[within][keep],
         gt_labels=index.annotation_classes[within][keep],
         boxes=detections.boxes,
         scores=detections.scores,
         labels=detections.labels,
+        gt_tokens=np.char.decode(index.annotation_tokens[within][keep], "utf-8"),
     )
+
+
+def bev_sample_of_cloud(
+    name: str, points: NDArray[np.floating[Any]], detections: LidarDetections
+) -> BevSample:
+    """Collect what is drawn of a cloud without annotations; see `bev_sample`."""
+    return BevSample(
+        token=name,
+        points=_thinned(points),
+        gt_boxes=np.zeros((0, 9)),
+        gt_labels=np.zeros(0, np.int64),
+        boxes=detections.boxes,
+        scores=detections.scores,
+        labels=detections.labels,
+    )
+
+
+def _thinned(points: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    return points[:: -(-len(points) // MAX_POINTS) or 1, :3]
 
 
 def write_bev_sample(path: Path, sample: BevSample) -> None:
@@ -95,7 +118,8 @@ def read_bev_sample(path: Path) -> BevSample:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            columns = {name: stored[name] for name in BevSample.__dataclass_fields__}
+            names = BevSample.__dataclass_fields__.keys() - ({"gt_tokens"} - set(stored.files))
+            columns = {name: stored[name] for name in names}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: not a readable {BEV_FILE} ({error})") from error
     return BevSample(**columns | {"token": str(columns["token"])})

@@ -34,16 +34,18 @@ class DetectionsOfSample(Protocol):
     def labels(self) -> Tensor: ...  # noqa: D102
 
 
-class NuScenesDetectionMetric(Metric):
-    """NuScenes mAP, true-positive errors and NDS of all ranks' detections.
+class DetectionCollector(Metric):
+    """The detections of all ranks.
 
     Detections are kept by sample row: a sample that a padded sampler gives twice counts once, and ranks
-    may hold different numbers of samples. `compute` gives the `ScoredSplit` for `write_run`, on every rank.
+    may hold different numbers of samples. `compute` gives them on every rank.
 
     Args:
-        index: the data set.
-        rows: (S,) sample rows of the index that are scored, each once.
+        rows: (S,) rows of the samples that are detected in, each once.
         **kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        UserError: A row occurs twice.
     """
 
     full_state_update = False
@@ -51,11 +53,14 @@ class NuScenesDetectionMetric(Metric):
     higher_is_better = True
     num_updates: Tensor
 
-    def __init__(self, index: NuScenesIndex, rows: Ints, **kwargs: Any) -> None:
+    def __init__(self, rows: Ints, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._index = index
         self._rows = np.asarray(rows, np.int64)
         self._known = frozenset(self._rows.tolist())
+        if len(self._known) < len(self._rows):
+            raise UserError(
+                f"{len(self._rows)} samples, {len(self._known)} different ones; accepted: each once"
+            )
         self._detections: dict[int, LidarDetections] = {}
         self._gathered: dict[int, LidarDetections] = {}
         # A tensor state makes Metric synchronise at all; the detections travel with it in `_sync_dist`.
@@ -65,11 +70,11 @@ class NuScenesDetectionMetric(Metric):
         """Add the detections of some samples; of a sample seen before, the first are kept.
 
         Args:
-            sample_rows: (B,) sample rows of the index.
+            sample_rows: (B,) rows of the samples.
             detections: those of each sample.
 
         Raises:
-            UserError: A sample is not one of those that are scored.
+            UserError: A sample is not one of those that are detected in.
         """
         for row, found in zip(map(int, sample_rows), detections, strict=True):
             if row not in self._known:
@@ -79,16 +84,12 @@ class NuScenesDetectionMetric(Metric):
             self._detections.setdefault(row, _to_numpy(found))
         self.num_updates += 1
 
-    def compute(self) -> ScoredSplit:
-        """Score the detections of all ranks.
+    def compute(self) -> Any:
+        """Sample row -> detections, of all ranks."""
+        return self._of_all_ranks()
 
-        Raises:
-            UserError: Samples are missing.
-        """
-        detections = self._gathered if self._is_synced else self._detections
-        predictions = predictions_from_detections(self._index, self._rows, detections)
-        annotations = ground_truth(self._index, self._rows)
-        return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
+    def _of_all_ranks(self) -> dict[int, LidarDetections]:
+        return self._gathered if self._is_synced else self._detections
 
     def detections_of(self, row: int) -> LidarDetections:
         """Detections of a sample, in the LiDAR frame; after `compute`, of any rank's sample."""
@@ -107,6 +108,32 @@ class NuScenesDetectionMetric(Metric):
         per_rank: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(per_rank, self._detections, group=group)
         self._gathered = {row: found for rank in reversed(per_rank) for row, found in rank.items()}
+
+
+class NuScenesDetectionMetric(DetectionCollector):
+    """NuScenes mAP, true-positive errors and NDS of all ranks' detections.
+
+    `compute` gives the `ScoredSplit` for `write_run`, on every rank.
+
+    Args:
+        index: the data set.
+        rows: (S,) sample rows of the index that are scored, each once.
+        **kwargs: of `torchmetrics.Metric`.
+    """
+
+    def __init__(self, index: NuScenesIndex, rows: Ints, **kwargs: Any) -> None:
+        super().__init__(rows, **kwargs)
+        self._index = index
+
+    def compute(self) -> ScoredSplit:
+        """Score the detections of all ranks.
+
+        Raises:
+            UserError: Samples are missing.
+        """
+        predictions = predictions_from_detections(self._index, self._rows, self._of_all_ranks())
+        annotations = ground_truth(self._index, self._rows)
+        return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
 
 def _to_numpy(found: DetectionsOfSample) -> LidarDetections:

@@ -16,7 +16,7 @@ from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.protocol import CLASS_RANGE_M, RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
-from cpq_train.evaluation.ranges import scores_per_range
+from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
 from cpq_train.files import write_whole
 from cpq_train.nuscenes import DETECTION_CLASSES
 
@@ -66,6 +66,7 @@ def build_metrics(run: RunInfo, scores: Scores, matches: Matches) -> Document:
         "metrics": _metrics(scores),
         "per_class": _per_class(scores),
         "per_range": scores_per_range(matches),
+        "errors_per_range": errors_per_range(matches),
         "confidence": _confidence(matches),
         "postprocessing_sha256": run.postprocessing_sha256,
         "parents": dict(run.parents),

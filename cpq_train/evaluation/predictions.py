@@ -7,7 +7,7 @@ cones have none: OpenPCDet writes "cycle.with_rider" there, which the metric ign
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,11 +95,22 @@ def predictions_from_detections(
             f"accepted: the {len(rows)} samples that are scored"
         )
     best = [best_detections(LidarDetections(*detections[row])) for row in rows.tolist()]
-    placed = [_in_global_frame(index, row, found) for row, found in zip(rows.tolist(), best, strict=True)]
+    return _joined(best, [_in_global_frame(index, *pair) for pair in zip(rows.tolist(), best, strict=True)])
+
+
+def predictions_in_lidar_frame(detections: Sequence[LidarDetections]) -> Predictions:
+    """Detections of clouds of unknown pose, where they are, with attributes, at most 500 a cloud."""
+    best = [best_detections(LidarDetections(*found)) for found in detections]
+    still, origin = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(3)
+    return _joined(best, [lidar_to_global(found.boxes, still, origin, still, origin) for found in best])
+
+
+def _joined(best: Sequence[LidarDetections], placed: Sequence[GlobalBoxes]) -> Predictions:
+    """The detections of samples as one table, `sample` counting from 0."""
     translation, size, rotation, velocity = (np.concatenate(column) for column in zip(*placed, strict=True))
     labels = np.concatenate([found.labels for found in best]).astype(np.int64)
     boxes = Boxes(
-        sample=np.repeat(np.arange(len(rows)), [len(found.scores) for found in best]),
+        sample=np.repeat(np.arange(len(best)), [len(found.scores) for found in best]),
         label=labels,
         translation=translation,
         size=size,

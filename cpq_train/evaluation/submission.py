@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ _NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
 Record = dict[str, Any]
 
 
-def write_submission(path: Path, predictions: Predictions, sample_tokens: Strings) -> None:
+def write_submission(
+    path: Path, predictions: Predictions, sample_tokens: Strings, meta: Mapping[str, Any] = LIDAR_ONLY
+) -> None:
     """Write a submission that names every sample, those without detections too.
 
     Samples and their detections keep their order, so nuscenes-devkit breaks ties between equal scores as
@@ -44,6 +46,7 @@ def write_submission(path: Path, predictions: Predictions, sample_tokens: String
         path: the file to write.
         predictions: detections whose `sample` is a row of `sample_tokens`.
         sample_tokens: (S,) tokens of all samples of the split.
+        meta: what the file says of itself.
 
     Raises:
         UserError: The official server would refuse these detections (`check_predictions`).
@@ -53,7 +56,7 @@ def write_submission(path: Path, predictions: Predictions, sample_tokens: String
     ordered = predictions[order]
     ends = np.searchsorted(ordered.boxes.sample, np.arange(len(sample_tokens)), side="right")
     with replacing(path) as partial, partial.open("w") as file:
-        file.write(f'{{"meta": {json.dumps(LIDAR_ONLY)}, "results": {{')
+        file.write(f'{{"meta": {json.dumps(dict(meta))}, "results": {{')
         start = 0
         for sample, (token, end) in enumerate(zip(sample_tokens.tolist(), ends.tolist(), strict=True)):
             records = _records(ordered[np.arange(start, end)], token)

@@ -1,25 +1,34 @@
 """The comparison of arms: its numbers, its files, and what it refuses to compare."""
 
+import base64
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from evaluation_problems import random_boxes, random_problem
 
 from cpq_train.errors import UserError
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.bev import BEV_FILE, BevSample, write_bev_sample
+from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.compare import compare, share_won_back
 from cpq_train.evaluation.matches import write_matches
 from cpq_train.evaluation.metric import Evaluation, evaluate
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
 
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
 DATASET = {"root_name": "data", "version": "v1.0-trainval", "fingerprint": "f" * 64}
 NOISE_M = {"float": 0.3, "float_tuned": 0.28, "ptq": 0.8, "qat": 0.4}
 
@@ -94,15 +103,162 @@ def test_report(arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     for arm in NOISE_M:
         assert f"{scores[arm]['NDS']:.4f}" in text
         assert f"{scores[arm]['NDS']:.4f}" in console
-    assert report["pictures"] == ["pictures/bev_token.png"]
-    assert "![Detections from above](pictures/bev_token.png)" in text
-    assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 800)
+    sections = {picture["section"] for picture in report["pictures"]}
+    assert sections == {"scores", "bev", "classes", "range", "confidence"}
+    for picture in report["pictures"]:
+        assert (tmp_path / "report" / picture["file"]).stat().st_size > 0
+        assert f"]({picture['file']})" in text
+    assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 1600)
 
 
 def png_size(path: Path) -> tuple[int, int]:
     header = path.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_runs_that_find_nothing(tmp_path: Path) -> None:
+    """All scores are 0, and all intervals have no width."""
+    for arm in ("float", "ptq", "qat"):
+        write_arm(tmp_path / arm, arm, noise_m=100.0)
+    report = compare([tmp_path / arm for arm in ("float", "ptq", "qat")], tmp_path / "report")
+    assert all(run["metrics"]["mAP"] == 0 for run in report["runs"])
+    assert (tmp_path / "report/report.html").exists()
+    total = report["runs"][1]["lost_objects"]["all"]["all"]
+    assert total["objects"] > 0
+    assert total["found_by_float"] == total["lost"] == total["won"] == 0
+
+
+def test_lost_objects_are_counted_and_listed_alike(arms: dict[str, Path], tmp_path: Path) -> None:
+    runs = {run["arm"]: run for run in compare(list(arms.values()), tmp_path)["runs"]}
+    assert runs["float"]["lost_objects"] is None
+    with (tmp_path / "lost_objects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for arm in ("float_tuned", "ptq", "qat"):
+        (total,) = runs[arm]["lost_objects"]["all"].values()
+        for change in ("lost", "won"):
+            listed = [row for row in rows if (row["run"], row["change"]) == (arm, change)]
+            assert len(listed) == total[change]
+            groups = runs[arm]["lost_objects"]
+            for group in ("class", "range_m", "num_points"):
+                assert sum(cell[change] for cell in groups[group].values()) == total[change]
+    assert runs["ptq"]["lost_objects"]["all"]["all"]["lost"] > 0
+
+
+def test_lost_objects_are_drawn_from_near_by(arms: dict[str, Path], tmp_path: Path) -> None:
+    """All objects of a sample, and close-ups of those that ptq loses; float's own picture has none."""
+    for arm in ("float", "ptq"):
+        shutil.copytree(arms[arm], tmp_path / arm)
+    compare([tmp_path / "float", tmp_path / "ptq"], tmp_path / "report")
+    with (tmp_path / "report/lost_objects.csv").open(newline="") as file:
+        lost = [row for row in csv.DictReader(file) if row["change"] == "lost"]
+    of_sample = [row for row in lost if row["sample_token"] == lost[0]["sample_token"]][:3]
+    tokens = np.array(["elsewhere", *(row["annotation_token"] for row in of_sample)])
+    for arm in ("float", "ptq"):
+        sample = read_bev_sample(tmp_path / arm / BEV_FILE)
+        few = {"gt_boxes": sample.gt_boxes[: len(tokens)], "gt_labels": sample.gt_labels[: len(tokens)]}
+        write_bev_sample(tmp_path / arm / BEV_FILE, replace(sample, gt_tokens=tokens, **few))
+    report = compare([tmp_path / "float", tmp_path / "ptq"], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "bev"]
+    assert files == ["pictures/bev_token.png", "pictures/ptq_lost.png"]
+    assert png_size(tmp_path / "report" / files[1]) == (400 * len(of_sample), 840)
+
+
+def test_without_a_float_run_nothing_is_lost(arms: dict[str, Path], tmp_path: Path) -> None:
+    report = compare([arms["ptq"], arms["qat"]], tmp_path)
+    assert not (tmp_path / "lost_objects.csv").exists()
+    assert "Objects lost" not in (tmp_path / "report.html").read_text()
+    assert all(run["lost_objects"] is None for run in report["runs"])
+
+
+def test_measurements_of_the_profile_are_shown(arms: dict[str, Path], tmp_path: Path) -> None:
+    document = read_metrics(arms["qat"] / "metrics.json")
+    document["profile"] = {
+        "stored_bytes": 5 * 2**18,
+        "latency_ms": 12.345,
+        "num_macs": 1_234_567,
+        "device": "cpu",
+        "layers": {"conv": 3},
+    }
+    (tmp_path / "profiled").mkdir()
+    write_metrics(tmp_path / "profiled/metrics.json", document)
+    compare([arms["float"], tmp_path / "profiled"], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| arm | stored MiB | latency ms | num macs |" in text
+    assert "| qat (profiled) | 1.25 | 12.35 | 1,234,567 |" in text
+    assert "| float | n/a | n/a | n/a |" in text
+
+
+DRIFT = "step,quantizer,amax,start_amax,clipped_share,sqnr_db\n"
+
+
+def test_what_tuning_left_behind_is_drawn(arms: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "tuned"
+    shutil.copytree(arms["qat"], run)
+    (run / "amax_drift.csv").write_text(
+        f"{DRIFT}0,conv._input_quantizer,2,2,0.1,30\n5,conv._input_quantizer,4,2,,\n"
+    )
+    (run / "sensitivity.png").write_bytes(PNG)
+    report = compare([arms["float"], run], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "quantizers"]
+    assert files == ["pictures/tuned_amax_drift.svg", "pictures/tuned_sensitivity.png"]
+    svg = (tmp_path / "report" / files[0]).read_text()
+    assert "conv._input_quantizer, 5: +1<" in svg
+    assert "conv._input_quantizer, 0: +0<" in svg
+    assert (tmp_path / "report" / files[1]).read_bytes() == PNG
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| `conv._input_quantizer` | 2.000 | n/a | n/a |" in text
+
+
+def test_pictures_of_runs_with_one_name(arms: dict[str, Path], tmp_path: Path) -> None:
+    for experiment, content in (("first", PNG), ("second", PNG + b"other")):
+        shutil.copytree(arms["qat"], tmp_path / experiment / "qat")
+        (tmp_path / experiment / "qat/sensitivity.png").write_bytes(content)
+    report = compare([tmp_path / "first/qat", tmp_path / "second/qat"], tmp_path / "report")
+    files = [picture["file"] for picture in report["pictures"] if picture["section"] == "quantizers"]
+    assert [(tmp_path / "report" / file).read_bytes() for file in files] == [PNG, PNG + b"other"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("step,amax\n1,2\n", "columns .*'quantizer'.* are missing"), (f"{DRIFT}1,conv,wide,2,,\n", "line 2")],
+)
+def test_bad_drift_files(arms: dict[str, Path], tmp_path: Path, text: str, message: str) -> None:
+    run = tmp_path / "tuned"
+    shutil.copytree(arms["qat"], run)
+    (run / "amax_drift.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        compare([arms["float"], run], tmp_path / "report")
+
+
+def test_the_report_goes_to_wandb(
+    arms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DIR", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    compare([arms["float"], arms["qat"]], tmp_path / "report", wandb="experiments")
+    wandb.teardown()  # its service writes the file, and has written it all when it has ended
+    (run,) = tmp_path.rglob("run-*.wandb")
+    logged = _without_block_headers(run.read_bytes())
+    group = arms["qat"].parent.name
+    for text in (b"experiments", f"{group}-compare".encode(), f"{group}-report".encode(), b"scores/Scores"):
+        assert text in logged
+    tables = [path.name for path in run.parent.rglob("*.table.json")]
+    assert any(name.startswith("Against float") for name in tables)
+    (page,) = run.parent.rglob("*.html")
+    assert page.read_bytes() == (tmp_path / "report/report.html").read_bytes()
+
+
+def _without_block_headers(log: bytes) -> bytes:
+    """A W&B file's records joined: LevelDB's log format cuts them at blocks of 32 KiB."""
+    pieces, at = [], 7
+    while at < len(log):
+        if 32_768 - at % 32_768 < 7:  # too little left for a header
+            at += 32_768 - at % 32_768
+        length = int.from_bytes(log[at + 4 : at + 6], "little")
+        pieces.append(log[at + 7 : at + 7 + length])
+        at += 7 + length
+    return b"".join(pieces)
 
 
 def test_differences_are_paired(arms: dict[str, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from evaluation_problems import random_boxes, random_problem, random_samples
 
 from cpq_train.evaluation.boxes import Boxes, GroundTruth, Predictions
 from cpq_train.evaluation.metric import Evaluation, evaluate
-from cpq_train.evaluation.ranges import scores_per_range
+from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
 from cpq_train.nuscenes import DETECTION_CLASSES
 
 
@@ -74,3 +74,25 @@ def test_one_bin_with_everything_is_the_whole() -> None:
     )
     assert scores["mAP"] == pytest.approx(found.scores.mean_ap, abs=1e-12)
     assert found.scores.mean_ap > 0
+
+
+def test_errors_of_one_bin_with_everything_are_the_whole() -> None:
+    found = evaluate(*random_problem(2, 200, 400, num_classes=10))
+    matches = replace(
+        found.matches,
+        pred_range_m=np.full(len(found.matches.pred_label), 5.0),
+        gt_range_m=found.matches.gt_range_m * 0,
+    )
+    errors = errors_per_range(matches)
+    np.testing.assert_allclose(list(errors["0-20"].values()), found.scores.mean_errors, atol=1e-12)
+    assert list(errors["40-50"].values()) == [1.0] * 5
+    assert errors["0-20"]["mATE"] < 1
+
+
+def test_errors_belong_to_the_bin_of_the_annotation() -> None:
+    """The first car is found 0.5 m off, the second one 1 m off."""
+    errors = errors_per_range(evaluate_cars([10.0, 25.0], [10.5, 26.0]).matches)
+    classes = [10, 10, 8, 5]  # that reach a bin; all but cars have no match, and count 1
+    assert errors["0-20"]["mATE"] == pytest.approx((0.5 + classes[0] - 1) / classes[0])
+    assert errors["20-30"]["mATE"] == pytest.approx((1.0 + classes[1] - 1) / classes[1])
+    assert errors["30-40"]["mATE"] == 1

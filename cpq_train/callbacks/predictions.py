@@ -1,0 +1,157 @@
+"""What `test` and `predict` write: the submission of a split, or boxes and pictures of any clouds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import track
+from typing_extensions import override
+
+from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.data.sweeps import load_sweeps, read_cloud
+from cpq_train.errors import UserError
+from cpq_train.evaluation.bev import BevSample, bev_sample, bev_sample_of_cloud
+from cpq_train.evaluation.boxes import Ints, Predictions, Strings
+from cpq_train.evaluation.lightning_metric import DetectionCollector
+from cpq_train.evaluation.metrics_file import read_metrics
+from cpq_train.evaluation.plots import BevPanel, draw_bev
+from cpq_train.evaluation.predictions import (
+    LidarDetections,
+    predictions_from_detections,
+    predictions_in_lidar_frame,
+)
+from cpq_train.evaluation.run_files import METRICS_FILE, SUBMISSION_FILE
+from cpq_train.evaluation.submission import LIDAR_ONLY, write_submission
+
+PREDICTIONS_FILE = "predictions.json"
+PICTURES = "bev"
+MAX_PICTURES = 100
+"""Of further samples only the boxes are written: a picture takes about a second."""
+
+
+class WritePredictions(Callback):
+    """Collects the detections of `test` and `predict` on all ranks and writes them on one.
+
+    `test` writes `results_nusc.json` of `data.test_split`, complete and checked. `predict` writes
+    `predictions.json` and a picture from above of each of the first samples into `bev/`.
+    """
+
+    def __init__(self) -> None:
+        self._collector: DetectionCollector | None = None
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint_of(trainer, pl_module)
+        data = datamodule_of(trainer)
+        _check_no_scores_are_lost(Path(trainer.default_root_dir), data.test_split)
+        self._collector = DetectionCollector(data.test_rows).to(pl_module.device)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint_of(trainer, pl_module)
+        self._collector = DetectionCollector(datamodule_of(trainer).predict_rows).to(pl_module.device)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._collector is not None
+        self._collector.update(batch["sample_rows"], outputs["detections"])
+
+    on_predict_batch_end = on_test_batch_end
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        detections = self._of_all_ranks()
+        if trainer.is_global_zero:
+            data, path = datamodule_of(trainer), Path(trainer.default_root_dir) / SUBMISSION_FILE
+            _write(path, _in_global_frame(data, data.test_rows, detections), _tokens(data, data.test_rows))
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        detections = self._of_all_ranks()
+        if trainer.is_global_zero:
+            data, folder = datamodule_of(trainer), Path(trainer.default_root_dir)
+            _write_predictions(folder / PREDICTIONS_FILE, data, detections)
+            _draw(folder / PICTURES, data, detections)
+
+    def _of_all_ranks(self) -> dict[int, LidarDetections]:
+        assert self._collector is not None
+        detections: dict[int, LidarDetections] = self._collector.compute()
+        return detections
+
+
+def _check_no_scores_are_lost(folder: Path, test_split: str) -> None:
+    """A scored run keeps its submission: another split's would take its place.
+
+    Raises:
+        UserError: The folder holds the scores of another split.
+    """
+    if not (folder / METRICS_FILE).exists():
+        return
+    scored = read_metrics(folder / METRICS_FILE)["dataset"]["split"]
+    if scored != test_split:
+        raise UserError(
+            f"{folder} holds the scores of split {scored!r}, whose {SUBMISSION_FILE} that of {test_split!r} "
+            "would replace: give another --trainer.default_root_dir"
+        )
+
+
+def _tokens(data: NuScenesDataModule, rows: Ints) -> Strings:
+    return np.array([data.index.sample_token(row) for row in rows.tolist()])
+
+
+def _in_global_frame(
+    data: NuScenesDataModule, rows: Ints, detections: dict[int, LidarDetections]
+) -> Predictions:
+    return predictions_from_detections(data.index, rows, detections)
+
+
+def _write(path: Path, found: Predictions, names: Strings, **meta: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_submission(path, found, names, {**LIDAR_ONLY, **meta})
+    Console(soft_wrap=True).print(f"{path}: {len(found.score):,} boxes of {len(names):,} samples")
+
+
+def _write_predictions(path: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
+    rows = data.predict_rows
+    if data.clouds is None:
+        _write(path, _in_global_frame(data, rows, detections), _tokens(data, rows), frame="global")
+        return
+    found = predictions_in_lidar_frame([detections[row] for row in rows.tolist()])
+    _write(path, found, np.array([str(cloud) for cloud in data.clouds]), frame="LIDAR_TOP")
+
+
+def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
+    """A picture of each sample, named after its token, or after the place and name of its file."""
+    rows = data.predict_rows.tolist()
+    for row in track(rows[:MAX_PICTURES], "Drawing"):
+        sample = _sample(data, row, detections[row])
+        name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"
+        panel = BevPanel(sample)
+        title = f"{_stem(Path(sample.token))}\n{panel.is_shown.sum()} detections"
+        draw_bev(folder / f"{name}.png", {title: panel})
+    if len(rows) > MAX_PICTURES:
+        Console().print(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
+
+
+def _sample(data: NuScenesDataModule, row: int, found: LidarDetections) -> BevSample:
+    if data.clouds is not None:
+        return bev_sample_of_cloud(str(data.clouds[row]), read_cloud(data.clouds[row]), found)
+    points = load_sweeps(data.index, row, data.evaluation_config.num_sweeps)
+    return bev_sample(data.index, row, points, found)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".bin").removesuffix(".pcd")

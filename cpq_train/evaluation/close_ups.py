@@ -1,0 +1,56 @@
+"""Single objects from near by, as two arms see them: why one of them loses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cpq_train.evaluation.plots import BevPanel, draw_panel
+
+MAX_OBJECTS = 4
+EXTENT_M = 9.0
+
+_PANEL_INCHES = 4.0
+_DPI = 100
+
+
+class Subject(NamedTuple):
+    """An object to look at.
+
+    Attributes:
+        row: its row in `gt_boxes` of the sample.
+        title: what stands above it.
+    """
+
+    row: int
+    title: str
+
+
+def draw_close_ups(
+    path: Path, subjects: Sequence[Subject], above: tuple[str, BevPanel], below: tuple[str, BevPanel]
+) -> None:
+    """Draw objects in columns of 400 pixels, as one arm sees them above and as another does below.
+
+    Args:
+        path: the PNG to write.
+        subjects: the objects, one or more.
+        above: name of an arm, and what it detects in the sample.
+        below: likewise for the same sample.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (_PANEL_INCHES * len(subjects), _PANEL_INCHES * 2 + 0.4)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(subjects), squeeze=False)
+    for line, (name, panel) in zip(grid, (above, below), strict=True):
+        line[0].set_ylabel(name, fontsize=16)
+        for axes, subject in zip(line, subjects, strict=True):
+            box = panel.sample.gt_boxes[subject.row]
+            draw_panel(axes, panel, EXTENT_M, (float(box[0]), float(box[1])))
+    for axes, subject in zip(grid[0], subjects, strict=True):
+        axes.set_title(subject.title, fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

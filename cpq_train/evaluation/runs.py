@@ -1,0 +1,138 @@
+"""Run directories that are compared: what they hold, whether they may be compared, who came from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpq_train.errors import UserError
+from cpq_train.evaluation import bootstrap
+from cpq_train.evaluation.boxes import Floats
+from cpq_train.evaluation.matches import Matches, read_matches
+from cpq_train.evaluation.metrics_file import ARMS, Document, read_metrics
+from cpq_train.evaluation.run_files import MATCHES_FILE, METRICS_FILE
+
+_MUST_AGREE = (
+    ("dataset", "fingerprint"),
+    ("dataset", "version"),
+    ("dataset", "split"),
+    ("dataset", "num_samples"),
+    ("postprocessing_sha256",),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A scored run.
+
+    Attributes:
+        name: its folder's name, or its path where names repeat.
+        folder: the run directory.
+        metrics: contents of `metrics.json`.
+        matches: contents of `matches.npz`, where there is one.
+        resampled: scores over resampled scenes, where there are matches of several scenes.
+    """
+
+    name: str
+    folder: Path
+    metrics: Document
+    matches: Matches | None
+    resampled: bootstrap.Resampled | None
+
+    @property
+    def arm(self) -> str:
+        """float, float_tuned, ptq or qat."""
+        return str(self.metrics["arm"])
+
+    @property
+    def title(self) -> str:
+        """The arm, and the run where its name says more."""
+        return self.arm if self.arm == self.name else f"{self.arm} ({self.name})"
+
+    @property
+    def file_name(self) -> str:
+        """The name as the beginning of a file name."""
+        return self.name.strip("/").replace("/", "_")
+
+    def score(self, metric: str) -> float:
+        """A score of `metrics.json`."""
+        return float(self.metrics["metrics"][metric])
+
+    def distribution(self, metric: str) -> Floats | None:
+        """(B,) mAP or NDS over resampled scenes; the same scenes for every run."""
+        if self.resampled is None:
+            return None
+        return self.resampled.mean_ap if metric == "mAP" else self.resampled.nds
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read runs, in the order of the arms.
+
+    Raises:
+        UserError: A run is missing or damaged, or two runs differ in data, split or post-processing.
+    """
+    if not folders:
+        raise UserError("no run directory to compare; accepted: one or more folders with a metrics.json")
+    documents = [read_metrics(folder / METRICS_FILE) for folder in folders]
+    for folder, document in zip(folders, documents, strict=True):
+        for key in _MUST_AGREE:
+            _check_agreement(key, (folders[0], documents[0]), (folder, document))
+    matches = [read_matches(path) if (path := folder / MATCHES_FILE).exists() else None for folder in folders]
+    _check_samples(folders, matches)
+    names = [folder.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = [
+        Run(name, folder, document, found, _resample(found))
+        for name, folder, document, found in zip(names, folders, documents, matches, strict=True)
+    ]
+    return sorted(runs, key=lambda run: ARMS.index(run.arm))
+
+
+def relative(run: Run, runs: Sequence[Run], arm: str) -> tuple[Run | None, str]:
+    """The run of an arm that a run came from, or why there is none: its parent, else the only one."""
+    candidates = [other for other in runs if other.arm == arm]
+    parent = run.metrics["parents"].get(arm)
+    parents = [other for other in candidates if other.metrics["checkpoint"]["sha256"] == parent]
+    if run.arm == arm:
+        return run, ""
+    if len(parents) == 1 or len(candidates) == 1:
+        return (parents or candidates)[0], ""
+    if not candidates:
+        return None, f"no {arm} run among those compared"
+    return None, f"{len(candidates)} {arm} runs, and none or several of them are the parent of {run.name}"
+
+
+def _check_agreement(key: tuple[str, ...], one: tuple[Path, Document], other: tuple[Path, Document]) -> None:
+    values = [_value(document, key) for _, document in (one, other)]
+    if values[0] != values[1]:
+        raise UserError(
+            f"{one[0]} and {other[0]} cannot be compared: "
+            f"{'.'.join(key)} is {values[0]!r} and {values[1]!r}; "
+            "accepted: runs with the same data, split and post-processing"
+        )
+
+
+def _value(document: Document, key: tuple[str, ...]) -> Any:
+    return document[key[0]] if len(key) == 1 else document[key[0]][key[1]]
+
+
+def _check_samples(folders: Sequence[Path], matches: Sequence[Matches | None]) -> None:
+    known = [(folder, found) for folder, found in zip(folders, matches, strict=True) if found is not None]
+    for folder, found in known[1:]:
+        if set(found.sample_token.tolist()) != set(known[0][1].sample_token.tolist()):
+            raise UserError(
+                f"{known[0][0]} and {folder} cannot be compared: "
+                f"their {MATCHES_FILE} hold different samples; accepted: runs that scored the same samples"
+            )
+
+
+def _resample(matches: Matches | None) -> bootstrap.Resampled | None:
+    """Resample in the alphabetical order of scenes, so that every run draws the same scenes."""
+    if matches is None or len(matches.scene_name) < bootstrap.MIN_SCENES:
+        return None
+    weights = bootstrap.scene_weights(len(matches.scene_name))
+    return bootstrap.resample(matches, weights[:, np.argsort(np.argsort(matches.scene_name))])

@@ -1,0 +1,324 @@
+"""What a report says, once: sections of tables, notes and pictures that every form of the report renders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpq_train.evaluation.lost_objects import Counts
+from cpq_train.evaluation.metrics_file import Document
+from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
+from cpq_train.evaluation.ranges import bin_name
+from cpq_train.evaluation.reliability import NUM_BINS
+from cpq_train.nuscenes import DETECTION_CLASSES
+
+_NONE = "n/a"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names the rows."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        name: short name, the same as that of its pictures.
+        title: heading.
+        text: what is shown and how to read it.
+        tables: tables; those of a headline section are printed too.
+        notes: remarks below the tables.
+        pictures: file and caption of each picture.
+        is_headline: whether it belongs on the console.
+    """
+
+    name: str
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+    is_headline: bool = False
+
+
+def subtitle(report: Document) -> str:
+    """What was compared, in a sentence or two."""
+    dataset = report["dataset"]
+    return (
+        f"{dataset['root_name']} {dataset['version']}, split {dataset['split']}, "
+        f"{dataset['num_samples']} samples, the same post-processing for all arms. "
+        f"Intervals: {report['interval_method']}; differences are paired."
+    )
+
+
+def sections(report: Document) -> list[Section]:
+    """The sections of a report that have something to say."""
+    parts = [
+        Section("scores", "Scores", "", [_scores(report)], is_headline=True),
+        Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
+        Section(
+            "cost", "Layers, size and speed", "", [_coverage(report), _profile(report)], is_headline=True
+        ),
+        Section("bev", "From above", _BEV),
+        Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
+        Section(
+            "range", "Distance from the vehicle", _RANGE, [_per_range(report), *_errors_per_range(report)]
+        ),
+        Section("confidence", "Calibration of confidence", _CONFIDENCE, [_calibration(report)]),
+        Section("lost", "Objects lost and won", _LOST, _lost_objects(report)),
+        Section("quantizers", "Quantizers", "", _drifts(report)),
+        Section("checkpoints", "Checkpoints", "", [_checkpoints(report)]),
+    ]
+    filled = (_with_contents(part, report) for part in parts)
+    return [part for part in filled if part.tables or part.pictures]
+
+
+_GAPS = (
+    "What an arm scores more than the float run it came from, and the share of the loss of PTQ that QAT wins "
+    "back: 100 % is float, 0 % is PTQ."
+)
+_BEV = (
+    "The sample with the most annotated objects; forward is up. Detections are shown from the score on at "
+    "which float's F1 is largest for their class. A ring marks an object that only float, or only this arm, "
+    "finds."
+)
+_RANGE = "A bin averages the classes whose class range reaches it."
+_CONFIDENCE = (
+    "The expected calibration error is the mean distance of score and precision over ten bins of score, "
+    "weighted by their detections; 0 is perfect. Precision per bin shows where it comes from."
+)
+_LOST = (
+    "An object is found where a detection matches it within 2 m with at least the score at which float's F1 "
+    "is largest for its class. Lost: found by float alone. Won: found by the arm alone. Shares are of the "
+    "objects that float finds. `lost_objects.csv` lists every one."
+)
+
+
+def _with_contents(part: Section, report: Document) -> Section:
+    """Without empty tables, with its pictures."""
+    pictures = [(p["file"], p["caption"]) for p in report["pictures"] if p["section"] == part.name]
+    tables = [table for table in part.tables if table.rows and len(table.header) > 1]
+    return Section(part.name, part.title, part.text, tables, part.notes, pictures, part.is_headline)
+
+
+def _scores(report: Document) -> Table:
+    errors = [f"m{error}" for error in TP_ERRORS]
+    rows = [
+        [
+            run["title"],
+            _with_interval(run["metrics"]["mAP"], run["confidence"]["mAP"]),
+            _with_interval(run["metrics"]["NDS"], run["confidence"]["NDS"]),
+            *(_number(run["metrics"][error]) for error in errors),
+        ]
+        for run in report["runs"]
+    ]
+    return Table("Scores", ["arm", "mAP", "NDS", *errors], rows)
+
+
+def _gaps(report: Document) -> Table:
+    rows = [
+        [
+            run["title"],
+            *(_with_interval(gap["value"], gap["interval"], "+.4f") for gap in run["gap_to_float"].values()),
+            *(_number(share["value"], ".0%") for share in run["ptq_loss_won_back"].values()),
+        ]
+        for run in report["runs"]
+    ]
+    header = [
+        "arm",
+        "mAP gap to float",
+        "NDS gap to float",
+        "PTQ loss in mAP won back",
+        "PTQ loss in NDS won back",
+    ]
+    return Table("Against float", header, rows)
+
+
+def _notes(report: Document) -> list[str]:
+    """Why a share of the PTQ loss is not given."""
+    return [
+        f"{run['name']}, PTQ loss in {metric} won back: {share['reason']}."
+        for run in report["runs"]
+        for metric, share in run["ptq_loss_won_back"].items()
+        if run["arm"] == "qat" and share["reason"]
+    ]
+
+
+def _coverage(report: Document) -> Table:
+    kinds = _keys(run["coverage"] for run in report["runs"])
+    rows = [
+        [run["title"], *("/".join(map(str, run["coverage"].get(kind, [_NONE]))) for kind in kinds)]
+        for run in report["runs"]
+    ]
+    return Table("Layers quantized, of all", ["arm", *kinds], rows)
+
+
+def _profile(report: Document) -> Table:
+    """Whatever single numbers runs measured; names carry their units."""
+    scalars = [
+        {key: value for key, value in run["profile"].items() if _is_number(value)} for run in report["runs"]
+    ]
+    keys = _keys(scalars)
+    rows = [
+        [run["title"], *(_measured(key, values.get(key)) for key in keys)]
+        for run, values in zip(report["runs"], scalars, strict=True)
+    ]
+    header = [key.replace("_bytes", "_MiB").replace("_", " ") for key in keys]
+    return Table("Size, latency and memory", ["arm", *header], rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _measured(key: str, value: float | None) -> str:
+    if value is not None and key.endswith("_bytes"):
+        return f"{value / 2**20:.2f}"
+    return f"{value:,}" if isinstance(value, int) else _number(value, ".4g")
+
+
+def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _per_class(report: Document) -> Table:
+    rows = [
+        [name, *(_number(run["per_class"][name]["AP"]["mean"]) for run in report["runs"])]
+        for name in DETECTION_CLASSES
+    ]
+    thresholds = ", ".join(f"{threshold:g}" for threshold in THRESHOLDS_M)
+    return Table(f"AP per class, mean over {thresholds} m", ["class", *_titles(report)], rows)
+
+
+def _errors_per_class(report: Document) -> list[Table]:
+    return [
+        Table(
+            f"{error} per class",
+            ["class", *_titles(report)],
+            [
+                [name, *(_number(run["per_class"][name][error]) for run in report["runs"])]
+                for name in DETECTION_CLASSES
+            ],
+        )
+        for error in TP_ERRORS
+    ]
+
+
+_BINS = [bin_name(*limits) for limits in RANGE_BINS_M]
+
+
+def _per_range(report: Document) -> Table:
+    rows = [
+        [run["title"], *(_number(run["per_range"][name]["mAP"]) for name in _BINS)] for run in report["runs"]
+    ]
+    return Table("mAP per distance from the vehicle", ["arm", *(f"{name} m" for name in _BINS)], rows)
+
+
+def _errors_per_range(report: Document) -> list[Table]:
+    known = [run for run in report["runs"] if run["errors_per_range"]]
+    return [
+        Table(
+            f"m{error} per distance from the vehicle",
+            ["arm", *(f"{name} m" for name in _BINS)],
+            [
+                [run["title"], *(_number(run["errors_per_range"][name][f"m{error}"]) for name in _BINS)]
+                for run in known
+            ],
+        )
+        for error in TP_ERRORS
+    ]
+
+
+def _calibration(report: Document) -> Table:
+    bins = [f"{number / NUM_BINS:g}-{(number + 1) / NUM_BINS:g}" for number in range(NUM_BINS)]
+    rows = [
+        [
+            run["title"],
+            _number(run["reliability"]["expected_error"]),
+            *(_number(value, ".2f") for value in run["reliability"]["precision"]),
+        ]
+        for run in report["runs"]
+        if run["reliability"]
+    ]
+    return Table("Expected calibration error, and precision per score", ["arm", "error", *bins], rows)
+
+
+_GROUPS = {"all": "", "class": "class", "range_m": "distance (m)", "num_points": "points in the object"}
+
+
+def _lost_objects(report: Document) -> list[Table]:
+    return [_lost_table(report, group, name) for group, name in _GROUPS.items()]
+
+
+def _lost_table(report: Document, group: str, name: str) -> Table:
+    """A row for each member of the group, a column of lost and one of won objects for each run."""
+    known = [(run["title"], run["lost_objects"][group]) for run in report["runs"] if run["lost_objects"]]
+    members = list(known[0][1]) if known else []
+    columns = [f"{title}: {change}" for title, _ in known for change in ("lost", "won")]
+    rows = [
+        [
+            member,
+            str(known[0][1][member]["objects"]),
+            str(known[0][1][member]["found_by_float"]),
+            *(_change(of_run, member, change) for _, of_run in known for change in ("lost", "won")),
+        ]
+        for member in members
+    ]
+    title = f"Objects lost and won by {name}" if name else "Objects lost and won"
+    return Table(title, [name or "objects", "annotated", "float finds", *columns], rows)
+
+
+def _change(of_run: Counts, member: str, change: str) -> str:
+    cell = of_run[member]
+    share = f" ({cell[change] / cell['found_by_float']:.0%})" if cell["found_by_float"] else ""
+    return f"{cell[change]}{share}"
+
+
+def _drifts(report: Document) -> list[Table]:
+    header = ["quantizer", "amax / its start", "clipped share", "SQNR of weights (dB)"]
+    return [
+        Table(
+            f"{run['title']}: the ranges that moved furthest, at their last reading",
+            header,
+            [
+                [
+                    f"`{name}`",
+                    _NONE if reading["drift"] is None else f"{2 ** reading['drift']:.3f}",
+                    _number(reading["clipped_share"], ".3%"),
+                    _number(reading["sqnr_db"], ".1f"),
+                ]
+                for name, reading in run["amax_drift"].items()
+            ],
+        )
+        for run in report["runs"]
+        if run["amax_drift"]
+    ]
+
+
+def _checkpoints(report: Document) -> Table:
+    rows = [
+        [run["title"], f"`{run['checkpoint']['path']}`", f"`{run['checkpoint']['sha256'][:12]}`"]
+        for run in report["runs"]
+    ]
+    return Table("Checkpoints", ["arm", "file", "SHA-256"], rows)
+
+
+def _titles(report: Document) -> list[str]:
+    return [run["title"] for run in report["runs"]]
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _with_interval(value: float | None, interval: Any, form: str = ".4f") -> str:
+    if value is None or interval is None:
+        return _number(value, form)
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

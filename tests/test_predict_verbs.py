@@ -1,0 +1,159 @@
+"""`test` and `predict`: the detections of `validate`, without annotations, from tokens and bare files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nuscenes import NuScenes
+from pyquaternion import Quaternion
+from tiny_model import BASE, tiny_options
+
+from cpq_train.cli import main
+
+Run = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def bare_root(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set as the official server's test split comes: without annotations."""
+    root = tmp_path_factory.mktemp("bare") / "root"
+    shutil.copytree(simulated_root, root, ignore=shutil.ignore_patterns(".cpq_train"))
+    for table in ("sample_annotation", "instance"):
+        (root / "v1.0-trainval" / f"{table}.json").write_text("[]")
+    return root
+
+
+def _verb(verb: str, root: Path, run: Path, weights: Path, *more: str) -> list[str]:
+    options = tiny_options(root, run)
+    return [verb, "-c", BASE, *options, "--model.weights", str(weights), *more]
+
+
+def _results(path: Path) -> dict[str, list[dict[str, Any]]]:
+    return dict(json.loads(path.read_text())["results"])
+
+
+def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_submission_without_annotations(num_ranks: int, arms: Run, bare_root: Path, tmp_path: Path) -> None:
+    """It is what `validate` wrote with them, sample by sample, and from uneven ranks too."""
+    options = _verb("test", bare_root, tmp_path, arms["ptq"] / "ptq.ckpt", "--data.test_split", "val")
+    options += ["--data.batch_size", "1"]
+    if num_ranks == 1:
+        main(options)
+    else:
+        ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-m", "cpq_train", *options, *ranks]
+        subprocess.run(command, env={**os.environ, **threads}, check=True, timeout=300)
+    found = _results(tmp_path / "results_nusc.json")
+    assert found == _results(arms["ptq"] / "results_nusc.json")
+    assert len(found) == 4
+    assert all(0 < len(boxes) <= 500 for boxes in found.values())
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_scored_run_keeps_its_submission(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (arms["ptq"] / "results_nusc.json").read_bytes()
+    options = _verb(
+        "test", simulated_root, arms["ptq"], arms["ptq"] / "ptq.ckpt", "--data.test_split", "train"
+    )
+    error = _fails(options, capsys)
+    assert "holds the scores of split 'val'" in error
+    assert "give another --trainer.default_root_dir" in error
+    assert (arms["ptq"] / "results_nusc.json").read_bytes() == before
+
+
+def test_predict_samples(arms: Run, bare_root: Path, tmp_path: Path) -> None:
+    expected = _results(arms["ptq"] / "results_nusc.json")
+    tokens = list(expected)[2:0:-1]
+    weights = arms["ptq"] / "ptq.ckpt"
+    main(_verb("predict", bare_root, tmp_path, weights, "--data.sample_tokens", json.dumps(tokens)))
+    found = _results(tmp_path / "predictions.json")
+    assert found == {token: expected[token] for token in tokens}
+    assert json.loads((tmp_path / "predictions.json").read_text())["meta"]["frame"] == "global"
+    assert sorted(p.name for p in (tmp_path / "bev").iterdir()) == sorted(f"{token}.png" for token in tokens)
+
+
+def test_predict_clouds_without_a_data_root(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    """Boxes of a bare key frame, moved by the devkit's poses, are those of the sample with one sweep."""
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    token = next(iter(_results(arms["float"] / "results_nusc.json")))
+    nusc = NuScenes("v1.0-trainval", str(simulated_root), verbose=False)
+    frame = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
+    cloud = simulated_root / frame["filename"]
+    # Voxels hold all their points, whose order then does not matter.
+    sizes = ["--data.max_points_per_voxel", "2000", "--data.num_sweeps", "1"]
+
+    options = _verb("predict", simulated_root, tmp_path / "clouds", weights, *sizes)
+    main([*options, "--data.root", "null", "--clouds", str(cloud), str(cloud)])
+    in_lidar = _results(tmp_path / "clouds/predictions.json")
+    main(
+        _verb(
+            "predict",
+            simulated_root,
+            tmp_path / "tokens",
+            weights,
+            *sizes,
+            "--data.sample_tokens",
+            f"[{token}]",
+        )
+    )
+    in_world = _results(tmp_path / "tokens/predictions.json")[token]
+
+    boxes = in_lidar[str(cloud)]
+    assert len(boxes) == len(in_world) > 5
+    poses = [nusc.get(table, frame[f"{table}_token"]) for table in ("calibrated_sensor", "ego_pose")]
+    for box, expected in zip(boxes[:20], in_world[:20], strict=True):
+        centre = np.array(box["translation"])
+        for pose in poses:
+            centre = Quaternion(pose["rotation"]).rotation_matrix @ centre + pose["translation"]
+        np.testing.assert_allclose(centre, expected["translation"], atol=1e-2)
+        assert box["detection_name"] == expected["detection_name"]
+        assert box["detection_score"] == pytest.approx(expected["detection_score"], abs=1e-3)
+    assert json.loads((tmp_path / "clouds/predictions.json").read_text())["meta"]["frame"] == "LIDAR_TOP"
+    stem = cloud.name.removesuffix(".pcd.bin")
+    assert sorted(p.name for p in (tmp_path / "clouds/bev").iterdir()) == [f"0_{stem}.png", f"1_{stem}.png"]
+
+
+def test_bad_clouds(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _verb("predict", simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt", "--clouds")
+    assert "absent.bin cannot be read" in _fails([*options, str(tmp_path / "absent.bin")], capsys)
+    (tmp_path / "short.bin").write_bytes(b"123")
+    assert "short.bin is truncated: 3 bytes" in _fails([*options, str(tmp_path / "short.bin")], capsys)
+    np.full((4, 5), np.nan, np.float32).tofile(tmp_path / "nan.bin")
+    assert "nan.bin holds NaN" in _fails([*options, str(tmp_path / "nan.bin")], capsys)
+    assert not (tmp_path / "predictions.json").exists()
+
+
+def test_bad_requests(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = arms["float"] / "checkpoints/last.ckpt"
+    for verb in ("test", "predict"):
+        options = [verb, "-c", BASE, *tiny_options(simulated_root, tmp_path)]
+        assert f"{verb} needs a checkpoint" in _fails([*options, "--data.test_split", "val"], capsys)
+        assert "split 'test' holds no scene" in _fails(_verb(verb, simulated_root, tmp_path, weights), capsys)
+    options = _verb("test", simulated_root, tmp_path, weights, "--data.root", "null")
+    assert "data.root is not given" in _fails(options, capsys)
+    twice = json.dumps(list(_results(arms["float"] / "results_nusc.json"))[:1] * 2)
+    options = _verb("predict", simulated_root, tmp_path, weights, "--data.sample_tokens", twice)
+    assert "2 samples, 1 different ones" in _fails(options, capsys)
