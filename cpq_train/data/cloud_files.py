@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch.utils.data import Dataset
 
+from cpq_train.data.clouds import cloud_item
 from cpq_train.data.dataset import Item, SampleConfig, voxelizer_of
 from cpq_train.data.sweeps import CloudError, read_cloud
-from cpq_train.data.voxelization import Voxelizer
 
 
 class CloudFiles(Dataset[Item]):
@@ -28,8 +27,7 @@ class CloudFiles(Dataset[Item]):
 
     def __init__(self, paths: Sequence[Path], config: SampleConfig) -> None:
         self.paths = list(paths)
-        self.config = config
-        self._voxelizer: Voxelizer | None = None
+        self._voxelizer = voxelizer_of(config)
         for path in self.paths:
             if not path.is_file():
                 raise CloudError(f"cloud {path} cannot be read: no such file")
@@ -43,13 +41,5 @@ class CloudFiles(Dataset[Item]):
         Raises:
             CloudError: it is truncated or holds NaN or infinite values.
         """
-        if self._voxelizer is None:  # in the worker, not before it forks
-            self._voxelizer = voxelizer_of(self.config)
-        features, cells, _ = self._voxelizer(read_cloud(self.paths[position]))
-        return {
-            "voxel_features": features,
-            "voxel_coords": cells,
-            "gt_boxes": torch.zeros(0, 10),
-            "sample_row": position,
-            "token": str(self.paths[position]),
-        }
+        path = self.paths[position]
+        return cloud_item(read_cloud(path), self._voxelizer, position, str(path))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpq_train.data.dataset import Batch, Item, SampleConfig, collate, voxelizer_of
+from cpq_train.data.voxelization import Voxelizer
 
 Cloud = NDArray[np.float32]
 """(P, 5) x, y, z (m), intensity (0 to 255), time lag (s) in the LiDAR frame."""
@@ -25,6 +26,18 @@ EGO_STEP_M = 0.4
 """Driven between two sweeps: 8 m/s at 20 Hz."""
 
 
+def cloud_item(points: Cloud, voxelize: Voxelizer, row: int, name: str) -> Item:
+    """A cloud as a sample without boxes; `row` and `name` take the places of the index row and the token."""
+    features, cells, _ = voxelize(points)
+    return {
+        "voxel_features": features,
+        "voxel_coords": cells,
+        "gt_boxes": torch.zeros(0, 10),
+        "sample_row": row,
+        "token": name,
+    }
+
+
 def batch_of_clouds(clouds: Sequence[Cloud], config: SampleConfig, names: Sequence[str]) -> Batch:
     """Voxels of clouds, one sample each, without boxes.
 
@@ -34,19 +47,8 @@ def batch_of_clouds(clouds: Sequence[Cloud], config: SampleConfig, names: Sequen
         names: what to call each sample; the place of a token.
     """
     voxelize = voxelizer_of(config)
-    items: list[Item] = []
-    for row, (points, name) in enumerate(zip(clouds, names, strict=True)):
-        features, cells, _ = voxelize(points)
-        items.append(
-            {
-                "voxel_features": features,
-                "voxel_coords": cells,
-                "gt_boxes": torch.zeros(0, 10),
-                "sample_row": row,
-                "token": name,
-            }
-        )
-    return collate(items)
+    pairs = enumerate(zip(clouds, names, strict=True))
+    return collate([cloud_item(points, voxelize, row, name) for row, (points, name) in pairs])
 
 
 def synthetic_cloud(num_sweeps: int, seed: int) -> Cloud:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,20 +32,6 @@ class LayerCost(NamedTuple):
 def stored_mib(cost: LayerCost, scheme: LayerScheme) -> float:
     """MiB of the weights at the bits they are stored with; float ones have 32."""
     return cost.num_weights * _bits(scheme.weight) / BITS_PER_MIB
-
-
-def network_bytes(network: nn.Module, schemes: Mapping[str, LayerScheme]) -> int:
-    """Bytes of a whole network as it is stored: quantized weights at their bits, all other numbers 32.
-
-    Args:
-        network: Float or quantized; what is shared counts once, learned ranges by the buffer they deploy.
-        schemes: Name -> what was chosen for the layer.
-    """
-    bits = {f"{name}.weight": _bits(scheme.weight) for name, scheme in schemes.items()}
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    stored = [(n, t) for n, t in tensors if t.is_floating_point() and not n.endswith("_log_amax")]
-    num_bits = sum(tensor.numel() * bits.get(name, FLOAT_BITS) for name, tensor in stored)
-    return -(-num_bits // 8)
 
 
 def bit_macs(cost: LayerCost, scheme: LayerScheme) -> float:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cpq_train.quantization.costs import LayerCost, bit_macs, count_costs, network_bytes, stored_mib
+from cpq_train.quantization.costs import LayerCost, bit_macs, count_costs, stored_mib
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
 
@@ -51,14 +51,3 @@ def test_bits_weigh_the_costs() -> None:
     weight_only = LayerScheme(QuantizerScheme(bits=4), off)
     assert (stored_mib(cost, weight_only), bit_macs(cost, weight_only)) == (0.5, 1280.0)
     assert (stored_mib(cost, LayerScheme(off, off)), bit_macs(cost, LayerScheme(off, off))) == (4.0, 10240.0)
-
-
-def test_a_network_is_stored_at_the_bits_of_its_weights() -> None:
-    """Two convolutions of 1152 weights and 32 or 4 outputs; one has 4 bits, all else 32."""
-    network = nn.Sequential(nn.Conv2d(4, 32, 3), nn.Conv2d(32, 4, 3), nn.BatchNorm2d(4))
-    four, off = QuantizerScheme(bits=4), QuantizerScheme(mode="off")
-    schemes = {"0": LayerScheme(four, four), "1": LayerScheme(off, off)}
-    num_bits = 1152 * 4 + (1152 + 32 + 4 + 4 * 4) * 32  # BatchNorm's count of batches is no float number
-    assert network_bytes(network, schemes) == num_bits // 8
-    network[2].register_parameter("_log_amax", nn.Parameter(torch.zeros(7)))  # of a learned range
-    assert network_bytes(network, schemes) == num_bits // 8
