@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -48,6 +49,7 @@ class QuantCLI(LightningCLI):
         """The callbacks every run has, and what the data shares with the network."""
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Baselines, "baselines")
+        parser.add_lightning_class_args(AmaxDrift, "amax_drift")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {

@@ -1,0 +1,82 @@
+"""`amax_drift.csv`: how the ranges of a run moved while it was tuned.
+
+One row for each quantizer and recorded step: `step, quantizer, amax, start_amax, clipped_share, sqnr_db`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpq_train.errors import UserError
+
+AMAX_DRIFT_FILE = "amax_drift.csv"
+_COLUMNS = ("step", "quantizer", "amax", "start_amax", "clipped_share", "sqnr_db")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A quantizer at a step; a number that was not measured is None.
+
+    Attributes:
+        drift: log2(amax / its value at the start): 1 is twice as wide, -1 half.
+        clipped_share: share of the tensor's values beyond amax.
+        sqnr_db: signal to quantization noise, dB.
+    """
+
+    drift: float | None
+    clipped_share: float | None
+    sqnr_db: float | None
+
+
+History = dict[str, dict[int, Reading]]
+"""Quantizer -> step -> reading, in the order of the file."""
+
+
+def read_amax_history(path: Path) -> History:
+    """Read `amax_drift.csv`.
+
+    Raises:
+        UserError: The file lacks a column, or a value is no number.
+    """
+    history: History = defaultdict(dict)
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if missing := set(_COLUMNS) - set(rows.fieldnames or ()):
+            raise UserError(f"{path}: columns {sorted(missing)} are missing; accepted: {', '.join(_COLUMNS)}")
+        for row in rows:
+            try:
+                history[row["quantizer"]][int(row["step"])] = _reading(row)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}: line {rows.line_num} is not readable ({error})") from error
+    return dict(history)
+
+
+def _reading(row: dict[str, str]) -> Reading:
+    amax, start = _number(row["amax"]), _number(row["start_amax"])
+    known = amax is not None and start is not None and amax > 0 and start > 0
+    drift = math.log2(amax / start) if known and amax and start else None
+    return Reading(drift, _number(row["clipped_share"]), _number(row["sqnr_db"]))
+
+
+def _number(text: str) -> float | None:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def last(readings: dict[int, Reading]) -> Reading:
+    """The reading of the last step."""
+    return readings[max(readings)]
+
+
+def most_moved(history: History, at_most: int) -> list[str]:
+    """Quantizers whose ranges moved furthest at any step, in the order of the file."""
+    reach = {
+        name: max((abs(reading.drift or 0.0) for reading in readings.values()), default=0.0)
+        for name, readings in history.items()
+    }
+    kept = set(sorted(reach, key=lambda name: -reach[name])[:at_most])
+    return [name for name in history if name in kept]
