@@ -55,7 +55,8 @@ class AmaxDrift(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"start_amax": {name: amax.cpu() for name, amax in self.start_amax.items()}}
+        start = {name: amax.cpu() for name, amax in self.start_amax.items()}
+        return {"start_amax": start} if start else {}  # Lightning leaves out what is empty
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
