@@ -47,7 +47,9 @@ def _start(network: nn.Module) -> dict[str, Tensor]:
     return {name: amax.clone() for name, amax in static_ranges(network).items()}
 
 
-def _watched(network: nn.Module, *inputs: object, start: dict[str, Tensor] | None = None) -> dict[str, RangeReading]:
+def _watched(
+    network: nn.Module, *inputs: object, start: dict[str, Tensor] | None = None
+) -> dict[str, RangeReading]:
     watch = RangeWatch(network, _start(network) if start is None else start)
     for x in inputs:
         run(network, x)
@@ -148,7 +150,9 @@ def test_networks_equal_numpy(kind: str, policy: str) -> None:
     layers = {name: m for name, m in network.named_modules() if hasattr(m, "_input_quantizer")}
     for name, layer in layers.items():
         layer.register_forward_hook(
-            lambda m, args, out, name=name: caught.update({name: getattr(args[0], "features", args[0]).detach().numpy()})
+            lambda m, args, out, name=name: caught.update(
+                {name: getattr(args[0], "features", args[0]).detach().numpy()}
+            )
         )
     readings = _watched(network, batch, start=start)
     assert len(readings) == 2 * len(layers)
@@ -194,7 +198,9 @@ def test_a_shared_tensor_counts_once_and_both_sides_of_an_add_count() -> None:
         assert inputs["quant_add._input_quantizer"].clipped_share == expected
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 90, 90), (3, 2, 128, 128), (65536,), (65537, 3), (1, 1), (700001,)])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 90, 90), (3, 2, 128, 128), (65536,), (65537, 3), (1, 1), (700001,)]
+)
 def test_a_sample_meets_every_channel(shape: tuple[int, ...]) -> None:
     num = math.prod(shape)
     stride = stride_for(num)
