@@ -68,7 +68,7 @@ CALLBACKS: dict[str, tuple[Callable[[], Callback], int]] = {
     "GradientNorm": (GradientNorm, 1),
     "FiniteLoss": (FiniteLoss, 1),
 }
-"""Name -> one that measures in every step it is present in; steps from one measurement to the next in a run."""
+"""Name -> one that measures in every step it is present in, and its steps from one measurement to the next."""
 
 
 class Data(LightningDataModule):

@@ -1,4 +1,4 @@
-"""AmaxDrift in fits through the command line: its file, its picture, its metrics, and that it changes nothing."""
+"""AmaxDrift in fits: its file, its picture, its metrics, and that it changes nothing."""
 
 import csv
 import math
