@@ -53,7 +53,7 @@ def draw_amax_drift(path: Path, history: History) -> None:
     axes.set_xticks(shown, [str(steps[column]) for column in shown], fontsize=12)
     axes.set_xlabel("step", fontsize=13)
     axes.set_title(f"Ranges of {len(names)} quantizers", fontsize=16)
-    bar = figure.colorbar(cells, location="top", shrink=0.4, aspect=40)
+    bar = figure.colorbar(cells, pad=0.02, shrink=0.3, aspect=30, anchor=(0.0, 1.0))
     bar.set_label("log2(amax / start): 1 is twice as wide, -1 half", fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

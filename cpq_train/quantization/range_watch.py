@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpq_train.quantization.layers import QuantAdd
+from cpq_train.quantization.layers import QuantAdd, QuantizedConvolution
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranks import largest_over_ranks, sum_over_ranks
 from cpq_train.quantization.switches import quantized_layers, quantizers
@@ -79,9 +79,10 @@ class RangeWatch:
     def finish(self) -> None:
         """Close, and look at weights and ranges while they are those of the forward pass."""
         self.close()
-        for layer in quantized_layers(self._network).values():
-            quantizer = getattr(layer, "_weight_quantizer", None)
-            if quantizer in self._seen:
+        layers = quantized_layers(self._network).values()
+        for layer in (m for m in layers if isinstance(m, QuantizedConvolution)):
+            quantizer = layer._weight_quantizer
+            if quantizer is not None and quantizer in self._seen:
                 self._seen[quantizer].append(_weight_seen(quantizer, layer.weight.detach()))
         values = [self._values(name, quantizer) for name, quantizer in self._quantizers.items()]
         clipped = [
@@ -145,6 +146,7 @@ def _inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> Iterator[tuple[Quan
         yield layer._input_quantizer, branch
         yield layer._residual_quantizer or layer._input_quantizer, identity
     else:
+        assert isinstance(layer, QuantizedConvolution)
         (x,) = arguments
         yield layer._input_quantizer, x.features if isinstance(x, SparseConvTensor) else x
 

@@ -68,7 +68,7 @@ CALLBACKS: dict[str, tuple[Callable[[], Callback], int]] = {
     "GradientNorm": (GradientNorm, 1),
     "FiniteLoss": (FiniteLoss, 1),
 }
-"""Name -> one that measures in every step it is present in, and its steps from one measurement to the next."""
+"""Name -> one that measures in every step it is present in, and its interval in steps by default."""
 
 
 class Data(LightningDataModule):
