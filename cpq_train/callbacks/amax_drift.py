@@ -106,7 +106,8 @@ class AmaxDrift(Callback):
     ) -> None:
         if self._watch is None:
             return
-        readings, self._watch = self._watch.readings(), None
+        readings = self._watch.readings()
+        self._stop()
         if trainer.is_global_zero:
             step = self._measured_step
             append_rows(_file(trainer), COLUMNS, ({"step": step, **_fields(r)} for r in readings))
@@ -116,6 +117,9 @@ class AmaxDrift(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._watch is not None:
             self._watch.close()
             self._watch = None

@@ -5,17 +5,24 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import pytest
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from tiny_model import BASE, OVERLAY, tiny_options
+from torch import nn
 
 from cpq_train.callbacks.amax_drift import COLUMNS, AmaxDrift, summary
 from cpq_train.cli import main
 from cpq_train.errors import UserError
-from cpq_train.quantization.range_watch import RangeReading
+from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.range_watch import RangeReading, RangeWatch
+from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 LEARNED = ["--model.ranges.amax", "learned", "--model.ranges.lr", "0.05"]
 EPOCHS = ["--trainer.max_epochs", "2", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1"]
@@ -137,21 +144,49 @@ def test_two_ranks_write_one_file(ptq: Path, simulated_root: Path, tmp_path: Pat
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
 
 
+READINGS = [
+    RangeReading("a", 2.0, 1.0, 3.0, 0.25, math.nan),
+    RangeReading("b", 1.0, 8.0, 3.0, 0.125, 30.0),
+    RangeReading("c", 1.009, 1.0, 3.0, 0.0, math.inf),
+    RangeReading("dynamic", math.nan, math.nan, 3.0, math.nan, math.nan),
+]
+
+
 def test_what_loggers_are_told() -> None:
-    nan = math.nan
-    readings = [
-        RangeReading("a", 2.0, 1.0, 3.0, 0.25, nan),
-        RangeReading("b", 1.0, 8.0, 3.0, 0.125, 30.0),
-        RangeReading("c", 1.009, 1.0, 3.0, 0.0, math.inf),
-        RangeReading("dynamic", nan, nan, 3.0, nan, nan),
-    ]
-    assert summary(readings) == {
+    assert summary(READINGS) == {
         "amax_drift/largest_abs_log2": 3.0,
         "amax_drift/num_moved": 2,
         "amax_drift/median_clipped_share": 0.125,
         "amax_drift/min_weight_sqnr_db": 30.0,
     }
-    assert summary(readings[3:]) == {}
+    assert summary(READINGS[3:]) == {}
+
+
+class Recording(WandbLogger):
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.seen = dict(metrics), step
+
+
+def test_wandb_gets_each_amax_too(tmp_path: Path) -> None:
+    watch = SimpleNamespace(readings=lambda: READINGS, close=lambda: None)
+    logger = Recording(save_dir=tmp_path)
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, loggers=[logger])
+    drift: Any = AmaxDrift()
+    drift._watch, drift._measured_step = watch, 400
+    drift.on_train_batch_end(trainer, None, None, None, 0)
+    each = {"amax/a": 2.0, "amax/b": 1.0, "amax/c": 1.009}
+    assert logger.seen == ({**summary(READINGS), **each}, 400)
+    assert [row["clipped_share"] for row in _rows(tmp_path)] == ["0.25", "0.125", "0", ""]
+
+
+def test_an_exception_takes_the_hooks_off() -> None:
+    layer = nn.Conv2d(2, 2, 1)
+    quantize_layer(layer, LayerScheme(QuantizerScheme(), QuantizerScheme()))
+    drift: Any = AmaxDrift()
+    drift._watch = RangeWatch(layer, {})
+    assert layer._forward_pre_hooks
+    drift.on_exception(None, None, KeyboardInterrupt())
+    assert not layer._forward_pre_hooks
 
 
 def test_an_interval_of_no_step_is_refused() -> None:
