@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cpq_train.errors import UserError
@@ -67,11 +67,6 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def last(readings: dict[int, Reading]) -> Reading:
-    """The reading of the last step."""
-    return readings[max(readings)]
-
-
 def most_moved(history: History, at_most: int) -> list[str]:
     """Quantizers whose ranges moved furthest at any step, in the order of the file."""
     reach = {
@@ -80,3 +75,8 @@ def most_moved(history: History, at_most: int) -> list[str]:
     }
     kept = set(sorted(reach, key=lambda name: -reach[name])[:at_most])
     return [name for name in history if name in kept]
+
+
+def summary(history: History, at_most: int) -> dict[str, dict[str, float | None]]:
+    """The last readings of the quantizers whose ranges moved furthest, as plain values."""
+    return {name: asdict(history[name][max(history[name])]) for name in most_moved(history, at_most)}
