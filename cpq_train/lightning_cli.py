@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
@@ -76,6 +77,7 @@ class QuantCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.add_lightning_class_args(ResumePoint, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(AmaxDrift, "amax_drift")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",

@@ -1,1 +1,1 @@
-"""Callbacks: scoring with the nuScenes metric, baselines of a tuned arm."""
+"""Callbacks: scoring with the nuScenes metric, baselines of a tuned arm, drift of ranges."""

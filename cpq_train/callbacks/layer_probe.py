@@ -5,9 +5,8 @@ In a measured step hooks are attached before the step and removed after it; in a
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from typing_extensions import override
 
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.loggers.csv_rows import append_rows, read_rows, write_rows
 
 Record = dict[str, Any]
 
@@ -157,22 +157,9 @@ class LayerProbe(Callback):
         path = self._path(trainer)
         if trainer.is_global_zero and path.is_file():
             stages = STAGES[str(trainer.state.fn.value)]  # type: ignore[union-attr]
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_rows(path)
             kept = [r for r in rows if r["stage"] not in stages or _is_past(r, trainer.global_step)]
-            path.unlink()
-            append_rows(path, ("step", "stage", *self.columns), kept)
-
-
-def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, which gets a header when it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+            write_rows(path, ("step", "stage", *self.columns), kept)
 
 
 def _is_past(row: Mapping[str, str], global_step: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cpq_train.errors import UserError
 
 AMAX_DRIFT_FILE = "amax_drift.csv"
+AMAX_DRIFT_PICTURE = "amax_drift.png"
 _COLUMNS = ("step", "quantizer", "amax", "start_amax", "clipped_share", "sqnr_db")
 
 

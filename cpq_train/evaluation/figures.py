@@ -10,7 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from cpq_train.evaluation import charts
-from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, most_moved, read_amax_history
+from cpq_train.evaluation.amax_history import (
+    AMAX_DRIFT_FILE,
+    AMAX_DRIFT_PICTURE,
+    most_moved,
+    read_amax_history,
+)
 from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.close_ups import EXTENT_M, MAX_OBJECTS, Subject, draw_close_ups
@@ -226,7 +231,7 @@ def _drift_figures(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
 def _brought(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     """Copies of the pictures that lie in run directories, such as that of a sensitivity analysis."""
     for run in runs:
-        for picture in sorted(run.folder.glob("*.png")):
+        for picture in sorted(set(run.folder.glob("*.png")) - {run.folder / AMAX_DRIFT_PICTURE}):
             file = f"{FOLDER}/{run.file_name}_{picture.name}"
             shutil.copyfile(picture, output / file)
             yield Figure("quantizers", file, f"{run.title}: {picture.stem.replace('_', ' ')}.")

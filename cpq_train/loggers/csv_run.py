@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from cpq_train.files import write_whole
+from cpq_train.loggers.csv_rows import Row, append_rows, read_rows, rows_before, write_rows
 
 METRICS_FILE = "metrics.csv"
-
-Row = dict[str, Any]
 
 
 class CSVRunLogger(Logger):
@@ -62,9 +58,9 @@ class CSVRunLogger(Logger):
     @rank_zero_only
     def start(self, global_step: int) -> None:
         """Open the log; rows of a former run from `global_step` on are dropped, for they come again."""
-        kept = [row for row in self._read() if int(row["step"]) < global_step]
+        kept = rows_before(self.file, global_step)
         self._columns = sorted({name for row in kept for name, value in row.items() if value != ""})
-        self._write(kept)
+        write_rows(self.file, self._columns, kept)
 
     @override
     @rank_zero_only
@@ -75,35 +71,11 @@ class CSVRunLogger(Logger):
         row: Row = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         row["step"] = step
         if row.keys() <= set(self._columns):
-            with self.file.open("a", newline="") as file:
-                file.write(_text(self._columns, [row]))  # in one piece: a killed process leaves whole rows
+            append_rows(self.file, self._columns, [row])
         else:
-            rows = self._read()
             self._columns = sorted({*self._columns, *row})
-            self._write([*rows, row])
+            write_rows(self.file, self._columns, [*read_rows(self.file), row])
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: `config.yaml` has them."""
-
-    def _read(self) -> list[Row]:
-        """The rows written in full."""
-        text = self.file.read_text() if self.file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return list(csv.DictReader(io.StringIO(whole)))
-
-    def _write(self, rows: list[Row]) -> None:
-        """Replace the file at once; without rows there is none."""
-        assert self._columns is not None
-        if not rows:
-            self.file.unlink(missing_ok=True)
-            return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        header = dict(zip(self._columns, self._columns, strict=True))
-        write_whole(self.file, _text(self._columns, [header, *rows]))
-
-
-def _text(columns: list[str], rows: Iterable[Row]) -> str:
-    out = io.StringIO()
-    csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
-    return out.getvalue()

@@ -197,7 +197,8 @@ def test_two_ranks_make_one_run(experiment: Path, simulated_root: Path, tmp_path
     (run,) = offline_runs(tmp_path / "exp/qat")
     assert (run.run.run_group, run.run.job_type) == ("exp", "qat")
     assert [step for step, _ in run.at_step("train/loss")] == [0, 1]  # 5 samples in batches of 2 x 2
-    assert (tmp_path / "exp/qat/metrics.csv").read_text().count("\n") == 1 + 2 * 2 + 1
+    # A header, then learning rate, loss and drift of ranges of each step, and the score.
+    assert (tmp_path / "exp/qat/metrics.csv").read_text().count("\n") == 1 + 2 * 3 + 1
 
 
 def test_a_failed_run_says_so(experiment: Path, simulated_root: Path, tmp_path: Path) -> None:
