@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ def main() -> int:
     args = parser.parse_args()
     root = args.output / "data"
     args.output.mkdir(parents=True)
-    simulate(
-        root,
-        num_scenes=7,
-        num_val_scenes=2,
-        num_samples_per_scene=2,
-        version="v1.0-trainval",
-        seed=args.seed,
-    )
+    with redirect_stdout(sys.stderr):  # its progress is no part of the log
+        simulate(
+            root,
+            num_scenes=7,
+            num_val_scenes=2,
+            num_samples_per_scene=2,
+            version="v1.0-trainval",
+            seed=args.seed,
+        )
     say(f"{args.num_epochs} epochs of ten steps, {args.num_kills} kills, seed {args.seed}")
     weights = start(float_command(root, args.output / "float"), args.output / "float.log")
     weights.wait()
@@ -74,7 +76,7 @@ def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Ran
         while not list(checkpoints.glob("*.partial")) and process.poll() is None:
             time.sleep(0.0005)
     else:
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, 4.0))
     process.send_signal(signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
         say(f"start {number} ended with code {process.returncode} before it was killed, see {log}")
