@@ -24,6 +24,9 @@ from cpq_train.data.dataset import voxelizer_of
 from cpq_train.data.sweeps import load_sweeps, read_cloud
 from cpq_train.detector import CenterPointDetector
 from cpq_train.errors import UserError
+from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
+from cpq_train.evaluation.run_files import METRICS_FILE
+from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.profiling.instrument import Function, observing, parts_of
 from cpq_train.profiling.latency import measure_latency
 from cpq_train.profiling.memory import MemoryObserver, kept_buffers, observing_memory
@@ -213,8 +216,20 @@ def profile(
     print_profile(console, found)
     if settings.output is not None:
         write_files(settings.output, found)
+        if model.weights is not None:
+            _add_to_scores(settings.output, model.weights, found)
         console.print(f"Files: {settings.output}")
     return found
+
+
+def _add_to_scores(folder: Path, weights: str, found: Profile) -> None:
+    """Where the folder is a run that scored this very checkpoint, its metrics.json gets what was measured."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return
+    document = read_metrics(path)
+    if document["checkpoint"]["sha256"] == sha256_of(weights):
+        write_metrics(path, {**document, "profile": {**document["profile"], **found.summary()}})
 
 
 def _points(data: NuScenesDataModule, settings: Settings) -> Cloud:

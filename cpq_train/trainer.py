@@ -195,7 +195,8 @@ class QuantTrainer(ResilientTrainer):
             model: The detector; without `model.weights` it has fresh weights, and a quantized one without
                 ranges takes them from this cloud: times and sizes hardly depend on either, boxes do.
             datamodule: Gives grid and limits of voxels, and the sample where one is asked for.
-            output: Folder for profile.json, latency.csv, memory.csv, storage.csv and modules.txt.
+            output: Folder for profile.json, latency.csv, memory.csv, storage.csv and modules.txt. In the run
+                directory of a scored checkpoint its metrics.json gets the measurements too, for `compare`.
             sample: Token of a sample of the data set, or `first` for the first validation sample.
             cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
             num_passes: Passes whose median is reported; as many run without hooks beside them.

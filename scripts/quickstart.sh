@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a float checkpoint to a QAT checkpoint with its nuScenes score, on simulated LiDAR, without a GPU:
-# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), proves the result in integers, compares.
+# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), profiles, proves the result in integers, compares.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
@@ -24,8 +24,14 @@ cpq validate  "${base[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.defaul
 cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$float" --model.arm float_tuned --trainer.default_root_dir "$runs/float_tuned"
 cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/qat"
 
+# What each costs: time, memory and storage by layer.
+for arm in float ptq qat; do
+  checkpoint=$(case $arm in float) echo "$float" ;; ptq) echo "$runs/ptq/ptq.ckpt" ;; qat) echo "$runs/qat/checkpoints/last.ckpt" ;; esac)
+  cpq profile "${base[@]}" --model.weights "$checkpoint" --sample first --output "$runs/$arm"
+done
+
 cpq verify "$runs/qat/checkpoints/last.ckpt" --root "$data" --num_sweeps 5
 
 cpq compare "$runs/float" "$runs/float_tuned" "$runs/ptq" "$runs/qat" --output "$runs"
 echo
-echo "Report: $runs/report.md"
+echo "Report: $runs/report.html"

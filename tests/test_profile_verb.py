@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.cli import main
 from cpq_train.data.clouds import synthetic_cloud
+from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.models import CenterPoint
-from cpq_train.profiling.report import read_summary
 
 
 def _profile(run: Path, *more: str, root: Path | str = "nowhere") -> list[str]:
@@ -40,7 +41,6 @@ def test_synthetic_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert text in out
     document = json.loads((output / "profile.json").read_text())
     summary = document["summary"]
-    assert summary == read_summary(output)
     layers = {row["name"]: row for row in document["latency"]["layers"]}
     for name in (
         *("backbone_3d.conv_input.0:rulebook", "map_to_bev_module"),
@@ -87,7 +87,7 @@ def test_a_scheme_without_a_checkpoint(tmp_path: Path) -> None:
     cloud = tmp_path / "cloud.bin"
     synthetic_cloud(num_sweeps=1, seed=0).tofile(cloud)
     main(_profile(tmp_path, "-c", OVERLAY, "--cloud", str(cloud), "--output", str(output)))
-    summary = read_summary(output)
+    summary = json.loads((output / "profile.json").read_text())["summary"]
     assert (summary["ranges_from_this_input"], summary["weights"]) == (True, "untrained")
     assert summary["input"] == str(cloud)
     assert summary["num_points"] == cloud.stat().st_size // 20
@@ -96,7 +96,6 @@ def test_a_scheme_without_a_checkpoint(tmp_path: Path) -> None:
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     main(_profile(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    assert read_summary(tmp_path / "run") == {}
 
 
 @pytest.mark.parametrize(
@@ -136,3 +135,19 @@ def test_concatenation_adds_no_state() -> None:
     assert not [name for name in CenterPoint().state_dict() if "concatenation" in name]
     joined = CenterPoint().backbone_2d.concatenation([torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3)])
     assert joined.shape == (1, 3, 3, 3)
+
+
+def test_a_scored_run_gets_its_measurements(arms: dict[str, Path], tmp_path: Path) -> None:
+    """Those of the checkpoint that was scored, and of no other."""
+    run = tmp_path / "run"
+    shutil.copytree(arms["float"], run)
+    before = read_metrics(run / "metrics.json")
+    for weights, is_its_own in (
+        (arms["float_tuned"] / "checkpoints/last.ckpt", False),
+        (run / "checkpoints/last.ckpt", True),
+    ):
+        main(_profile(tmp_path, "--model.weights", str(weights), "--output", str(run)))
+        after = read_metrics(run / "metrics.json")
+        assert ("latency_ms" in after["profile"]) == is_its_own
+        assert {**after, "profile": None} == {**before, "profile": None}
+        assert before["profile"].items() <= after["profile"].items()

@@ -17,7 +17,7 @@ from cpq_train.trainer import QuantTrainer
 
 
 class AtSteps(Callback):
-    """Gradient norm as each optimizer step gets it; the ranges and learning rate that each batch had."""
+    """Gradient norm as each optimizer step gets it; the ranges and learning rate behind each batch."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -91,7 +91,7 @@ def test_ranges_move_once_per_step_by_all_its_batches(tmp_path: Path) -> None:
     )
     assert recorded["steps"] == 4
     assert len(steps.ranges) == 8
-    assert [i for i in range(1, 8) if not torch.equal(steps.ranges[i], steps.ranges[i - 1])] == [2, 6]
+    assert [i for i in range(1, 8) if not torch.equal(steps.ranges[i], steps.ranges[i - 1])] == [1, 5]
     # With momentum 1 a range is what its method finds in the step's samples: also when they are one batch.
     whole = AtSteps()
     _fit(tmp_path, whole, batch_size=2, num_steps=4, ranges=moving, lr=1e-30)

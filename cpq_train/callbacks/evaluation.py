@@ -21,7 +21,7 @@ from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
 from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models.decode import PostProcessing
-from cpq_train.profiling.report import read_summary, size_summary
+from cpq_train.profiling.report import size_summary
 from cpq_train.profiling.storage import storage_rows
 from cpq_train.quantization.prepare import coverage
 
@@ -87,8 +87,8 @@ class Evaluation(Callback):
         assert isinstance(module, CenterPointDetector)
         assert self.scored is not None
         data = datamodule_of(trainer)
+        run = run_info(module, data, checkpoint)
         run_dir = Path(trainer.default_root_dir)
-        run = run_info(module, data, checkpoint, run_dir)
         write_run(run_dir, self.scored, run, data.index, self.engine)
         write_bev_sample(run_dir / BEV_FILE, self._busiest_sample(data))
 
@@ -115,10 +115,8 @@ def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
     return Path(path)
 
 
-def run_info(
-    module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path, run_dir: Path
-) -> RunInfo:
-    """What `metrics.json` says of a run beside its scores; what `profile` left in its folder goes along."""
+def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
+    """What `metrics.json` says of a run beside its scores."""
     subject = module.subject
     assert subject is not None
     return RunInfo(
@@ -130,7 +128,7 @@ def run_info(
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
         parents=subject.parents,
         coverage=coverage(subject.prepared),
-        profile={**read_summary(run_dir), **size_summary(storage_rows(module.network))},
+        profile=size_summary(storage_rows(module.network)),
         config=dict(module.hparams),
     )
 

@@ -92,13 +92,6 @@ def size_summary(storage: Sequence[StorageRow]) -> dict[str, Any]:
     }
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary in the `profile.json` of a folder; empty where there is none."""
-    path = folder / PROFILE_FILE
-    summary: dict[str, Any] = json.loads(path.read_text())["summary"] if path.is_file() else {}
-    return summary
-
-
 def write_files(folder: Path, profile: Profile) -> None:
     """Write `profile.json`, `latency.csv`, `memory.csv`, `storage.csv` and `modules.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
