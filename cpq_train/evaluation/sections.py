@@ -160,22 +160,27 @@ def _coverage(report: Document) -> Table:
     return Table("Layers quantized, of all", ["arm", *kinds], rows)
 
 
+_COSTS = (
+    "num_parameters",
+    "float_bytes",
+    "stored_bytes",
+    "num_macs",
+    "latency_ms",
+    "evaluation_peak_bytes",
+    "training_peak_bytes",
+    "saved_bytes",
+)
+"""What a report shows of `profile` in metrics.json; names carry their units."""
+
+
 def _profile(report: Document) -> Table:
-    """Whatever single numbers runs measured; names carry their units."""
-    scalars = [
-        {key: value for key, value in run["profile"].items() if _is_number(value)} for run in report["runs"]
-    ]
-    keys = _keys(scalars)
+    measured = {key for run in report["runs"] for key in run["profile"]}
+    keys = [key for key in _COSTS if key in measured]
     rows = [
-        [run["title"], *(_measured(key, values.get(key)) for key in keys)]
-        for run, values in zip(report["runs"], scalars, strict=True)
+        [run["title"], *(_measured(key, run["profile"].get(key)) for key in keys)] for run in report["runs"]
     ]
     header = [key.replace("_bytes", "_MiB").replace("_", " ") for key in keys]
     return Table("Size, latency and memory", ["arm", *header], rows)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _measured(key: str, value: float | None) -> str:
