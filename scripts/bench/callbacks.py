@@ -26,7 +26,6 @@ from lidar_like import synthetic_batch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -48,29 +47,10 @@ BATCH_SIZE = 4
 NUM_WARM_UP_STEPS = 4
 
 
-class GradientNorm(Callback):
-    """Norm of all gradients, read from the device: for comparison, as a run that logs it pays for it."""
-
-    @override
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        torch.nn.utils.get_total_norm(gradients).item()
-
-
-class FiniteLoss(Callback):
-    """Whether the loss is a number, read from the device: for comparison."""
-
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        assert loss.isfinite().item()
-
-
 CALLBACKS: dict[str, tuple[Callable[[], Callback], int]] = {
     "AmaxDrift": (lambda: AmaxDrift(every_n_steps=1), AmaxDrift().every_n_steps or 1),
     "LayerLatency": (lambda: LayerLatency(every_n_steps=1, first_step=0), LayerLatency().every_n_steps),
     "LayerMemory": (lambda: LayerMemory(every_n_steps=1, first_step=0), LayerMemory().every_n_steps),
-    "GradientNorm": (GradientNorm, 1),
-    "FiniteLoss": (FiniteLoss, 1),
 }
 """Name -> one that measures in every step it is present in, and its interval in steps by default."""
 
