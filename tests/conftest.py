@@ -7,7 +7,10 @@ import pytest
 import torch
 from tiny_model import BASE, OVERLAY, tiny_options
 
-torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+# One thread, here and in every process that a test starts: a forked process hangs in a pool of threads that its
+# parent has opened, and bits are compared between processes.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(os.environ.get("CPQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
