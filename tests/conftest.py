@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_model import BASE, OVERLAY, tiny_options
 
-# One thread, here and in every process that a test starts: a forked process hangs in a pool of threads that its
-# parent has opened, and bits are compared between processes.
+# One thread, here and in every process that a test starts: a forked process hangs in a pool of threads that
+# its parent has opened, and bits are compared between processes.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
