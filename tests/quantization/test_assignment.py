@@ -39,3 +39,8 @@ def test_infeasible_budget_names_the_smallest() -> None:
     assert assign(choices, 2.0, "MiB") == {"a": "W4", "b": "W4"}
     with pytest.raises(UserError, match=r"budget 1\.9 MiB cannot be met; the smallest possible is 2 MiB"):
         assign(choices, 1.9, "MiB")
+
+
+def test_a_budget_far_below_a_cost() -> None:
+    choices = {"a": {"float": Choice(0.0, 1.0), "W8": Choice(0.5, 0.0)}}
+    assert assign(choices, 3e-231, "MiB") == {"a": "W8"}
