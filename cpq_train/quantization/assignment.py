@@ -75,7 +75,7 @@ def _solve(choices: Choices, bound: float) -> dict[str, str]:
     flat = list(chain.from_iterable(options.values() for options in choices.values()))
     losses, costs = np.array(flat, float).T
     one_each = block_diag([np.ones((1, len(options))) for options in choices.values()])
-    # What costs more than the whole budget is out at twice as well: the solver takes huge numbers for infinite.
+    # What costs more than the budget is out at twice it too; the solver takes huge numbers for infinite.
     in_budget = csr_matrix(np.minimum(costs / bound, 2.0) * _SCALE if bound else costs)
     result = milp(
         losses * (_SCALE / (losses.max() or 1.0)),
