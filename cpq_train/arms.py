@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import (
+from cpq_train.common.checkpoint import (
     NETWORK_PREFIX,
     network_state,
     read_checkpoint,
     sha256_of,
     write_checkpoint,
 )
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
 from cpq_train.quantization.calibration import AMAX, is_calibrated, problems_of_state

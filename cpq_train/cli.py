@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity", "profile")
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from cpq_train.arms import Subject, build, from_weights
-from cpq_train.console import table_console
-from cpq_train.errors import UserError
-from cpq_train.files import replacing
-from cpq_train.interop.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
+from cpq_train.common.console import table_console
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import replacing
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
 from cpq_train.interop.conversion import Converted, to_ours
 from cpq_train.interop.foreign_file import foreign_state, read_foreign, stated_mmdet3d_version

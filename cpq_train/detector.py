@@ -29,8 +29,8 @@ from cpq_train.arms import (
     needs_calibration,
     set_range_policy,
 )
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import network_state
+from cpq_train.common.checkpoint import network_state
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from cpq_train.arms import needs_calibration
-from cpq_train.console import table_console
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.console import table_console
+from cpq_train.common.errors import UserError
 from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import voxelizer_of
 from cpq_train.data.sweeps import load_sweeps, read_cloud
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE
-from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.profiling.instrument import Function, observing, parts_of
 from cpq_train.profiling.latency import measure_latency
 from cpq_train.profiling.memory import MemoryObserver, kept_buffers, observing_memory

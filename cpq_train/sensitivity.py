@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from cpq_train.arms import blocks_of
+from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.quantization.assignment import assign, check_feasible, total
 from cpq_train.quantization.bit_plan import (
     FIXED,

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from cpq_train.arms import Arm
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import Batch, CenterPointDetector
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.divergence import output_distance
 from cpq_train.quantization.bit_plan import write_scheme

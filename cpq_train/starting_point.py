@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import distributed, nn
 
 from cpq_train.arms import Subject, blocks_of
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models.foreground import foreground_error
 from cpq_train.quantization.adaround import BlockRounding, round_adaptively
 from cpq_train.quantization.bias_correction import correct_biases

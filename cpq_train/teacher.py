@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cpq_train.arms import Arm, Subject, from_weights
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.errors import UserError
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.distillation import DistillationConfig, distillation_loss, run_observed

@@ -11,9 +11,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from torch import Tensor
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
 from cpq_train.profile import Settings as ProfileSettings

@@ -15,15 +15,15 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from cpq_train.console import table_console
+from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.console import table_console
+from cpq_train.common.errors import UserError
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.simulator import simulate
 from cpq_train.data.sweeps import read_cloud
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.quantization.end_to_end import FLIP_REASON, Flips, verify_end_to_end

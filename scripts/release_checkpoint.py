@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 
 KEPT = ("state_dict", "hyper_parameters", "quantization", "pytorch-lightning_version", "epoch", "global_step")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.optim import OptimizerConfig, learning_rate_and_momentum, new_optimizer
 
 

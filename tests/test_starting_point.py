@@ -11,7 +11,7 @@ from torch import distributed, multiprocessing, nn
 
 from cpq_train.arms import blocks_of, build, from_weights
 from cpq_train.cli import main
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.starting_point import CalibrationConfig, _agree, spread
 

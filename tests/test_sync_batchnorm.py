@@ -11,9 +11,9 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from tiny_fit import NETWORK, DrawnData, Fit, float_checkpoint, run_in_a_process
 from torch import Tensor, nn
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import collate
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.quantization.batchnorm import (
     fold_batchnorm,
     followed_by_batchnorm,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.arms import build, from_weights
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.errors import UserError
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.models import CODE_WEIGHTS, CenterPoint, NetworkConfig
 from cpq_train.models.distillation import DistillationConfig, run_observed
 from cpq_train.teacher import Teacher, find_teacher

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tiny_fit import NETWORK, DrawnData, Fit, float_checkpoint, run
 from torch.nn.utils import get_total_norm
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import collate
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.quantization.switches import quantizers
 from cpq_train.trainer import QuantTrainer
 

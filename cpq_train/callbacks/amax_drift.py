@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from typing_extensions import override
 
+from cpq_train.common.errors import UserError
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, AMAX_DRIFT_PICTURE, read_amax_history
 from cpq_train.evaluation.amax_picture import draw_amax_drift
 from cpq_train.loggers.csv_rows import append_rows, rows_before, write_rows

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
+from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.files import write_whole
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.scoring import score_detector
 

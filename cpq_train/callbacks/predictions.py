@@ -12,9 +12,9 @@ from rich.progress import track
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of
+from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps, read_cloud
-from cpq_train.errors import UserError
 from cpq_train.evaluation.bev import BevSample, bev_sample, bev_sample_of_cloud
 from cpq_train.evaluation.boxes import Ints, Predictions, Strings
 from cpq_train.evaluation.lightning_metric import DetectionCollector

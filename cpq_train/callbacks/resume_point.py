@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 from typing_extensions import override
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.loggers import WandbRunLogger
 from cpq_train.resilience.preemption import Preempted, Request, is_started_by_rank_0, received
 from cpq_train.resilience.random_state import random_state, set_random_state

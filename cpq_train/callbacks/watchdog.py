@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.resilience.preemption import is_started_by_rank_0
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

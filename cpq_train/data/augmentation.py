@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.boxes import YAW, Float, wrap_angles
-from cpq_train.errors import UserError
 
 Points = NDArray[np.float32]
 

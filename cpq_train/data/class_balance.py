@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 Rows = NDArray[np.int64]
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
@@ -23,7 +24,6 @@ from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
-from cpq_train.errors import UserError
 
 Rows = NDArray[np.int64]
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells
-from cpq_train.errors import UserError
 
 MIN_LIDAR_POINTS = 1
 """Objects with fewer points are no targets (OpenPCDet's FILTER_MIN_POINTS_IN_GT)."""

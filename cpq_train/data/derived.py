@@ -13,7 +13,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 UNFINISHED = ".unfinished"
 """Prefix of the names of incomplete folders."""

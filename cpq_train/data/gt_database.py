@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from cpq_train.console import table_console
+from cpq_train.common.console import table_console
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data import derived
 from cpq_train.data.gt_database_parts import COLUMNS, build_parts, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 _SCHEMA = 1
 """Counted up when content or columns change, so that older databases are not used."""

@@ -17,11 +17,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.box_geometry import boxes_overlap, points_in_boxes
 from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_database import GtDatabase
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 Points = NDArray[np.float32]
 Rows = NDArray[np.int64]

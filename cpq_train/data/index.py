@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
 from cpq_train.data import derived
 from cpq_train.data.tables import TABLES, TableReader
-from cpq_train.errors import UserError
 
 _SCHEMA = 1
 """Counted up when the columns change, so that older indexes are built anew."""

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS, DETECTION_CLASSES
 from cpq_train.data.boxes import Float64, global_to_lidar, pose_matrices
 from cpq_train.data.tables import Record, TableReader
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS, DETECTION_CLASSES
 
 Columns = dict[str, NDArray[Any]]
 

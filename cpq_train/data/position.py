@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 
 @dataclass(frozen=True)

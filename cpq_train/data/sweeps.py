@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.boxes import Float64, invert_poses, pose_matrices
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 
 MAX_NUM_SWEEPS = 10
 """Key frames are 10 sweeps apart, so more would reach into the sample before."""

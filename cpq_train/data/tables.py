@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 TABLES: tuple[str, ...] = (
     "category",

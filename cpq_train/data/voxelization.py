@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 _NUM_SUMMED_IN_ORDER = 4
 """torch adds up to four numbers one after the other; of more it adds every fourth first."""

@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 AMAX_DRIFT_FILE = "amax_drift.csv"
 AMAX_DRIFT_PICTURE = "amax_drift.png"

@@ -10,12 +10,12 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import replacing
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.predictions import LidarDetections
-from cpq_train.files import replacing
 
 BEV_FILE = "bev_sample.npz"
 MAX_POINTS = 60_000

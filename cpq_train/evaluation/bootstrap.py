@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools, Floats, Ints
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import average_precision, nuscenes_detection_score
@@ -31,7 +32,6 @@ from cpq_train.evaluation.protocol import (
     TP_ERRORS,
     TP_THRESHOLD_INDEX,
 )
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 NUM_RESAMPLES = 1000
 MAX_BINS = 512

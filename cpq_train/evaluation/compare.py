@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpq_train.common.files import replacing, write_whole
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
 from cpq_train.evaluation.figures import draw_figures
@@ -22,7 +23,6 @@ from cpq_train.evaluation.reliability import reliability
 from cpq_train.evaluation.report import print_report, write_markdown
 from cpq_train.evaluation.runs import Run, load_runs, relative
 from cpq_train.evaluation.wandb_report import log_report
-from cpq_train.files import replacing, write_whole
 
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")

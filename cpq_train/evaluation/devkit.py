@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.protocol import DEFINED_ERRORS, THRESHOLDS_M
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 CONFIG = "detection_cvpr_2019"
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation import charts
 from cpq_train.evaluation.amax_history import (
     AMAX_DRIFT_FILE,
@@ -26,7 +27,6 @@ from cpq_train.evaluation.protocol import RANGE_BINS_M, RECALL_GRID, TP_THRESHOL
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import reliability
 from cpq_train.evaluation.runs import Run, relative
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 FOLDER = "pictures"
 MAX_QUANTIZERS, MAX_STEPS = 40, 48

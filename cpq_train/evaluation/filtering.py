@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.boxes import rotation_matrices
 from cpq_train.evaluation.boxes import Bools, Boxes, Floats, GroundTruth, Predictions, Samples
 from cpq_train.evaluation.protocol import BIKE_RACK_CLASSES, CLASS_RANGES_M
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 def ego_distance(boxes: Boxes, samples: Samples) -> Floats:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Bools, Boxes, GroundTruth, Ints, Samples
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Ints
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.metric import evaluate

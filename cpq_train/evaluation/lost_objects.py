@@ -16,11 +16,11 @@ from typing import TextIO
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools, Floats, Ints, Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.protocol import RANGE_BINS_M, TP_THRESHOLD_INDEX
 from cpq_train.evaluation.ranges import bin_name
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 POINT_BINS = ((1, 5), (6, 20), (21, 100), (101, None))
 """Bins of the number of points inside an object, both ends included."""

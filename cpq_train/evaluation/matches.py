@@ -11,12 +11,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import replacing
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
 from cpq_train.evaluation.protocol import THRESHOLDS_M
-from cpq_train.files import replacing
 
 SCHEMA = 1
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints
 from cpq_train.evaluation.protocol import THRESHOLDS_M
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 _PAIRS_PER_CHUNK = 4_000_000
 

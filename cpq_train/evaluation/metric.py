@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Predictions
 from cpq_train.evaluation.matches import Matches, find_matches
 from cpq_train.evaluation.protocol import (
@@ -21,7 +22,6 @@ from cpq_train.evaluation.protocol import (
     TP_ERRORS,
     TP_THRESHOLD_INDEX,
 )
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import write_whole
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.protocol import CLASS_RANGE_M, RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
-from cpq_train.files import write_whole
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 SCHEMA = 1
 ARMS = ("float", "float_tuned", "ptq", "qat")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data.boxes import GlobalBoxes, lidar_to_global
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions
 from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
-from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 MOVING_SPEED_MPS = 0.2
 

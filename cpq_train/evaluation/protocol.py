@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 
 CLASS_RANGE_M: dict[str, float] = {
     "car": 50.0,

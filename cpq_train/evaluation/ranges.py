@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Curves, Scores, average_precision, curves, scores
 from cpq_train.evaluation.protocol import CLASS_RANGE_M, CLASS_RANGES_M, RANGE_BINS_M, TP_ERRORS
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 def scores_per_range(matches: Matches) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
 from cpq_train.evaluation.matches import Matches, read_matches

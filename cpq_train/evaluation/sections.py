@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.lost_objects import Counts
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 _NONE = "n/a"
 

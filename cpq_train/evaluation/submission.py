@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import replacing
+from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions, Strings
 from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
-from cpq_train.files import replacing
-from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 LIDAR_ONLY = {
     "use_camera": False,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.interop.conventions import Convention, sources_of, unwrapped
 from cpq_train.interop.sparse_layouts import TO_KRSC, SparseLayout, choose_layout
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import read_plain
+from cpq_train.common.checkpoint import read_plain
+from cpq_train.common.errors import UserError
 
 STATE_KEYS = ("model_state", "state_dict")
 """Where OpenPCDet, and the others, keep the tensors of the network."""

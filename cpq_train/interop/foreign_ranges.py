@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.interop.conventions import OPENPCDET, TIANWEIY, Convention, convention_of
 from cpq_train.interop.foreign_file import STATE_KEYS, read_foreign
 

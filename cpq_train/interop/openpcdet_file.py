@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from cpq_train import __version__
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import network_state
+from cpq_train.common.checkpoint import network_state
+from cpq_train.common.errors import UserError
 
 
 def openpcdet_content(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 SparseLayout: TypeAlias = Literal["krsc", "rsck", "rskc"]
 """krsc: spconv 2. rsck: spconv 1. rskc: algorithm Native of spconv 2.0 and 2.1."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.detector import FOLDED_FILE, CenterPointDetector
-from cpq_train.interop.checkpoint import read_checkpoint, sha256_of
 
 if TYPE_CHECKING:
     import wandb

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpq_train.files import write_whole
+from cpq_train.common.files import write_whole
 
 Row = dict[str, Any]
 

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cpq_train.arms import Subject
+from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
-from cpq_train.files import write_whole
-from cpq_train.interop.checkpoint import read_checkpoint
 from cpq_train.loggers import artifacts
 
 STEP = "trainer/global_step"

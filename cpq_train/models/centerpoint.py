@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models.backbone_2d import BaseBEVBackbone
 from cpq_train.models.backbone_3d import HeightCompression, VoxelResBackBone8x
 from cpq_train.models.center_head import CenterHead, HeadOutput

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 Ancestor = Literal["openpcdet", "tianweiy", "mmdet3d"]
 

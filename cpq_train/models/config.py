@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 
 BACKBONE_3D_STRIDE = 8
 """Downsampling of x and y by the sparse backbone: three strided convolutions."""

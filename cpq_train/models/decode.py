@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 from cpq_train.models.config import BevGeometry, class_ids
 from cpq_train.models.nms import rank_in_group, rotated_nms
@@ -59,7 +59,7 @@ class Detections:
     Attributes:
         boxes: x, y, z, length, width, height (m), yaw (rad), velocity x, y (m/s) in the LiDAR frame, (N, 9).
         scores: (N,) float32.
-        labels: class ids, indices into `cpq_train.nuscenes.DETECTION_CLASSES`, (N,) int64.
+        labels: class ids, indices into `cpq_train.common.nuscenes.DETECTION_CLASSES`, (N,) int64.
     """
 
     boxes: Tensor

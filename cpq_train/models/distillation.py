@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.divergence import foreground_divergence

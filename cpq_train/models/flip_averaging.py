@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 from cpq_train.models.config import NetworkConfig
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.models.config import BevGeometry, class_ids
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 BOX_CODE_SIZE = 10
 """Offset x, y (cells), z (m), log length, width, height (m), cos, sin of yaw, velocity x, y (m/s)."""

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_matrix
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 _SCALE = 1e6
 """What the largest loss and the budget become, so that the solver's absolute tolerances (1e-6) are relative

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.observation import (
     Array,
     Observed,

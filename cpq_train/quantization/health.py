@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 WEIGHT_QUANTIZER = "_weight_quantizer"
 """Last part of the names of the quantizers of weights."""

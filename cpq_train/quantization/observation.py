@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
 from cpq_train.quantization.layers import QuantAdd
 from cpq_train.quantization.quantizer import Quantizer

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.switches import quantized_layers, quantizers
 
 AmaxPolicy = Literal["frozen", "moving", "learned"]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.health import Problem, table
 
 

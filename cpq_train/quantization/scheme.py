@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.formats import Float8Format, IntegerFormat, NumberFormat
 
 KINDS = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")

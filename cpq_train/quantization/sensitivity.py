@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from rich.progress import track
 from torch import nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cpq_train.console import table_console
+from cpq_train.common.console import table_console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

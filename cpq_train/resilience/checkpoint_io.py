@@ -8,8 +8,8 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import write_checkpoint
+from cpq_train.common.checkpoint import write_checkpoint
+from cpq_train.common.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

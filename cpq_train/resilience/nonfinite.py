@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 
 def nonfinite_loss(

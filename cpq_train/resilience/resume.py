@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from cpq_train.errors import UserError
-from cpq_train.interop.checkpoint import check_intact, read_plain
+from cpq_train.common.checkpoint import check_intact, read_plain
+from cpq_train.common.errors import UserError
 
 RESUME_FILE = "resume.ckpt"
 """Where training stood last."""

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from typing_extensions import override
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import remove_partial
 from cpq_train.evaluation.run_files import METRICS_FILE
-from cpq_train.files import remove_partial
 from cpq_train.resilience.checkpoint_io import AtomicCheckpointIO
 from cpq_train.resilience.preemption import Preempted, Request, noting_signals, requeue
 from cpq_train.resilience.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint

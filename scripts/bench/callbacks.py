@@ -32,9 +32,9 @@ from typing_extensions import override
 from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.layer_latency import LayerLatency
 from cpq_train.callbacks.layer_memory import LayerMemory
+from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import Batch
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.models import NetworkConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]

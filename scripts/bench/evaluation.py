@@ -26,11 +26,11 @@ from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionBox, DetectionMetrics
 from rich.progress import track
 
+from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data.boxes import yaw_quaternions
 from cpq_train.evaluation.boxes import Boxes, Floats, GroundTruth, Ints, Predictions, Samples
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth
 from cpq_train.evaluation.metric import evaluate
-from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 NUM_VAL_SAMPLES, NUM_VAL_SCENES = 6019, 150
 SHARES = np.array([0.42, 0.075, 0.012, 0.014, 0.021, 0.13, 0.011, 0.01, 0.21, 0.097])

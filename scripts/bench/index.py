@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from jsonargparse import auto_cli
 
+from cpq_train.common.nuscenes import CATEGORY_TO_CLASS
 from cpq_train.data.dataset import target_boxes
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.sweeps import previous_frames, sweep_transform, time_lag_s
-from cpq_train.nuscenes import CATEGORY_TO_CLASS
 
 VERSION = "v1.0-trainval"
 NUM_SCENES, NUM_SAMPLES, NUM_INSTANCES, NUM_ANNOTATIONS = 850, 34_149, 64_386, 1_166_187

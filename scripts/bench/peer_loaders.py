@@ -20,10 +20,10 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.dataset import SampleConfig
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import previous_frames, sweep_transform, time_lag_s
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 class Attributes(dict[str, Any]):

@@ -36,8 +36,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import Batch
-from cpq_train.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers

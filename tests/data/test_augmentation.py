@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpq_train.common.errors import UserError
 from cpq_train.data import augmentation
 from cpq_train.data.augmentation import Augmentation
-from cpq_train.errors import UserError
 
 Change = Callable[[np.ndarray, np.ndarray], None]
 

@@ -4,10 +4,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.class_balance import class_balanced_rows, class_presence, num_draws
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 def test_counts_by_hand() -> None:

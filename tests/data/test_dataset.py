@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate, target_boxes
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import CloudError
-from cpq_train.errors import UserError
 
 CONFIG = SampleConfig(
     num_sweeps=10,

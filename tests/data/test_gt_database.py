@@ -14,11 +14,11 @@ from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 
 from cpq_train.cli import main
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.gt_database import GtDatabase, build_gt_database, open_gt_database
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import CloudError, load_sweeps
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 @pytest.fixture(scope="module")

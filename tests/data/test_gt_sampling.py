@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from shapely.geometry import Polygon
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, target_boxes, visible_boxes
@@ -13,8 +15,6 @@ from cpq_train.data.gt_database import GtDatabase, open_gt_database
 from cpq_train.data.gt_sampling import TARGETS, GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import load_sweeps
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 CAR, TRUCK, BUS = (DETECTION_CLASSES.index(name) for name in ("car", "truck", "bus"))
 Scene = tuple[np.ndarray, np.ndarray]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data import derived
 from cpq_train.data import index as index_module
 from cpq_train.data.boxes import invert_poses
 from cpq_train.data.index import COLUMNS, NuScenesIndex, open_index
-from cpq_train.errors import UserError
-from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 
 def names_of(classes: np.ndarray) -> list[str]:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from cpq_train.common.errors import UserError
 from cpq_train.data import tables
 from cpq_train.data.tables import TableReader
-from cpq_train.errors import UserError
 
 RECORDS = [
     {

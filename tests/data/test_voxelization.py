@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.voxelization import Voxelizer, grid_cells
-from cpq_train.errors import UserError
 
 SIZE = (0.1, 0.1, 0.2)
 RANGE = (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0)

@@ -5,8 +5,8 @@ from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.common.loaders import filter_eval_boxes
 from nuscenes.eval.detection.data_classes import DetectionBox
 
+from cpq_train.common.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, GroundTruth, Ints, Predictions, Samples
-from cpq_train.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, DETECTION_CLASSES
 
 Generator = np.random.Generator
 

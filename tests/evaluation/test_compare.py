@@ -16,7 +16,7 @@ import pytest
 import wandb
 from evaluation_problems import random_boxes, random_problem
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.evaluation.boxes import GroundTruth, Predictions

@@ -13,6 +13,7 @@ from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
 from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionMetrics
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth
 from cpq_train.evaluation.metric import evaluate
@@ -25,7 +26,6 @@ from cpq_train.evaluation.protocol import (
     THRESHOLDS_M,
     TP_THRESHOLD_INDEX,
 )
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 CONFIG = config_factory("detection_cvpr_2019")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from evaluation_problems import random_problem
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.matches import Matches, read_matches, write_matches
 from cpq_train.evaluation.metric import Evaluation, curves, evaluate, scores
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 DATASET = {"root_name": "data", "version": "v1.0-mini", "fingerprint": "f" * 64}
 

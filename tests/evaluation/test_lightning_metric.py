@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.index import COLUMNS, NuScenesIndex
 from cpq_train.data.samplers import EvaluationSampler
-from cpq_train.errors import UserError
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 
 Rows = NDArray[np.int64]

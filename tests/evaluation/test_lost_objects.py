@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from evaluation_problems import random_boxes, random_problem, random_samples
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, GroundTruth, Predictions
 from cpq_train.evaluation.lost_objects import (
     COLUMNS,
@@ -17,7 +18,6 @@ from cpq_train.evaluation.lost_objects import (
     write_changes,
 )
 from cpq_train.evaluation.matches import Matches, find_matches
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 def cars_at(distances: list[float]) -> tuple[GroundTruth, Boxes]:

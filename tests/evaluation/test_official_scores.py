@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import GroundTruth
 from cpq_train.evaluation.filtering import counts_as_ground_truth
@@ -13,7 +14,6 @@ from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.metric import Scores, evaluate
 from cpq_train.evaluation.protocol import CLASS_RANGES_M, THRESHOLDS_M
 from cpq_train.evaluation.submission import read_submission
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 DEVKIT_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.bev import BevSample, bev_sample, busiest_sample, read_bev_sample, write_bev_sample
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.metric import evaluate

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from evaluation_problems import random_boxes, random_problem, random_samples
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, GroundTruth, Predictions
 from cpq_train.evaluation.metric import Evaluation, evaluate
 from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
-from cpq_train.nuscenes import DETECTION_CLASSES
 
 
 def cars_at(distances: list[float]) -> Boxes:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from evaluation_problems import random_problem
 
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.errors import UserError
 from cpq_train.evaluation.boxes import Predictions
 from cpq_train.evaluation.predictions import LidarDetections, assign_attributes, predictions_from_detections
 from cpq_train.evaluation.submission import read_submission, write_submission
-from cpq_train.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 
 TOKENS = np.array([f"sample{i}" for i in range(4)])
 

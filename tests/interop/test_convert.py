@@ -23,10 +23,10 @@ from torch import Tensor
 
 from cpq_train.arms import build, from_weights
 from cpq_train.cli import main
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.errors import UserError
 from cpq_train.convert import convert
-from cpq_train.errors import UserError
 from cpq_train.interop import conventions
-from cpq_train.interop.checkpoint import sha256_of
 from cpq_train.interop.conversion import to_ours
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.interop.foreign_file import foreign_state, read_foreign
 
 pytestmark = [

@@ -15,7 +15,7 @@ from offline_run import OfflineRun, offline_runs
 from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.cli import main
-from cpq_train.interop.checkpoint import sha256_of
+from cpq_train.common.checkpoint import sha256_of
 
 WANDB = ("--trainer.logger", "WandbRunLogger")
 BOTH = ("--trainer.logger+=WandbRunLogger", "--trainer.logger+=CSVRunLogger")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import CenterPoint, HeadTargets, NetworkConfig
-from cpq_train.nuscenes import CLASS_GROUPS
 
 SMALL_RANGE = (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0)
 SMALL = NetworkConfig(point_cloud_range=SMALL_RANGE)

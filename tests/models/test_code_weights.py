@@ -1,7 +1,7 @@
 import pytest
 
+from cpq_train.common.errors import UserError
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.models.code_weights import CODE_WEIGHTS, resolve_code_weights
 
 

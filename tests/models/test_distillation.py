@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models import BOX_BRANCHES, CODE_WEIGHTS
 from cpq_train.models.distillation import DistillationConfig, Outputs, distillation_loss, peaks_of
 

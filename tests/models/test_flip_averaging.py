@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cpq_train.callbacks.evaluation import postprocessing_sha256
+from cpq_train.common.errors import UserError
 from cpq_train.data.augmentation import flip_x, flip_y
 from cpq_train.data.voxelization import Voxelizer
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
 from cpq_train.models import (
     BOX_BRANCHES,
     CenterPoint,

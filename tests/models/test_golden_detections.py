@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden import NUM_HEADS, SMALL, raw_heads
 
+from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 from cpq_train.models import PostProcessing, decode, rotated_iou_bev, rotated_nms
-from cpq_train.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 
 POST = PostProcessing()
 

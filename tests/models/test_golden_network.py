@@ -9,8 +9,8 @@ import torch
 from golden import BRANCHES, NUM_HEADS, SMALL, golden_model, relative_error, voxels
 from torch import Tensor
 
+from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import assign_targets, center_loss
-from cpq_train.nuscenes import CLASS_GROUPS
 from cpq_train.sparse import SparseConvTensor
 
 EVAL, TRAIN = 1e-4, 1e-4

@@ -7,10 +7,10 @@ import pytest
 import torch
 from golden import NUM_HEADS, SMALL, assert_targets_equal, config, golden_targets, raw_heads
 
+from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import assign_targets, center_loss
 from cpq_train.models.losses import box_code_error, heatmap_loss
 from cpq_train.models.targets import draw_gaussians, gaussian_radius
-from cpq_train.nuscenes import CLASS_GROUPS
 
 
 def test_training_boxes(train_arrays: Any) -> None:

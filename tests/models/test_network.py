@@ -9,7 +9,8 @@ import torch
 from golden import config
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import (
     CenterPoint,
     NetworkConfig,
@@ -19,7 +20,6 @@ from cpq_train.models import (
     decode,
 )
 from cpq_train.models.center_head import HEATMAP_PRIOR
-from cpq_train.nuscenes import CLASS_GROUPS
 from cpq_train.sparse import SparseConv3d, SubMConv3d
 
 TINY: dict[str, Any] = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 from cpq_train.models import (
     BOX_BRANCHES,
     BevGeometry,
@@ -20,7 +21,6 @@ from cpq_train.models import (
     center_loss,
     decode,
 )
-from cpq_train.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 
 GEOMETRY = NetworkConfig(point_cloud_range=(-6.4, -12.8, -5.0, 19.2, 25.6, 3.0)).geometry
 POST = PostProcessing()

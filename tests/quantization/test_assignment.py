@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.assignment import Choice, assign, total
 
 # From losses that hardly matter to ones that decide everything; costs from nothing to a whole level.

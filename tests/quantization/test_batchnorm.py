@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import fold_batchnorm, freeze_batchnorm, has_batchnorm
 from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import quantize_layer

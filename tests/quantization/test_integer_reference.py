@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization import fake_quant, reference
 from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.end_to_end import Flips, verify_end_to_end

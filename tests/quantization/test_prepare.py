@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.arms import build, tensors_read_together
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization import dense, fake_quant
 from cpq_train.quantization.batchnorm import fold_batchnorm

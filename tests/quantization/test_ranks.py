@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.calibration import collecting_ranges, static_ranges
 from cpq_train.quantization.collectors import new_collector
 from cpq_train.quantization.layers import quantize_layer

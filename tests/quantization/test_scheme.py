@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.prepare import quantizable_layers
 from cpq_train.quantization.scheme import KINDS, Scheme

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.arms import blocks_of, build, tensors_read_together
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.bit_plan import FIXED, BitPlan, Option, mixed_scheme, write_scheme
 from cpq_train.quantization.calibration import collecting_ranges

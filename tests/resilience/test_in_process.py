@@ -12,12 +12,12 @@ from conftest_failure import Killed, Options, step_of
 from torch import nn
 
 from cpq_train.cli import main
+from cpq_train.common.checkpoint import write_checkpoint
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import PARTIAL, remove_partial, write_whole
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import TrainingSampler
 from cpq_train.detector import CenterPointDetector
-from cpq_train.errors import UserError
-from cpq_train.files import PARTIAL, remove_partial, write_whole
-from cpq_train.interop.checkpoint import write_checkpoint
 from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
 from cpq_train.resilience.preemption import Request, noting_signals, received
 from cpq_train.resilience.resume import newest_checkpoint

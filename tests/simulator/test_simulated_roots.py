@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cpq_train.common.errors import UserError
 from cpq_train.data.simulator import simulate
-from cpq_train.errors import UserError
 
 
 def _hashes(root: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpq_train.common.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS
 from cpq_train.data.simulator.actors import Actor
 from cpq_train.data.simulator.geometry import (
     Array,
@@ -21,7 +22,6 @@ from cpq_train.data.simulator.geometry import (
     rotate,
     yaw_pitch_roll_quaternion,
 )
-from cpq_train.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]

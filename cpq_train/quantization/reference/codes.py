@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 Float32: TypeAlias = NDArray[np.float32]
 

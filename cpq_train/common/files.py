@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpq_train.errors import UserError
+from cpq_train.common.errors import UserError
 
 PARTIAL = ".partial"
 """Ending of files that are still being written."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.errors import UserError
-from cpq_train.files import write_whole
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import write_whole
 
 NETWORK_PREFIX = "network."
 """The detector keeps its network under this name."""

@@ -1,0 +1,1 @@
+"""What every room may use: files, errors, the console, nuScenes terms, our checkpoint file."""
