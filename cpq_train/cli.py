@@ -48,7 +48,7 @@ def _dispatch(args: list[str]) -> None:
 def _simulate(args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from cpq_train.data.simulator import simulate
+    from cpq_train.simulator import simulate
 
     auto_cli(simulate, args=args, as_positional=False, prog="cpq_train simulate")
 

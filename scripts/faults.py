@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cpq_train.data.simulator import simulate
+from cpq_train.simulator import simulate
 
 BASE = "configs/quickstart_float.yaml"
 OVERLAY = "configs/quickstart_qat.yaml"

@@ -52,7 +52,7 @@ def seed_text() -> str:
 @pytest.fixture(scope="session")
 def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny simulated data set: three training and two validation scenes of two key frames each."""
-    from cpq_train.data.simulator import simulate
+    from cpq_train.simulator import simulate
 
     root = tmp_path_factory.mktemp("simulated") / "root"
     simulate(root, num_scenes=5, num_val_scenes=2, num_samples_per_scene=2, version="v1.0-trainval", seed=3)

@@ -29,9 +29,9 @@ from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import DetectionDataset, SampleConfig, collate, target_boxes
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.simulator import simulate
 from cpq_train.data.sweeps import load_cloud, load_sweeps, previous_frames
 from cpq_train.data.voxelization import Voxelizer
+from cpq_train.simulator import simulate
 
 SAMPLES = {
     "0.1 m": SampleConfig(10, (0.1, 0.1, 0.2), (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0), 10, 60000),

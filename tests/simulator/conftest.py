@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cpq_train.data.simulator import simulate
+from cpq_train.simulator import simulate
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from cpq_train.data.simulator import raycast
-from cpq_train.data.simulator.geometry import quaternion_to_matrix, rotate, yaw_pitch_roll_quaternion
-from cpq_train.data.simulator.ground import draw_ground
-from cpq_train.data.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part, Parts, collect
-from cpq_train.data.simulator.scan import scan
-from cpq_train.data.simulator.sensor import MAX_RANGE_M, NUM_RINGS, Rays, draw_mounting, make_rays
-from cpq_train.data.simulator.world import draw_world
+from cpq_train.simulator import raycast
+from cpq_train.simulator.geometry import quaternion_to_matrix, rotate, yaw_pitch_roll_quaternion
+from cpq_train.simulator.ground import draw_ground
+from cpq_train.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part, Parts, collect
+from cpq_train.simulator.scan import scan
+from cpq_train.simulator.sensor import MAX_RANGE_M, NUM_RINGS, Rays, draw_mounting, make_rays
+from cpq_train.simulator.world import draw_world
 
 
 def _row_of_rays(directions: list[list[float]]) -> np.ndarray:

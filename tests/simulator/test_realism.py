@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpq_train.common.nuscenes import CATEGORY_TO_CLASS
-from cpq_train.data.simulator.geometry import quaternion_to_matrix
+from cpq_train.simulator.geometry import quaternion_to_matrix
 
 RANGE_EDGES_M = np.concatenate([[0.0, 1.0], np.arange(5.0, 75.0, 5.0), [np.inf]])
 FINE_EDGES_M = np.concatenate([np.arange(9.0), [10, 12.5, 15, 20, 25, 30, 40, 50, 60, 70], [np.inf]])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cpq_train.common.errors import UserError
-from cpq_train.data.simulator import simulate
+from cpq_train.simulator import simulate
 
 
 def _hashes(root: Path) -> dict[str, str]:
@@ -36,7 +36,7 @@ def test_another_seed_is_another_set(mini_root: Path, tmp_path: Path) -> None:
 
 
 def test_a_half_written_root_never_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cpq_train.data.simulator.scene as scene
+    import cpq_train.simulator.scene as scene
 
     original, taken = scene.scan, []
 
@@ -100,7 +100,7 @@ def test_a_sensible_share_of_the_scenes_is_for_validation(
     from nuscenes.utils import splits
 
     asked: dict[str, object] = {}
-    module = importlib.import_module("cpq_train.data.simulator.simulate")
+    module = importlib.import_module("cpq_train.simulator.simulate")
     monkeypatch.setattr(module, "_write", lambda root, manifest, num_workers: asked.update(manifest))
     simulate(tmp_path / "root", num_scenes=num_scenes)
     assert asked["version"] == version

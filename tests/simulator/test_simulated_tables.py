@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cpq_train.common.nuscenes import BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS, DETECTION_CLASSES
-from cpq_train.data.simulator.geometry import rectangles_overlap
+from cpq_train.simulator.geometry import rectangles_overlap
 
 
 def _points(nusc: Any, sample: dict[str, Any]) -> np.ndarray:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpq_train.data.simulator.geometry import Array, BoolArray, IntArray, rotate
-from cpq_train.data.simulator.parts import MATERIAL_ID, MATERIALS
-from cpq_train.data.simulator.raycast import cast, surface_rays
-from cpq_train.data.simulator.sensor import MAX_RANGE_M, NUM_RINGS, Rays, ego_returns, make_rays
-from cpq_train.data.simulator.world import World
+from cpq_train.simulator.geometry import Array, BoolArray, IntArray, rotate
+from cpq_train.simulator.parts import MATERIAL_ID, MATERIALS
+from cpq_train.simulator.raycast import cast, surface_rays
+from cpq_train.simulator.sensor import MAX_RANGE_M, NUM_RINGS, Rays, ego_returns, make_rays
+from cpq_train.simulator.world import World
 
 _INTENSITY = np.array([m.intensity for m in MATERIALS])
 _SPREAD = np.array([m.spread for m in MATERIALS])

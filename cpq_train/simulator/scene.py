@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array, IntArray
-from cpq_train.data.simulator.scan import Scan, scan
-from cpq_train.data.simulator.sensor import SWEEP_PERIOD_US
-from cpq_train.data.simulator.tables import (
+from cpq_train.simulator.geometry import Array, IntArray
+from cpq_train.simulator.scan import Scan, scan
+from cpq_train.simulator.sensor import SWEEP_PERIOD_US
+from cpq_train.simulator.tables import (
     ANNOTATED_RANGE_M,
     CHANNEL,
     LOCATIONS,
@@ -26,7 +26,7 @@ from cpq_train.data.simulator.tables import (
     token,
     visibility_token,
 )
-from cpq_train.data.simulator.world import World, draw_world
+from cpq_train.simulator.world import World, draw_world
 
 NUM_LEAD_SWEEPS = 10
 """Sweeps before the first key frame, so that it too has its nine past ones."""

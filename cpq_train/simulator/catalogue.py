@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from cpq_train.data.simulator.parts import Part
-from cpq_train.data.simulator.shapes import (
+from cpq_train.simulator.parts import Part
+from cpq_train.simulator.shapes import (
     Size,
     barrier,
     bicycle,

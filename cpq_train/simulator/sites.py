@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.actors import draw_travel
-from cpq_train.data.simulator.geometry import Array, turned
-from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M, Lane, Road
-from cpq_train.data.simulator.shapes import Size
+from cpq_train.simulator.actors import draw_travel
+from cpq_train.simulator.geometry import Array, turned
+from cpq_train.simulator.road import SIDEWALK_WIDTH_M, Lane, Road
+from cpq_train.simulator.shapes import Size
 
 FAR_REACH_M = 54.0
 REACH_M = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import (
+from cpq_train.simulator.geometry import (
     Array,
     BoolArray,
     multiply_quaternions,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array
+from cpq_train.simulator.geometry import Array
 
 LANE_WIDTH_M = 3.5
 PARKING_WIDTH_M = 2.6

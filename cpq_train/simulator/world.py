@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.actors import COARSE, Actor, Occupancy, draw_travel
-from cpq_train.data.simulator.geometry import Array, quaternion_to_matrix, yaw_pitch_roll_quaternion
-from cpq_train.data.simulator.ground import Ground, draw_ground
-from cpq_train.data.simulator.parts import Parts, collect, concatenate
-from cpq_train.data.simulator.placement import Placer
-from cpq_train.data.simulator.road import draw_roads
-from cpq_train.data.simulator.sensor import MAX_RANGE_M, draw_mounting
-from cpq_train.data.simulator.sites import Stage
-from cpq_train.data.simulator.surroundings import Thing, draw_buildings, draw_small_things
+from cpq_train.simulator.actors import COARSE, Actor, Occupancy, draw_travel
+from cpq_train.simulator.geometry import Array, quaternion_to_matrix, yaw_pitch_roll_quaternion
+from cpq_train.simulator.ground import Ground, draw_ground
+from cpq_train.simulator.parts import Parts, collect, concatenate
+from cpq_train.simulator.placement import Placer
+from cpq_train.simulator.road import draw_roads
+from cpq_train.simulator.sensor import MAX_RANGE_M, draw_mounting
+from cpq_train.simulator.sites import Stage
+from cpq_train.simulator.surroundings import Thing, draw_buildings, draw_small_things
 
 EGO_HALF_M = np.array([2.1, 0.95])
 EGO_CENTER_AHEAD_M = 1.35

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cpq_train.common.errors import UserError
-from cpq_train.data.simulator.scene import SceneTask, simulate_scene
-from cpq_train.data.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
+from cpq_train.simulator.scene import SceneTask, simulate_scene
+from cpq_train.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
 
 MINI, TRAINVAL = "v1.0-mini", "v1.0-trainval"
 MANIFEST = "simulation.json"

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpq_train.common.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS
-from cpq_train.data.simulator.actors import Actor
-from cpq_train.data.simulator.geometry import (
+from cpq_train.simulator.actors import Actor
+from cpq_train.simulator.geometry import (
     Array,
     IntArray,
     quaternion_to_matrix,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array, BoolArray, rectangles_overlap, segment_crosses
-from cpq_train.data.simulator.parts import Part
-from cpq_train.data.simulator.shapes import Size
+from cpq_train.simulator.geometry import Array, BoolArray, rectangles_overlap, segment_crosses
+from cpq_train.simulator.parts import Part
+from cpq_train.simulator.shapes import Size
 
 COARSE = 5
 """Collisions are looked for at every fifth sweep."""

@@ -6,7 +6,7 @@ Bodies stay a little inside their box, so that range noise seldom carries a poin
 
 import numpy as np
 
-from cpq_train.data.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part
+from cpq_train.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part
 
 Size = tuple[float, float, float]
 

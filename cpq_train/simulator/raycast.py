@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array, BoolArray, IntArray, rotate, wrap_angle
-from cpq_train.data.simulator.parts import BOX, ELLIPSOID, FRUSTUM, MATERIALS, Parts
-from cpq_train.data.simulator.sensor import (
+from cpq_train.simulator.geometry import Array, BoolArray, IntArray, rotate, wrap_angle
+from cpq_train.simulator.parts import BOX, ELLIPSOID, FRUSTUM, MATERIALS, Parts
+from cpq_train.simulator.sensor import (
     FIRING_SPREAD_RAD,
     HIGHEST_RAD,
     LOWEST_RAD,

@@ -7,12 +7,12 @@ Letters: T sweep times, K coarse times.
 
 import numpy as np
 
-from cpq_train.data.simulator.actors import COARSE, Actor, Occupancy, footprint
-from cpq_train.data.simulator.catalogue import Model, draw_model
-from cpq_train.data.simulator.geometry import Array, turned
-from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M
-from cpq_train.data.simulator.shapes import Size
-from cpq_train.data.simulator.sites import Sites, Stage, reach
+from cpq_train.simulator.actors import COARSE, Actor, Occupancy, footprint
+from cpq_train.simulator.catalogue import Model, draw_model
+from cpq_train.simulator.geometry import Array, turned
+from cpq_train.simulator.road import SIDEWALK_WIDTH_M
+from cpq_train.simulator.shapes import Size
+from cpq_train.simulator.sites import Sites, Stage, reach
 
 NUM_TRIES = 40
 NUM_MORE_TRIES = 8

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.actors import Occupancy
-from cpq_train.data.simulator.geometry import Array
-from cpq_train.data.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part
-from cpq_train.data.simulator.road import SIDEWALK_WIDTH_M, Road
+from cpq_train.simulator.actors import Occupancy
+from cpq_train.simulator.geometry import Array
+from cpq_train.simulator.parts import BOX, ELLIPSOID, FRUSTUM, Part
+from cpq_train.simulator.road import SIDEWALK_WIDTH_M, Road
 
 STYLES: dict[str, tuple[float, float, float, float]] = {
     "urban": (0.3, 6.0, 0.75, 16.0),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array, IntArray
+from cpq_train.simulator.geometry import Array, IntArray
 
 BOX, FRUSTUM, ELLIPSOID = 0, 1, 2
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.data.simulator.geometry import Array
+from cpq_train.simulator.geometry import Array
 
 LONGEST_LAST_STEP_M = 2.0
 
