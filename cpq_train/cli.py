@@ -95,7 +95,7 @@ def _convert(args: list[str]) -> None:
 
 
 def _compare(args: list[str]) -> None:
-    from cpq_train.evaluation.compare import compare
+    from cpq_train.report.compare import compare
 
     # jsonargparse takes a list only behind an option, and folders read best without one.
     parser = argparse.ArgumentParser("cpq_train compare", description="One table and one report over arms.")

@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from cpq_train.evaluation.compare import compare
+from cpq_train.report.compare import compare
 
 FLOAT = "checkpoints/quickstart_float.ckpt"
 BASE = ["-c", "configs/quickstart_float.yaml"]

@@ -15,11 +15,9 @@ from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps, read_cloud
-from cpq_train.evaluation.bev import BevSample, bev_sample, bev_sample_of_cloud
 from cpq_train.evaluation.boxes import Ints, Predictions, Strings
 from cpq_train.evaluation.lightning_metric import DetectionCollector
 from cpq_train.evaluation.metrics_file import read_metrics
-from cpq_train.evaluation.plots import BevPanel, draw_bev
 from cpq_train.evaluation.predictions import (
     LidarDetections,
     predictions_from_detections,
@@ -27,6 +25,8 @@ from cpq_train.evaluation.predictions import (
 )
 from cpq_train.evaluation.run_files import METRICS_FILE, SUBMISSION_FILE
 from cpq_train.evaluation.submission import LIDAR_ONLY, write_submission
+from cpq_train.report.bev import BevSample, bev_sample, bev_sample_of_cloud
+from cpq_train.report.plots import BevPanel, draw_bev
 
 PREDICTIONS_FILE = "predictions.json"
 PICTURES = "bev"

@@ -6,8 +6,8 @@ import matplotlib.image
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, read_amax_history
-from cpq_train.evaluation.amax_picture import NARROWER_COLOUR, UNKNOWN_COLOUR, WIDER_COLOUR, draw_amax_drift
+from cpq_train.report.amax_history import AMAX_DRIFT_FILE, read_amax_history
+from cpq_train.report.amax_picture import NARROWER_COLOUR, UNKNOWN_COLOUR, WIDER_COLOUR, draw_amax_drift
 
 COLUMNS = "step,quantizer,amax,start_amax,live_amax,clipped_share,sqnr_db\n"
 

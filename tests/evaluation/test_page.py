@@ -9,8 +9,8 @@ from browser import NAMES, Page, find_chromium, open_browser
 from test_compare import NOISE_M, PNG, write_arm, write_bev
 
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.compare import compare
-from cpq_train.evaluation.svg import nice_ticks, style
+from cpq_train.report.compare import compare
+from cpq_train.report.svg import nice_ticks, style
 
 DRIFT = "".join(
     f"{step},layers.{layer}._input_quantizer,{1 + 0.01 * step * layer},1,0.001,30\n"

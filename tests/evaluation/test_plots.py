@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.evaluation.bev import BevSample, bev_sample, busiest_sample, read_bev_sample, write_bev_sample
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.metric import evaluate
-from cpq_train.evaluation.plots import DETECTION_COLOUR, WON_COLOUR, BevPanel, draw_bev
 from cpq_train.evaluation.predictions import LidarDetections
+from cpq_train.report.bev import BevSample, bev_sample, busiest_sample, read_bev_sample, write_bev_sample
+from cpq_train.report.plots import DETECTION_COLOUR, WON_COLOUR, BevPanel, draw_bev
 
 
 def sample_with(boxes: list[list[float]], scores: list[float]) -> BevSample:

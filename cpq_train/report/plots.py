@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.evaluation.bev import BevSample
+from cpq_train.report.bev import BevSample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cpq_train.evaluation.plots import BevPanel, draw_panel
+from cpq_train.report.plots import BevPanel, draw_panel
 
 MAX_OBJECTS = 4
 EXTENT_M = 9.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpq_train.evaluation.amax_history import History
+from cpq_train.report.amax_history import History
 
 NARROWER_COLOUR, UNCHANGED_COLOUR, WIDER_COLOUR = "#0072B2", "#F7F7F7", "#D55E00"
 UNKNOWN_COLOUR = "#9A9A9A"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cpq_train.evaluation.svg import Axes, Canvas, nice_ticks, style, width_of
+from cpq_train.report.svg import Axes, Canvas, nice_ticks, style, width_of
 
 WIDTH = 1100
 _MUTED = "var(--muted, #57606a)"

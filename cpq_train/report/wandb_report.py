@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.evaluation.sections import sections
+from cpq_train.report.sections import sections
 
 JOB_TYPE = "compare"
 

@@ -10,23 +10,23 @@ from typing import NamedTuple
 import numpy as np
 
 from cpq_train.common.nuscenes import DETECTION_CLASSES
-from cpq_train.evaluation import charts
-from cpq_train.evaluation.amax_history import (
+from cpq_train.evaluation.boxes import Bools
+from cpq_train.evaluation.lost_objects import Changes, operating_scores
+from cpq_train.evaluation.metric import curves
+from cpq_train.evaluation.protocol import RANGE_BINS_M, RECALL_GRID, TP_THRESHOLD_INDEX
+from cpq_train.evaluation.ranges import bin_name
+from cpq_train.evaluation.reliability import reliability
+from cpq_train.report import charts
+from cpq_train.report.amax_history import (
     AMAX_DRIFT_FILE,
     AMAX_DRIFT_PICTURE,
     most_moved,
     read_amax_history,
 )
-from cpq_train.evaluation.bev import BEV_FILE, BevSample, read_bev_sample
-from cpq_train.evaluation.boxes import Bools
-from cpq_train.evaluation.close_ups import EXTENT_M, MAX_OBJECTS, Subject, draw_close_ups
-from cpq_train.evaluation.lost_objects import Changes, operating_scores
-from cpq_train.evaluation.metric import curves
-from cpq_train.evaluation.plots import BevPanel, draw_bev
-from cpq_train.evaluation.protocol import RANGE_BINS_M, RECALL_GRID, TP_THRESHOLD_INDEX
-from cpq_train.evaluation.ranges import bin_name
-from cpq_train.evaluation.reliability import reliability
-from cpq_train.evaluation.runs import Run, relative
+from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample
+from cpq_train.report.close_ups import EXTENT_M, MAX_OBJECTS, Subject, draw_close_ups
+from cpq_train.report.plots import BevPanel, draw_bev
+from cpq_train.report.runs import Run, relative
 
 FOLDER = "pictures"
 MAX_QUANTIZERS, MAX_STEPS = 40, 48

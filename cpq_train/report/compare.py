@@ -13,16 +13,16 @@ from pathlib import Path
 
 from cpq_train.common.files import replacing, write_whole
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
-from cpq_train.evaluation.figures import draw_figures
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.evaluation.page import write_page
 from cpq_train.evaluation.ranges import errors_per_range
 from cpq_train.evaluation.reliability import reliability
-from cpq_train.evaluation.report import print_report, write_markdown
-from cpq_train.evaluation.runs import Run, load_runs, relative
-from cpq_train.evaluation.wandb_report import log_report
+from cpq_train.report.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
+from cpq_train.report.figures import draw_figures
+from cpq_train.report.page import write_page
+from cpq_train.report.runs import Run, load_runs, relative
+from cpq_train.report.text import print_report, write_markdown
+from cpq_train.report.wandb_report import log_report
 
 SCHEMA = 1
 COMPARED_METRICS = ("mAP", "NDS")

@@ -1,0 +1,1 @@
+"""Runs side by side: tables, a page, pictures. Starts without torch."""
