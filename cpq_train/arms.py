@@ -24,11 +24,11 @@ from cpq_train.common.checkpoint import (
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
-from cpq_train.quantization.calibration import AMAX, is_calibrated, problems_of_state
 from cpq_train.quantization.health import refuse
 from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, prepare, unquantized
-from cpq_train.quantization.range_policy import AmaxPolicy, apply_policy
+from cpq_train.quantization.ranges.calibration import AMAX, is_calibrated, problems_of_state
+from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.recipe import amax_policy, recipe, same_scheme
 from cpq_train.quantization.scheme import Scheme
 

@@ -45,10 +45,10 @@ from cpq_train.quantization.batchnorm import (
     joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
-from cpq_train.quantization.calibration import collecting_ranges, static_ranges
 from cpq_train.quantization.health import Problem, refuse, table
 from cpq_train.quantization.prepare import leave_in_float
-from cpq_train.quantization.range_policy import (
+from cpq_train.quantization.ranges.calibration import collecting_ranges, static_ranges
+from cpq_train.quantization.ranges.policy import (
     RangePolicy,
     finish_observing,
     range_parameters,

@@ -33,8 +33,8 @@ from cpq_train.profiling.memory import MemoryObserver, kept_buffers, observing_m
 from cpq_train.profiling.report import Profile, print_profile, write_files
 from cpq_train.profiling.storage import storage_rows
 from cpq_train.profiling.trace import write_trace
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.costs import count_costs
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 
 NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "rulebook"),)
 """What a pass of the network spends time in beside its modules."""

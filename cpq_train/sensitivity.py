@@ -13,8 +13,8 @@ from cpq_train.arms import blocks_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import CenterPointDetector
-from cpq_train.quantization.assignment import assign, check_feasible, total
-from cpq_train.quantization.bit_plan import (
+from cpq_train.quantization.bits.assignment import assign, check_feasible, total
+from cpq_train.quantization.bits.bit_plan import (
     FIXED,
     BitPlan,
     Budget,
@@ -22,10 +22,10 @@ from cpq_train.quantization.bit_plan import (
     mixed_scheme,
     write_scheme,
 )
+from cpq_train.quantization.bits.report import write_report
+from cpq_train.quantization.bits.sensitivity import Case, MeasurementLog, alone, cases_of, measure
 from cpq_train.quantization.prepare import quantizable_layers
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.sensitivity import Case, MeasurementLog, alone, cases_of, measure
-from cpq_train.quantization.sensitivity_report import write_report
 from cpq_train.sensitivity_bench import Bench
 
 Record = dict[str, Any]

@@ -19,10 +19,10 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.detector import Batch, CenterPointDetector
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.divergence import output_distance
-from cpq_train.quantization.bit_plan import write_scheme
+from cpq_train.quantization.bits.bit_plan import write_scheme
+from cpq_train.quantization.bits.sensitivity import Scores
 from cpq_train.quantization.costs import LayerCost, count_costs
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.sensitivity import Scores
 from cpq_train.scoring import score_detector
 
 

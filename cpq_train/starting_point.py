@@ -15,11 +15,11 @@ from torch import distributed, nn
 from cpq_train.arms import Subject, blocks_of
 from cpq_train.common.errors import UserError
 from cpq_train.models.foreground import foreground_error
-from cpq_train.quantization.adaround import BlockRounding, round_adaptively
-from cpq_train.quantization.bias_correction import correct_biases
-from cpq_train.quantization.foreground import is_searched, search_ranges
+from cpq_train.quantization.ptq.adaround import BlockRounding, round_adaptively
+from cpq_train.quantization.ptq.bias_correction import correct_biases
+from cpq_train.quantization.ptq.range_search import is_searched, search_ranges
+from cpq_train.quantization.ptq.twins import Twins
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.twins import Twins
 
 NUM_SEARCH_BATCHES = 2
 """Batches on which every range of a foreground search is tried; each costs up to 8 passes per quantizer."""

@@ -18,7 +18,7 @@ from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
 from cpq_train.profile import Settings as ProfileSettings
 from cpq_train.profile import profile
-from cpq_train.quantization.calibration import check_ranges
+from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.sensitivity import Settings, analyse
 from cpq_train.strategy import QuantDDPStrategy

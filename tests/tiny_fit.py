@@ -27,7 +27,7 @@ from cpq_train.data.samplers import TrainingSampler, dealt_batches
 from cpq_train.models import NetworkConfig
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.optim import OptimizerConfig
-from cpq_train.quantization.range_policy import RangePolicy
+from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.switches import quantizers
 from cpq_train.strategy import QuantDDPStrategy
 from cpq_train.trainer import QuantTrainer

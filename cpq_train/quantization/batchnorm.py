@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.fake_quant import round_to_codes
+from cpq_train.quantization.numerics.fake_quant import round_to_codes
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS
 

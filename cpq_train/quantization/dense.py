@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.fake_quant import pass_inside, round_to_codes
-from cpq_train.quantization.formats import IntegerFormat
-from cpq_train.quantization.int8_kernel import Geometry
+from cpq_train.quantization.numerics.fake_quant import pass_inside, round_to_codes
+from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Range
 
 

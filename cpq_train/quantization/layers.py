@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from cpq_train.quantization import int8_kernel
 from cpq_train.quantization.dense import IntegerConvolution
-from cpq_train.quantization.exact_sum import Axes, Convolve, exact_sum
-from cpq_train.quantization.fake_quant import add_codes, rescale
-from cpq_train.quantization.formats import IntegerFormat
-from cpq_train.quantization.int8_kernel import Geometry
+from cpq_train.quantization.numerics import int8_kernel
+from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, exact_sum
+from cpq_train.quantization.numerics.fake_quant import add_codes, rescale
+from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d

@@ -11,9 +11,9 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
-from cpq_train.quantization import fake_quant
-from cpq_train.quantization.collectors import Collector, new_collector
-from cpq_train.quantization.formats import NumberFormat
+from cpq_train.quantization.numerics import fake_quant
+from cpq_train.quantization.numerics.formats import NumberFormat
+from cpq_train.quantization.ranges.collectors import Collector, new_collector
 from cpq_train.quantization.scheme import QuantizerScheme
 from cpq_train.quantization.weight_ranges import largest_magnitude, weight_amax
 

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.formats import Float8Format, IntegerFormat, NumberFormat
+from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
 KINDS = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
 """The kinds of layer that can be quantized."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpq_train.quantization.fake_quant import round_to_codes, scale_of, step_of
+from cpq_train.quantization.numerics.fake_quant import round_to_codes, scale_of, step_of
 from cpq_train.quantization.scheme import QuantizerScheme
 
 NUM_CANDIDATES = 100

@@ -24,9 +24,9 @@ from cpq_train.arms import tensors_read_together
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import fold_batchnorm
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import QuantAdd
 from cpq_train.quantization.prepare import prepare
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS, Scheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SparseModule, SubMConv3d
 

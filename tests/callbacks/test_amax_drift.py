@@ -21,7 +21,7 @@ from cpq_train.callbacks.amax_drift import COLUMNS, AmaxDrift, summary
 from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.range_watch import RangeReading, RangeWatch
+from cpq_train.quantization.ranges.watch import RangeReading, RangeWatch
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 LEARNED = ["--model.ranges.amax", "learned", "--model.ranges.lr", "0.05"]

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.prepare import prepare
+from cpq_train.quantization.ptq.twins import Twins
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.twins import Twins
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseSequential, SubMConv3d
 
 

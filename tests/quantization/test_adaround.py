@@ -8,9 +8,9 @@ import torch
 from small_networks import NETWORKS, calibrated, dense_batches, run, scheme, twins_of
 from torch import nn
 
-from cpq_train.quantization import adaround
-from cpq_train.quantization.adaround import round_adaptively
-from cpq_train.quantization.twins import squared_error
+from cpq_train.quantization.ptq import adaround
+from cpq_train.quantization.ptq.adaround import round_adaptively
+from cpq_train.quantization.ptq.twins import squared_error
 
 BLOCKS = {"dense": ["0", "1", "2"], "sparse": ["0", "1"]}
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.assignment import Choice, assign, total
+from cpq_train.quantization.bits.assignment import Choice, assign, total
 
 # From losses that hardly matter to ones that decide everything; costs from nothing to a whole level.
 LOSSES = st.one_of(st.just(0.0), st.floats(1e-7, 10.0))

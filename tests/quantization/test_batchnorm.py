@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import fold_batchnorm, freeze_batchnorm, has_batchnorm
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.range_policy import apply_policy
+from cpq_train.quantization.ranges.calibration import collecting_ranges
+from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SubMConv3d
 

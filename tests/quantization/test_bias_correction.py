@@ -8,11 +8,11 @@ from small_networks import NETWORKS, calibrated, dense_batches, run, scheme, twi
 from torch import nn
 
 from cpq_train.quantization.batchnorm import fold_batchnorm
-from cpq_train.quantization.bias_correction import correct_biases
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.ptq.bias_correction import correct_biases
+from cpq_train.quantization.ptq.twins import Twins, tensors_in
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
-from cpq_train.quantization.twins import Twins, tensors_in
 
 
 def _mean_error(twins: Twins) -> torch.Tensor:

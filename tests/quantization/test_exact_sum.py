@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from cpq_train.quantization.calibration import collecting_ranges
-from cpq_train.quantization.exact_sum import Axes, exact_sum
-from cpq_train.quantization.formats import IntegerFormat
 from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.numerics.exact_sum import Axes, exact_sum
+from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.sparse import SparseConvTensor, SubMConv3d
 

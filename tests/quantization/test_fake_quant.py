@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_quantization.tensor_quant import fake_tensor_quant
 
-from cpq_train.quantization.fake_quant import (
+from cpq_train.quantization.numerics.fake_quant import (
     codes,
     fake_quantize,
     rescale,
     scale_of,
     step_of,
 )
-from cpq_train.quantization.formats import IntegerFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat
 
 formats = st.builds(IntegerFormat, st.integers(2, 16), st.booleans(), st.booleans())
 

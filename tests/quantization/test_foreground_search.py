@@ -4,7 +4,7 @@ import torch
 from small_networks import dense_batches, dense_network, run, scheme, twins_of
 from torch import Tensor, nn
 
-from cpq_train.quantization.foreground import FRACTIONS, search_ranges
+from cpq_train.quantization.ptq.range_search import FRACTIONS, search_ranges
 from cpq_train.quantization.switches import quantizers
 
 SEARCHED = scheme(weight={"bits": 8}, input={"bits": 4, "method": "foreground"})

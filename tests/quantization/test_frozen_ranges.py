@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 

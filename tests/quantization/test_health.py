@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cpq_train.arms import Subject, build, check_state, from_weights
 from cpq_train.common.errors import UserError
 from cpq_train.models import NetworkConfig
-from cpq_train.quantization.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.prepare import coverage, leave_in_float
+from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 
 SMALL = NetworkConfig(

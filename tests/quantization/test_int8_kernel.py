@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from cpq_train.quantization import int8_kernel
-from cpq_train.quantization.calibration import collecting_ranges
-from cpq_train.quantization.int8_kernel import Geometry
 from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.numerics import int8_kernel
+from cpq_train.quantization.numerics.int8_kernel import Geometry
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 PLAIN = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization import fake_quant, reference
-from cpq_train.quantization.calibration import collecting_ranges
-from cpq_train.quantization.end_to_end import Flips, verify_end_to_end
-from cpq_train.quantization.formats import IntegerFormat
+from cpq_train.quantization import reference
 from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.numerics import fake_quant
+from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import only_quantized, quantizers_off
-from cpq_train.quantization.verification import LayerReport, verify_layers
+from cpq_train.quantization.verification.end_to_end import Flips, verify_end_to_end
+from cpq_train.quantization.verification.layers import LayerReport, verify_layers
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
 
 INT8 = LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme())

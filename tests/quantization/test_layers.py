@@ -9,9 +9,9 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import nn
 
-from cpq_train.quantization.calibration import collecting_ranges
-from cpq_train.quantization.exact_sum import EXACT_LIMIT, Codes, num_exact_parts
 from cpq_train.quantization.layers import QuantAdd, QuantConv2d, quantize_layer
+from cpq_train.quantization.numerics.exact_sum import EXACT_LIMIT, Codes, num_exact_parts
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d

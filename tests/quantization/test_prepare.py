@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from cpq_train.arms import build, tensors_read_together
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.quantization import dense, fake_quant
+from cpq_train.quantization import dense
 from cpq_train.quantization.batchnorm import fold_batchnorm
-from cpq_train.quantization.calibration import collecting_ranges
 from cpq_train.quantization.layers import QuantAdd, QuantConv2d, QuantSubMConv3d
+from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.prepare import coverage, prepare
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.quantization.calibration import collecting_ranges
-from cpq_train.quantization.fake_quant import codes, fake_quantize
-from cpq_train.quantization.formats import Float8Format, IntegerFormat
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.range_policy import (
+from cpq_train.quantization.numerics.fake_quant import codes, fake_quantize
+from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat
+from cpq_train.quantization.ranges.calibration import collecting_ranges
+from cpq_train.quantization.ranges.policy import (
     RangePolicy,
     apply_policy,
     finish_observing,

@@ -13,12 +13,12 @@ import torch.multiprocessing as mp
 from small_networks import calibrated, dense_batches, run, scheme, sparse_batches
 from torch import Tensor, nn
 
-from cpq_train.quantization.calibration import static_ranges
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.range_policy import apply_policy
-from cpq_train.quantization.range_watch import MAX_SAMPLE, RangeReading, RangeWatch, stride_for
+from cpq_train.quantization.ranges.calibration import static_ranges
+from cpq_train.quantization.ranges.policy import apply_policy
+from cpq_train.quantization.ranges.watch import MAX_SAMPLE, RangeReading, RangeWatch, stride_for
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.sparse import ResidualAdd

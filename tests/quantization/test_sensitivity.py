@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from cpq_train.arms import blocks_of, build, tensors_read_together
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.quantization.bit_plan import FIXED, BitPlan, Option, mixed_scheme, write_scheme
-from cpq_train.quantization.calibration import collecting_ranges
+from cpq_train.quantization.bits.bit_plan import FIXED, BitPlan, Option, mixed_scheme, write_scheme
+from cpq_train.quantization.bits.sensitivity import MeasurementLog, Scores, alone, cases_of, measure
 from cpq_train.quantization.costs import LayerCost
 from cpq_train.quantization.prepare import prepare, quantizable_layers
+from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.sensitivity import MeasurementLog, Scores, alone, cases_of, measure
 from cpq_train.quantization.switches import only_quantized, quantized_layers, quantizers_off
 
 SMALL = NetworkConfig(

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cpq_train.quantization.formats import IntegerFormat
 from cpq_train.quantization.layers import QuantizedConvolution
+from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.ptq.twins import Twins, squared_error
 from cpq_train.quantization.switches import quantizers
-from cpq_train.quantization.twins import Twins, squared_error
 
 ZETA, GAMMA = 1.1, -0.1
 LAMBDA = 0.01

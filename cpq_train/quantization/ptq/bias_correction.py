@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.quantization.batchnorm import followed_by_batchnorm
 from cpq_train.quantization.layers import QuantizedConvolution
-from cpq_train.quantization.twins import Twins
+from cpq_train.quantization.ptq.twins import Twins
 from cpq_train.sparse import SparseConvTensor
 
 Hook = Callable[[str, Any], Any]

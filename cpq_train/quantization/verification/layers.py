@@ -14,7 +14,8 @@ import numpy as np
 from torch import nn
 
 from cpq_train.quantization import reference
-from cpq_train.quantization.observation import (
+from cpq_train.quantization.switches import quantized_layers
+from cpq_train.quantization.verification.observation import (
     Array,
     Observed,
     evaluate,
@@ -23,7 +24,6 @@ from cpq_train.quantization.observation import (
     run,
     why_not_covered,
 )
-from cpq_train.quantization.switches import quantized_layers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.observation import (
+from cpq_train.quantization.switches import quantized_layers
+from cpq_train.quantization.verification.observation import (
     Array,
     Observed,
     evaluate,
@@ -21,7 +22,6 @@ from cpq_train.quantization.observation import (
     run,
     why_not_covered,
 )
-from cpq_train.quantization.switches import quantized_layers
 from cpq_train.sparse import SparseConvTensor
 
 FLIP_REASON = (

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.formats import NumberFormat
+from cpq_train.quantization.numerics.formats import NumberFormat
 
 SMALLEST_AMAX = 2.0**-24
 """At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpq_train.quantization.ptq.twins import Twins
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.switches import quantizers
-from cpq_train.quantization.twins import Twins
 
 Objective = Callable[[Any, Any], Tensor]
 """(Output of the float network, of the quantized one) -> a scalar to minimise."""

@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.bit_plan import Unit
+from cpq_train.quantization.bits.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized
 

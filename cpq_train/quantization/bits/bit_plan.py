@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cpq_train.quantization.assignment import Choice, Choices
+from cpq_train.quantization.bits.assignment import Choice, Choices
 from cpq_train.quantization.costs import LayerCost, bit_macs, stored_mib
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 

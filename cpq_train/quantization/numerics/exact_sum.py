@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.formats import IntegerFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat
 
 EXACT_LIMIT = 2.0**24
 """fp32 holds every whole number up to here."""

@@ -1,0 +1,1 @@
+"""The arithmetic of fake quantization: number formats, rounding, exact sums of codes."""

@@ -1,0 +1,1 @@
+"""What makes a calibrated network better without training it."""

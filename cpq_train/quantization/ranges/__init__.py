@@ -1,0 +1,1 @@
+"""Ranges of tensors: how they are found, what becomes of them in training, how far they move."""

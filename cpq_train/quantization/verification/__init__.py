@@ -1,0 +1,1 @@
+"""A quantized network against the integer reference: layer by layer and end to end."""
