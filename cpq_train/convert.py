@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 from torch import Tensor
 
-from cpq_train.arms import Subject, build, from_weights
+from cpq_train.arms.subject import Subject, build, from_weights
 from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from cpq_train.arms.recipe import amax_policy
 from cpq_train.common.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
-from cpq_train.quantization.recipe import amax_policy
 
 
 def describe(checkpoint: Path) -> None:

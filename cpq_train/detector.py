@@ -18,7 +18,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from cpq_train.arms import (
+from cpq_train.arms.recipe import coverage_table
+from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
+from cpq_train.arms.subject import (
     Arm,
     Subject,
     build,
@@ -29,6 +31,7 @@ from cpq_train.arms import (
     needs_calibration,
     set_range_policy,
 )
+from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.checkpoint import network_state
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
@@ -55,11 +58,8 @@ from cpq_train.quantization.ranges.policy import (
     start_observing,
 )
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
-from cpq_train.quantization.recipe import coverage_table
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.resilience.nonfinite import nonfinite_loss
-from cpq_train.starting_point import Batches, CalibrationConfig, improve
-from cpq_train.teacher import Teacher, find_teacher
 
 Batch = dict[str, Any]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpq_train.arms import needs_calibration
+from cpq_train.arms.subject import needs_calibration
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError

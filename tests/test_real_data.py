@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpq_train.arms import Subject, build
+from cpq_train.arms.subject import Subject, build
 from cpq_train.cli import main
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.voxelization import Voxelizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpq_train.arms import build
+from cpq_train.arms.subject import build
 from cpq_train.cli import main
 from cpq_train.detector import CenterPointDetector
 from cpq_train.models import NetworkConfig

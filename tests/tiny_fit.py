@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from cpq_train import detector
-from cpq_train.arms import build
+from cpq_train.arms.subject import build
 from cpq_train.data.dataset import Item, SampleKey, collate
 from cpq_train.data.samplers import TrainingSampler, dealt_batches
 from cpq_train.models import NetworkConfig

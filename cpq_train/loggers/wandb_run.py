@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from cpq_train.arms import Subject
+from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole

@@ -21,7 +21,7 @@ from foreign_networks import (
 )
 from torch import Tensor
 
-from cpq_train.arms import build, from_weights
+from cpq_train.arms.subject import build, from_weights
 from cpq_train.cli import main
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.arms import Arm, Subject, from_weights
+from cpq_train.arms.subject import Arm, Subject, from_weights
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.models import HeadOutput, NetworkConfig

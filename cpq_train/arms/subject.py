@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from cpq_train.arms.recipe import amax_policy, recipe, same_scheme
 from cpq_train.common.checkpoint import (
     NETWORK_PREFIX,
     network_state,
@@ -29,7 +30,6 @@ from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, Prepared, prepare, unquantized
 from cpq_train.quantization.ranges.calibration import AMAX, is_calibrated, problems_of_state
 from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
-from cpq_train.quantization.recipe import amax_policy, recipe, same_scheme
 from cpq_train.quantization.scheme import Scheme
 
 Arm = Literal["float", "float_tuned", "ptq", "qat"]

@@ -1,0 +1,1 @@
+"""The four arms, where network and quantization meet: their structure, their checkpoints, better starting points."""
