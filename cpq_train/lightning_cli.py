@@ -21,9 +21,9 @@ from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.trainer import QuantTrainer
+from cpq_train.training.detector import CenterPointDetector
 
 
 class SaveConfig(SaveConfigCallback):

@@ -24,7 +24,6 @@ from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import voxelizer_of
 from cpq_train.data.sweeps import load_sweeps, read_cloud
-from cpq_train.detector import CenterPointDetector
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.profiling.instrument import Function, observing, parts_of
@@ -35,13 +34,14 @@ from cpq_train.profiling.storage import storage_rows
 from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.ranges.calibration import collecting_ranges
+from cpq_train.training.detector import CenterPointDetector
 
 NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "rulebook"),)
 """What a pass of the network spends time in beside its modules."""
 
 DETECTION_FUNCTIONS = (
     *NETWORK_FUNCTIONS,
-    Function("cpq_train.detector", "decode", "decode"),
+    Function("cpq_train.training.detector", "decode", "decode"),
     Function("cpq_train.models.decode", "rotated_nms", "NMS"),
 )
 """The same of a pass from voxels to boxes."""

@@ -12,7 +12,6 @@ import torch
 from cpq_train.arms.subject import blocks_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.quantization.bits.assignment import assign, check_feasible, total
 from cpq_train.quantization.bits.bit_plan import (
     FIXED,
@@ -27,6 +26,7 @@ from cpq_train.quantization.bits.sensitivity import Case, MeasurementLog, alone,
 from cpq_train.quantization.prepare import quantizable_layers
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.sensitivity_bench import Bench
+from cpq_train.training.detector import CenterPointDetector
 
 Record = dict[str, Any]
 

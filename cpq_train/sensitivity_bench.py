@@ -16,14 +16,14 @@ from cpq_train.arms.subject import Arm
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import Batch, CenterPointDetector
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.divergence import output_distance
 from cpq_train.quantization.bits.bit_plan import write_scheme
 from cpq_train.quantization.bits.sensitivity import Scores
 from cpq_train.quantization.costs import LayerCost, count_costs
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.scoring import score_detector
+from cpq_train.training.detector import Batch, CenterPointDetector
+from cpq_train.training.scoring import score_detector
 
 
 class Bench:

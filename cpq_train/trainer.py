@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
 from cpq_train.profile import Settings as ProfileSettings
@@ -21,7 +20,8 @@ from cpq_train.profile import profile
 from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.sensitivity import Settings, analyse
-from cpq_train.strategy import QuantDDPStrategy
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.strategy import QuantDDPStrategy
 
 PRECISIONS = ("32-true", "bf16-mixed")
 

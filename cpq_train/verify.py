@@ -22,12 +22,12 @@ from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.detector import CenterPointDetector
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, Flips, verify_end_to_end
 from cpq_train.quantization.verification.layers import LayerReport, verify_layers
 from cpq_train.simulator import simulate
+from cpq_train.training.detector import CenterPointDetector
 
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0

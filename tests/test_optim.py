@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.optim import OptimizerConfig, learning_rate_and_momentum, new_optimizer
+from cpq_train.training.optim import OptimizerConfig, learning_rate_and_momentum, new_optimizer
 
 
 def test_onecycle_equals_openpcdet(golden_dir: Path) -> None:

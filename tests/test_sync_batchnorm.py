@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import collate
-from cpq_train.detector import CenterPointDetector
 from cpq_train.quantization.batchnorm import (
     fold_batchnorm,
     followed_by_batchnorm,
     joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
+from cpq_train.training.detector import CenterPointDetector
 
 NewDetector = Callable[[str], CenterPointDetector]
 

@@ -11,9 +11,9 @@ from cpq_train.arms.subject import build, from_weights
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
-from cpq_train.detector import CenterPointDetector
 from cpq_train.models import CODE_WEIGHTS, CenterPoint, NetworkConfig
 from cpq_train.models.distillation import DistillationConfig, run_observed
+from cpq_train.training.detector import CenterPointDetector
 
 SMALL = NetworkConfig(
     point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0),

@@ -20,17 +20,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from cpq_train import detector
 from cpq_train.arms.subject import build
 from cpq_train.data.dataset import Item, SampleKey, collate
 from cpq_train.data.samplers import TrainingSampler, dealt_batches
 from cpq_train.models import NetworkConfig
 from cpq_train.models.distillation import DistillationConfig
-from cpq_train.optim import OptimizerConfig
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.switches import quantizers
-from cpq_train.strategy import QuantDDPStrategy
 from cpq_train.trainer import QuantTrainer
+from cpq_train.training import detector
+from cpq_train.training.optim import OptimizerConfig
+from cpq_train.training.strategy import QuantDDPStrategy
 
 DDP = {"gradient_as_bucket_view": True}
 

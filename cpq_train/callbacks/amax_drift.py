@@ -14,12 +14,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from cpq_train.common.errors import UserError
-from cpq_train.detector import CenterPointDetector
 from cpq_train.loggers.csv_rows import append_rows, rows_before, write_rows
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.watch import RangeReading, RangeWatch
 from cpq_train.report.amax_history import AMAX_DRIFT_FILE, AMAX_DRIFT_PICTURE, read_amax_history
 from cpq_train.report.amax_picture import draw_amax_drift
+from cpq_train.training.detector import CenterPointDetector
 
 COLUMNS = ("step", *RangeReading._fields)
 MOVED = math.log2(1.01)

@@ -16,9 +16,9 @@ from typing_extensions import override
 from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.quantization.switches import quantizers_off
-from cpq_train.scoring import score_detector
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.scoring import score_detector
 
 Score = dict[str, float]
 

@@ -15,7 +15,6 @@ from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
-from cpq_train.detector import CenterPointDetector
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
@@ -24,6 +23,7 @@ from cpq_train.profiling.report import size_summary
 from cpq_train.profiling.storage import storage_rows
 from cpq_train.quantization.prepare import coverage
 from cpq_train.report.bev import BEV_FILE, BevSample, bev_sample, busiest_sample, write_bev_sample
+from cpq_train.training.detector import CenterPointDetector
 
 
 class Evaluation(Callback):

@@ -10,15 +10,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from cpq_train.callbacks.layer_probe import LayerProbe, Record
-from cpq_train.detector import CenterPointDetector
 from cpq_train.profile import DETECTION_FUNCTIONS
 from cpq_train.profiling.instrument import Function, Part, observing
 from cpq_train.profiling.latency import Stopwatch
+from cpq_train.training.detector import CenterPointDetector
 
 STEP_FUNCTIONS = (
     *DETECTION_FUNCTIONS,
-    Function("cpq_train.detector", "assign_targets", "targets"),
-    Function("cpq_train.detector", "center_loss", "loss"),
+    Function("cpq_train.training.detector", "assign_targets", "targets"),
+    Function("cpq_train.training.detector", "center_loss", "loss"),
 )
 
 BACKWARD = Part("backward", "backward")

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cpq_train.common.errors import UserError
-from cpq_train.detector import CenterPointDetector
 from cpq_train.loggers.csv_rows import append_rows, read_rows, write_rows
+from cpq_train.training.detector import CenterPointDetector
 
 Record = dict[str, Any]
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
-from cpq_train.detector import FOLDED_FILE, CenterPointDetector
+from cpq_train.training.detector import FOLDED_FILE, CenterPointDetector
 
 if TYPE_CHECKING:
     import wandb

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.loggers.csv_run import CSVRunLogger
 from cpq_train.loggers.wandb_run import WandbRunLogger
+from cpq_train.training.detector import CenterPointDetector
 
 
 class StartLoggers(Callback):

@@ -19,8 +19,8 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.loggers import artifacts
+from cpq_train.training.detector import CenterPointDetector
 
 STEP = "trainer/global_step"
 BEST = ("val/NDS", "val/mAP")

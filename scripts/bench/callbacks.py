@@ -34,8 +34,8 @@ from cpq_train.callbacks.layer_latency import LayerLatency
 from cpq_train.callbacks.layer_memory import LayerMemory
 from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import Batch
-from cpq_train.detector import CenterPointDetector
 from cpq_train.models import NetworkConfig
+from cpq_train.training.detector import CenterPointDetector
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG, WEIGHTS = (

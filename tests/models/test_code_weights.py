@@ -1,8 +1,8 @@
 import pytest
 
 from cpq_train.common.errors import UserError
-from cpq_train.detector import CenterPointDetector
 from cpq_train.models.code_weights import CODE_WEIGHTS, resolve_code_weights
+from cpq_train.training.detector import CenterPointDetector
 
 
 def test_ancestors_in_their_own_order() -> None:

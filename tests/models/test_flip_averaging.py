@@ -11,7 +11,6 @@ from cpq_train.callbacks.evaluation import postprocessing_sha256
 from cpq_train.common.errors import UserError
 from cpq_train.data.augmentation import flip_x, flip_y
 from cpq_train.data.voxelization import Voxelizer
-from cpq_train.detector import CenterPointDetector
 from cpq_train.models import (
     BOX_BRANCHES,
     CenterPoint,
@@ -22,6 +21,7 @@ from cpq_train.models import (
     decode,
 )
 from cpq_train.models.flip_averaging import IMAGES, flip_averaged, mirror_head, mirror_voxels
+from cpq_train.training.detector import CenterPointDetector
 
 SMALL = NetworkConfig(
     voxel_size=(0.4, 0.4, 0.2),

@@ -14,7 +14,7 @@ import torch
 from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.cli import main
-from cpq_train.detector import CenterPointDetector
+from cpq_train.training.detector import CenterPointDetector
 
 State = dict[str, torch.Tensor]
 Options = Callable[..., list[str]]

@@ -17,10 +17,10 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.files import PARTIAL, remove_partial, write_whole
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import TrainingSampler
-from cpq_train.detector import CenterPointDetector
 from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
 from cpq_train.resilience.preemption import Request, noting_signals, received
 from cpq_train.resilience.resume import newest_checkpoint
+from cpq_train.training.detector import CenterPointDetector
 
 
 def checkpoint(step: int, ordinal: int, run_started_s: float = 1.0, moment: str = "other") -> dict:

@@ -23,7 +23,7 @@ from conftest_failure import (
 )
 
 from cpq_train.cli import main
-from cpq_train.detector import CenterPointDetector
+from cpq_train.training.detector import CenterPointDetector
 
 SLURM = {
     "SLURM_JOB_ID": "4242",

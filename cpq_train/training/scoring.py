@@ -6,8 +6,8 @@ import torch
 from rich.progress import track
 
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.detector import CenterPointDetector
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
+from cpq_train.training.detector import CenterPointDetector
 
 
 def score_detector(

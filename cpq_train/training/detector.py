@@ -41,7 +41,6 @@ from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
 from cpq_train.models.losses import center_loss
 from cpq_train.models.targets import assign_targets
-from cpq_train.optim import OptimizerConfig, gradient_norm, new_optimizer
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
     freeze_batchnorm,
@@ -60,6 +59,7 @@ from cpq_train.quantization.ranges.policy import (
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.resilience.nonfinite import nonfinite_loss
+from cpq_train.training.optim import OptimizerConfig, gradient_norm, new_optimizer
 
 Batch = dict[str, Any]
 
