@@ -1,6 +1,6 @@
 """`python -m cpq_train VERB`."""
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 if __name__ == "__main__":
     main()

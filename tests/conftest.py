@@ -62,7 +62,7 @@ def simulated_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def arms(simulated_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """All four arms of a tiny model, made by the command line."""
-    from cpq_train.cli import main
+    from cpq_train.verbs.cli import main
 
     runs = tmp_path_factory.mktemp("runs")
     fit = ["fit", "-c", BASE]

@@ -14,7 +14,7 @@ import torch
 import yaml
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 Run = dict[str, Path]
 

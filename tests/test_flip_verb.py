@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_model import BASE, tiny_options
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 
 def test_flipped_runs_are_not_compared_with_others(

@@ -15,7 +15,7 @@ from nuscenes import NuScenes
 from pyquaternion import Quaternion
 from tiny_model import BASE, tiny_options
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 Run = dict[str, Path]
 

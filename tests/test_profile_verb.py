@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.cli import main
 from cpq_train.data.clouds import synthetic_cloud
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.models import CenterPoint
+from cpq_train.verbs.cli import main
 
 
 def _profile(run: Path, *more: str, root: Path | str = "nowhere") -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cpq_train.arms.subject import Subject, build
-from cpq_train.cli import main
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.voxelization import Voxelizer
 from cpq_train.models import NetworkConfig
@@ -18,6 +17,7 @@ from cpq_train.models.targets import assign_targets
 from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.verification.layers import verify_layers
+from cpq_train.verbs.cli import main
 
 KEY_FRAMES = ["3e8750f331d7499e9b5123e9eb70f2e2", "fdc39b23ab4242eda6ec5e1e6574fe33"]
 """The two samples whose clouds exist."""

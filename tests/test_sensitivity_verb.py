@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 NUM_BLOCKS = 23
 

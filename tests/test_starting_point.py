@@ -11,9 +11,9 @@ from torch import distributed, multiprocessing, nn
 
 from cpq_train.arms.starting_point import CalibrationConfig, _agree, spread
 from cpq_train.arms.subject import blocks_of, build, from_weights
-from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.verbs.cli import main
 
 SMALL: dict[str, Any] = {
     "voxel_size": (0.64, 0.64, 0.32),

@@ -12,8 +12,8 @@ from torch.nn.utils import get_total_norm
 from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import collate
 from cpq_train.quantization.switches import quantizers
-from cpq_train.trainer import QuantTrainer
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.trainer import QuantTrainer
 
 
 class AtSteps(Callback):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 State = dict[str, torch.Tensor]
 

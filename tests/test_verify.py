@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cpq_train.arms.subject import build
-from cpq_train.cli import main
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization import layers
 from cpq_train.quantization.ranges.calibration import collecting_ranges
@@ -17,6 +16,7 @@ from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantized_layers
 from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.cli import main
 
 TINY = NetworkConfig(
     voxel_size=(0.8, 0.8, 0.32),

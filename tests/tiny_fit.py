@@ -27,10 +27,10 @@ from cpq_train.models import NetworkConfig
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.switches import quantizers
-from cpq_train.trainer import QuantTrainer
 from cpq_train.training import detector
 from cpq_train.training.optim import OptimizerConfig
 from cpq_train.training.strategy import QuantDDPStrategy
+from cpq_train.verbs.trainer import QuantTrainer
 
 DDP = {"gradient_as_bucket_view": True}
 

@@ -18,11 +18,11 @@ from tiny_model import BASE, OVERLAY, tiny_options
 from torch import nn
 
 from cpq_train.callbacks.amax_drift import COLUMNS, AmaxDrift, summary
-from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.ranges.watch import RangeReading, RangeWatch
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
+from cpq_train.verbs.cli import main
 
 LEARNED = ["--model.ranges.amax", "learned", "--model.ranges.lr", "0.05"]
 EPOCHS = ["--trainer.max_epochs", "2", "--checkpoint.save_top_k", "-1", "--checkpoint.every_n_epochs", "1"]

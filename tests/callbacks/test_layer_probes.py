@@ -15,9 +15,9 @@ from cpq_train.callbacks.layer_latency import LayerLatency
 from cpq_train.callbacks.layer_memory import LayerMemory
 from cpq_train.callbacks.layer_probe import LayerProbe
 from cpq_train.callbacks.throughput import Throughput
-from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.cli import main
 
 CALLBACKS = {
     "layer_latency.LayerLatency": {"every_n_steps": 2, "first_step": 0, "num_logged": 3},

@@ -13,12 +13,12 @@ from nuscenes.utils.data_classes import Box
 from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 
-from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.gt_database import GtDatabase, build_gt_database, open_gt_database
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.sweeps import CloudError, load_sweeps
+from cpq_train.verbs.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_command_line_and_workers(
 KILLED = """
 import os, signal, sys
 import numpy as np
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 save, calls = np.{function}, []
 def killing(file, *args, **columns):
     calls.append(file)

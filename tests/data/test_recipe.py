@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import Trainer
 from tiny_model import BASE, tiny_options
 
-from cpq_train.cli import main
 from cpq_train.common.errors import UserError
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch
 from cpq_train.data.gt_sampling import GtSampling
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.verbs.cli import main
 
 
 def datamodule(root: Path, cache: Path, **arguments: Any) -> NuScenesDataModule:

@@ -22,14 +22,14 @@ from foreign_networks import (
 from torch import Tensor
 
 from cpq_train.arms.subject import build, from_weights
-from cpq_train.cli import main
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
-from cpq_train.convert import convert
 from cpq_train.interop import conventions
 from cpq_train.interop.conversion import to_ours
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.verbs.cli import main
+from cpq_train.verbs.convert import convert
 
 DIALECTS = {"openpcdet": OPENPCDET, "tianweiy": TIANWEIY, "mmdet3d": MMDET3D}
 WRAPPED = {"openpcdet": "model_state", "tianweiy": "state_dict", "mmdet3d": "state_dict"}

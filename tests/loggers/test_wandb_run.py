@@ -14,8 +14,8 @@ import wandb
 from offline_run import OfflineRun, offline_runs
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.cli import main
 from cpq_train.common.checkpoint import sha256_of
+from cpq_train.verbs.cli import main
 
 WANDB = ("--trainer.logger", "WandbRunLogger")
 BOTH = ("--trainer.logger+=WandbRunLogger", "--trainer.logger+=CSVRunLogger")
@@ -230,7 +230,9 @@ def test_without_a_login(
 def test_logging_off(simulated_root: Path, tmp_path: Path) -> None:
     """No file, and W&B is not even imported."""
     options = ["fit", "-c", BASE, *_options(simulated_root, tmp_path), "--trainer.logger", "false"]
-    code = f"import sys; from cpq_train.cli import main; main({options!r}); print('wandb' in sys.modules)"
+    code = (
+        f"import sys; from cpq_train.verbs.cli import main; main({options!r}); print('wandb' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     )

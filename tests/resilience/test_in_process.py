@@ -11,7 +11,6 @@ import torch
 from conftest_failure import Killed, Options, step_of
 from torch import nn
 
-from cpq_train.cli import main
 from cpq_train.common.checkpoint import write_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import PARTIAL, remove_partial, write_whole
@@ -21,6 +20,7 @@ from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
 from cpq_train.resilience.preemption import Request, noting_signals, received
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.cli import main
 
 
 def checkpoint(step: int, ordinal: int, run_started_s: float = 1.0, moment: str = "other") -> dict:

@@ -22,8 +22,8 @@ from conftest_failure import (
     weights,
 )
 
-from cpq_train.cli import main
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.cli import main
 
 SLURM = {
     "SLURM_JOB_ID": "4242",

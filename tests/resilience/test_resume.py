@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest_failure import Killed, Options, assert_equal, weights
 
-from cpq_train.cli import main
+from cpq_train.verbs.cli import main
 
 POLICIES = {
     "moving": (

@@ -36,7 +36,7 @@ def _dispatch(args: list[str]) -> None:
     if verb in PLAIN_VERBS:
         PLAIN_VERBS[verb](rest)
     elif verb in LIGHTNING_VERBS:
-        from cpq_train.lightning_cli import run
+        from cpq_train.verbs.lightning_cli import run
 
         run(args)
     elif verb in ("-h", "--help"):
@@ -64,7 +64,7 @@ def _build_gt_database(args: list[str]) -> None:
 def _describe(args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from cpq_train.describe import describe
+    from cpq_train.verbs.describe import describe
 
     auto_cli(describe, args=args, prog="cpq_train describe")
 
@@ -72,7 +72,7 @@ def _describe(args: list[str]) -> None:
 def _verify(args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    from cpq_train.verify import verify
+    from cpq_train.verbs.verify import verify
 
     parser = ArgumentParser(
         prog="cpq_train verify", description="The integer reference against the training forward."
@@ -86,7 +86,7 @@ def _verify(args: list[str]) -> None:
 def _convert(args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    from cpq_train.convert import convert
+    from cpq_train.verbs.convert import convert
 
     # Not auto_cli, which has a --config of its own.
     parser = ArgumentParser(prog="cpq_train convert", description="Checkpoints of other projects.")

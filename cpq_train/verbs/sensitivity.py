@@ -25,8 +25,8 @@ from cpq_train.quantization.bits.report import write_report
 from cpq_train.quantization.bits.sensitivity import Case, MeasurementLog, alone, cases_of, measure
 from cpq_train.quantization.prepare import quantizable_layers
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.sensitivity_bench import Bench
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.sensitivity_bench import Bench
 
 Record = dict[str, Any]
 

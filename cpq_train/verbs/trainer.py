@@ -15,13 +15,13 @@ from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
-from cpq_train.profile import Settings as ProfileSettings
-from cpq_train.profile import profile
 from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
-from cpq_train.sensitivity import Settings, analyse
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.strategy import QuantDDPStrategy
+from cpq_train.verbs.profile import Settings as ProfileSettings
+from cpq_train.verbs.profile import profile
+from cpq_train.verbs.sensitivity import Settings, analyse
 
 PRECISIONS = ("32-true", "bf16-mixed")
 

@@ -22,8 +22,8 @@ from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
-from cpq_train.trainer import QuantTrainer
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.trainer import QuantTrainer
 
 
 class SaveConfig(SaveConfigCallback):
