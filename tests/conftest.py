@@ -3,9 +3,15 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from tiny_model import BASE, OVERLAY, tiny_options
+
+from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.evaluation.boxes import GroundTruth
+from cpq_train.evaluation.ground_truth import ground_truth
 
 # One thread, here and in every process that a test starts: a forked process hangs in a pool of threads that
 # its parent has opened, and bits are compared between processes.
@@ -47,6 +53,22 @@ def seed_text() -> str:
     if not path.is_file():
         pytest.skip(f"{path} is absent: set CPQ_SHARED to the folder that holds it")
     return path.read_text()
+
+
+@pytest.fixture(scope="session")
+def mini_index(realdata_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> NuScenesIndex:
+    cache = tmp_path_factory.mktemp("mini_index")
+    return open_index(realdata_dir / "nuscenes_mini_val", "v1.0-mini", cache)
+
+
+@pytest.fixture(scope="session")
+def mini_rows(mini_index: NuScenesIndex) -> NDArray[np.int64]:
+    return mini_index.sample_rows("mini_val")
+
+
+@pytest.fixture(scope="session")
+def mini_gt(mini_index: NuScenesIndex, mini_rows: NDArray[np.int64]) -> GroundTruth:
+    return ground_truth(mini_index, mini_rows)
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""The four arms, where network and quantization meet: their structure, their checkpoints, better starting points."""
+"""The four arms, where network and quantization meet: structure, checkpoints, better starting points."""

@@ -1,31 +1,11 @@
-"""Data sets and ground truth that the tests of this room share."""
+"""Data sets that the tests of this room share."""
 
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.evaluation.boxes import GroundTruth
-from cpq_train.evaluation.ground_truth import ground_truth
-
-
-@pytest.fixture(scope="session")
-def mini_index(realdata_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> NuScenesIndex:
-    cache = tmp_path_factory.mktemp("mini_index")
-    return open_index(realdata_dir / "nuscenes_mini_val", "v1.0-mini", cache)
-
-
-@pytest.fixture(scope="session")
-def mini_rows(mini_index: NuScenesIndex) -> NDArray[np.int64]:
-    return mini_index.sample_rows("mini_val")
-
-
-@pytest.fixture(scope="session")
-def mini_gt(mini_index: NuScenesIndex, mini_rows: NDArray[np.int64]) -> GroundTruth:
-    return ground_truth(mini_index, mini_rows)
 
 
 @pytest.fixture(scope="session")
