@@ -10,16 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from cpq_train.callbacks.layer_probe import LayerProbe, Record
-from cpq_train.profiling.instrument import Function, Part, observing
+from cpq_train.profiling.detector_parts import STEP_FUNCTIONS
+from cpq_train.profiling.instrument import Part, observing
 from cpq_train.profiling.latency import Stopwatch
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.profile import DETECTION_FUNCTIONS
-
-STEP_FUNCTIONS = (
-    *DETECTION_FUNCTIONS,
-    Function("cpq_train.training.detector", "assign_targets", "targets"),
-    Function("cpq_train.training.detector", "center_loss", "loss"),
-)
 
 BACKWARD = Part("backward", "backward")
 WHOLE, REST = "step", "unattributed"

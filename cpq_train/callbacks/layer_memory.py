@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from cpq_train.callbacks.layer_probe import LayerProbe, Record
+from cpq_train.profiling.detector_parts import NETWORK_FUNCTIONS
 from cpq_train.profiling.memory import MemoryObserver, observing_memory
 from cpq_train.profiling.report import BYTES_PER_MIB
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.profile import NETWORK_FUNCTIONS
 
 WHOLE = "step"
 

@@ -26,7 +26,8 @@ from cpq_train.data.dataset import voxelizer_of
 from cpq_train.data.sweeps import load_sweeps, read_cloud
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE
-from cpq_train.profiling.instrument import Function, observing, parts_of
+from cpq_train.profiling.detector_parts import DETECTION_FUNCTIONS, NETWORK_FUNCTIONS
+from cpq_train.profiling.instrument import observing, parts_of
 from cpq_train.profiling.latency import measure_latency
 from cpq_train.profiling.memory import MemoryObserver, kept_buffers, observing_memory
 from cpq_train.profiling.report import Profile, print_profile, write_files
@@ -35,16 +36,6 @@ from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.training.detector import CenterPointDetector
-
-NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "rulebook"),)
-"""What a pass of the network spends time in beside its modules."""
-
-DETECTION_FUNCTIONS = (
-    *NETWORK_FUNCTIONS,
-    Function("cpq_train.training.detector", "decode", "decode"),
-    Function("cpq_train.models.decode", "rotated_nms", "NMS"),
-)
-"""The same of a pass from voxels to boxes."""
 
 FIRST = "first"
 NUM_WARM_UP = 1

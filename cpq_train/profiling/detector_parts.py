@@ -1,0 +1,22 @@
+"""What a detector spends time in beside its modules, for a table of its parts."""
+
+from __future__ import annotations
+
+from cpq_train.profiling.instrument import Function
+
+NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "rulebook"),)
+"""In a pass of the network."""
+
+DETECTION_FUNCTIONS = (
+    *NETWORK_FUNCTIONS,
+    Function("cpq_train.training.detector", "decode", "decode"),
+    Function("cpq_train.models.decode", "rotated_nms", "NMS"),
+)
+"""In a pass from voxels to boxes."""
+
+STEP_FUNCTIONS = (
+    *DETECTION_FUNCTIONS,
+    Function("cpq_train.training.detector", "assign_targets", "targets"),
+    Function("cpq_train.training.detector", "center_loss", "loss"),
+)
+"""In a training step."""
