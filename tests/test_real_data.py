@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpq_train.arms.subject import Subject, build
+from cpq_train.arms.structure import build
+from cpq_train.arms.subject import Subject
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.voxelization import Voxelizer
 from cpq_train.models import NetworkConfig

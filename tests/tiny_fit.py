@@ -20,14 +20,14 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from cpq_train.arms.subject import build
+from cpq_train.arms.structure import build
 from cpq_train.data.dataset import Item, SampleKey, collate
 from cpq_train.data.samplers import TrainingSampler, dealt_batches
 from cpq_train.models import NetworkConfig
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.switches import quantizers
-from cpq_train.training import detector
+from cpq_train.training import detector, losses
 from cpq_train.training.optim import OptimizerConfig
 from cpq_train.training.strategy import QuantDDPStrategy
 from cpq_train.verbs.trainer import QuantTrainer
@@ -171,8 +171,8 @@ def float_checkpoint(folder: Path) -> Path:
 
 def run(fit: Fit, folder: Path, *more: Callback) -> dict[str, Any]:
     """Make one fit, with more callbacks; returns what rank 0 recorded."""
-    joined = detector.sum_over_ranks
-    detector.sum_over_ranks = joined if fit.sums_over_ranks else lambda values: values
+    joined = losses.sum_over_ranks
+    losses.sum_over_ranks = joined if fit.sums_over_ranks else lambda values: values
     accumulated = fit.trainer.get("accumulate_grad_batches", 1)
     try:
         QuantTrainer(
@@ -202,7 +202,7 @@ def run(fit: Fit, folder: Path, *more: Callback) -> dict[str, Any]:
             DrawnData(fit.batch_size, fit.num_steps * fit.batch_size * fit.num_ranks * accumulated),
         )
     finally:
-        detector.sum_over_ranks = joined
+        losses.sum_over_ranks = joined
     return torch.load(folder / f"{fit.name}.0.pt", weights_only=True)
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import distributed, nn
 
-from cpq_train.arms.subject import Subject, blocks_of
+from cpq_train.arms.structure import blocks_of
+from cpq_train.arms.subject import Subject
 from cpq_train.common.errors import UserError
 from cpq_train.models.foreground import foreground_error
 from cpq_train.quantization.ptq.adaround import BlockRounding, round_adaptively

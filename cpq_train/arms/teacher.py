@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.arms.subject import Arm, Subject, from_weights
+from cpq_train.arms.loading import from_weights
+from cpq_train.arms.subject import Subject
+from cpq_train.common.arm_names import FLOAT_ARMS, TUNED_ARMS
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.distillation import DistillationConfig, distillation_loss, run_observed
 from cpq_train.models.normalisers import SumOverRanks, one_rank
-
-STUDENTS: tuple[Arm, ...] = ("qat", "float_tuned")
-FLOAT_ARMS: tuple[Arm, ...] = ("float", "float_tuned")
 
 
 class Teacher:
@@ -40,7 +39,7 @@ class Teacher:
     ) -> None:
         self.sha256 = sha256_of(path)
         self.config = config
-        self.network = from_weights(network, path, "float_tuned", None, "folded").network
+        self.network = from_weights(network, path, "float_tuned", batchnorm="folded").network
         self.network.dense_channels_last()
         self.network.to(device).eval().requires_grad_(False)
 
@@ -83,9 +82,9 @@ def find_teacher(
     Raises:
         UserError: The arm learns from no teacher, there is no float checkpoint, or it is not the run's.
     """
-    if subject.arm not in STUDENTS:
+    if subject.arm not in TUNED_ARMS:
         raise UserError(
-            f"model.distillation is for model.arm {' or '.join(STUDENTS)}, not for {subject.arm!r}"
+            f"model.distillation is for model.arm {' or '.join(TUNED_ARMS)}, not for {subject.arm!r}"
         )
     path = _float_checkpoint(config.teacher or weights)
     device = next(subject.network.parameters()).device

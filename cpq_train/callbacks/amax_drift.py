@@ -68,7 +68,6 @@ class AmaxDrift(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, CenterPointDetector)
-        assert pl_module.subject is not None
         self._is_on = self.every_n_steps is not None and pl_module.subject.arm == "qat"
         if not self._is_on:
             return

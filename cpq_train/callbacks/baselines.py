@@ -46,7 +46,6 @@ class Baselines(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, CenterPointDetector)
-        assert pl_module.subject is not None
         for arm in {"qat": ("float", "ptq"), "float_tuned": ("float",)}.get(pl_module.subject.arm, ()):
             score = self._score(arm, trainer, pl_module)
             if score is not None:
@@ -67,7 +66,6 @@ class Baselines(Callback):
         cached: Score | None = trainer.strategy.broadcast(found)
         if cached is not None:
             return cached
-        assert module.subject is not None
         if module.subject.is_tuned or (arm == "float" and not module.subject.has_float_weights):
             rank_zero_warn(
                 f"the {arm} baseline was never scored, and the weights are no longer its own "
@@ -96,7 +94,6 @@ def gaps(now: Score, baselines: dict[str, Score]) -> Score:
 def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule) -> str:
     """Hash of all that the score of a baseline depends on."""
     subject = module.subject
-    assert subject is not None
     parents = {name: sha256 for name, sha256 in subject.parents.items() if name != "teacher"}
     depends_on: dict[str, Any] = {
         "arm": arm,

@@ -118,7 +118,6 @@ def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
     """What `metrics.json` says of a run beside its scores."""
     subject = module.subject
-    assert subject is not None
     return RunInfo(
         arm=subject.arm,
         checkpoint_path=str(checkpoint),

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _named(message: str) -> str:
     return f" ({found[1]})" if found else ""
 
 
-def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The network's part of the state dict, under the network's own names."""
     state = checkpoint["state_dict"]
     return {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}

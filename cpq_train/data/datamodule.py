@@ -24,6 +24,7 @@ from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
+from cpq_train.data.settings import DataSettings
 
 Rows = NDArray[np.int64]
 
@@ -64,19 +65,12 @@ class NuScenesDataModule(LightningDataModule):
         self,
         root: str | None = None,
         version: str = "v1.0-trainval",
-        num_sweeps: int = 10,
-        voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2),
-        point_cloud_range: tuple[float, float, float, float, float, float] = (
-            -51.2,
-            -51.2,
-            -5.0,
-            51.2,
-            51.2,
-            3.0,
-        ),
-        max_points_per_voxel: int = 10,
-        max_num_voxels_train: int = 60000,
-        max_num_voxels_eval: int = 60000,
+        num_sweeps: int = DataSettings.num_sweeps,
+        voxel_size: tuple[float, float, float] = DataSettings.voxel_size,
+        point_cloud_range: tuple[float, float, float, float, float, float] = DataSettings.point_cloud_range,
+        max_points_per_voxel: int = DataSettings.max_points_per_voxel,
+        max_num_voxels_train: int = DataSettings.max_num_voxels_train,
+        max_num_voxels_eval: int = DataSettings.max_num_voxels_eval,
         batch_size: int = 4,
         num_workers: int = 4,
         seed: int = 0,
@@ -103,6 +97,14 @@ class NuScenesDataModule(LightningDataModule):
         self.num_calibration_samples = num_calibration_samples
         self.calibration_split = calibration_split or train_split
         self.force_calibration_on_val = force_calibration_on_val
+        self.settings = DataSettings(
+            num_sweeps,
+            voxel_size,
+            point_cloud_range,
+            max_points_per_voxel,
+            max_num_voxels_train,
+            max_num_voxels_eval,
+        )
         self.evaluation_config = SampleConfig(
             num_sweeps=num_sweeps,
             voxel_size=voxel_size,

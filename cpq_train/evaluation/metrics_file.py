@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cpq_train.common.arm_names import ARMS
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -21,7 +22,6 @@ from cpq_train.evaluation.protocol import CLASS_RANGE_M, RANGE_BINS_M, THRESHOLD
 from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
 
 SCHEMA = 1
-ARMS = ("float", "float_tuned", "ptq", "qat")
 METRICS = ("mAP", "NDS", *(f"m{error}" for error in TP_ERRORS))
 
 Document = dict[str, Any]

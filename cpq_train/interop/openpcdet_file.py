@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cpq_train import __version__
+from cpq_train.common.arm_names import FLOAT_ARMS
 from cpq_train.common.checkpoint import network_state
 from cpq_train.common.errors import UserError
 
@@ -26,7 +27,7 @@ def openpcdet_content(checkpoint: dict[str, Any], path: str | Path) -> dict[str,
         UserError: It is quantized, or its BatchNorm is folded.
     """
     arm, batchnorm = (checkpoint["quantization"][key] for key in ("arm", "batchnorm"))
-    if arm not in ("float", "float_tuned") or batchnorm == "folded":
+    if arm not in FLOAT_ARMS or batchnorm == "folded":
         raise UserError(
             f"checkpoint {str(path)!r} is {arm!r} with BatchNorm {batchnorm}; OpenPCDet's network takes "
             "float and float_tuned with BatchNorm trained or frozen"

@@ -74,7 +74,6 @@ class WandbRunLogger(WandbLogger):
             UserError: W&B has no login, or cannot be reached.
         """
         subject = module.subject
-        assert subject is not None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         group = self._group or self.run_dir.resolve().parent.name
         scheme = [] if subject.scheme is None else [subject.scheme.name]

@@ -16,7 +16,7 @@ DETECTION_FUNCTIONS = (
 
 STEP_FUNCTIONS = (
     *DETECTION_FUNCTIONS,
-    Function("cpq_train.training.detector", "assign_targets", "targets"),
-    Function("cpq_train.training.detector", "center_loss", "loss"),
+    Function("cpq_train.training.losses", "assign_targets", "targets"),
+    Function("cpq_train.training.losses", "center_loss", "loss"),
 )
 """In a training step."""

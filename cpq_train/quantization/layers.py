@@ -264,6 +264,6 @@ def unquantize_layer(layer: nn.Module) -> None:
     """Make a quantized layer the float one again, in place: its quantizers go, its parameters stay."""
     float_types = {quantized: plain for plain, quantized in QUANTIZED.items()}
     layer.__class__ = float_types[type(layer)]
-    for name in ("_input_quantizer", "_weight_quantizer", "_residual_quantizer"):
+    for name in ("_input_quantizer", "_weight_quantizer", "_residual_quantizer", "why_simulated"):
         if hasattr(layer, name):
             delattr(layer, name)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cpq_train.quantization.batchnorm import fold_batchnorm
 from cpq_train.quantization.health import Problem, is_weight, refuse
 from cpq_train.quantization.layers import QUANTIZED, quantize_layer, unquantize_layer
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
-from cpq_train.quantization.switches import quantizers
+from cpq_train.quantization.switches import quantized_layers, quantizers
 
 RESIDUAL = ":residual"
 """In a group of consumers, `<name of a residual add>:residual` stands for the add's identity input."""
@@ -29,6 +30,7 @@ class Prepared:
         shares_input_with: Name -> the first consumer whose input quantizer it shares.
         folded: Names of the convolutions that took over a BatchNorm.
         left_in_float: Names of the layers that `leave_in_float` took the quantizers out of.
+        hook: What drops the codes of shared tensors behind each forward pass.
     """
 
     layers: dict[str, str]
@@ -36,6 +38,7 @@ class Prepared:
     shares_input_with: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     left_in_float: list[str] = field(default_factory=list)
+    hook: RemovableHandle | None = None
 
 
 def prepare(
@@ -64,8 +67,16 @@ def prepare(
     prepared = Prepared(layers, schemes, folded=folded)
     for group in one_tensor:
         _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
-    network.register_forward_hook(_forget_codes)
+    prepared.hook = network.register_forward_hook(_forget_codes)
     return prepared
+
+
+def remove_quantizers(network: nn.Module, prepared: Prepared) -> None:
+    """Make what `prepare` made of a network a float one again, in place; BatchNorm stays as it is."""
+    for layer in quantized_layers(network).values():
+        unquantize_layer(layer)
+    if prepared.hook is not None:
+        prepared.hook.remove()
 
 
 def leave_in_float(network: nn.Module, prepared: Prepared, scheme: Scheme, problems: list[Problem]) -> Scheme:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cpq_train.common.arm_names import ARMS
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
 from cpq_train.evaluation.matches import Matches, read_matches
-from cpq_train.evaluation.metrics_file import ARMS, Document, read_metrics
+from cpq_train.evaluation.metrics_file import Document, read_metrics
 from cpq_train.evaluation.run_files import MATCHES_FILE, METRICS_FILE
 
 _MUST_AGREE = (

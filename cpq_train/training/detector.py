@@ -2,64 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
-from typing_extensions import Self
+from typing_extensions import Self, override
 
-from cpq_train.arms.recipe import coverage_table
-from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
-from cpq_train.arms.subject import (
-    Arm,
-    Subject,
-    build,
-    check_state,
-    fold_checkpoint,
-    from_description,
-    from_weights,
-    needs_calibration,
-    set_range_policy,
-)
+from cpq_train.arms.calibration import CalibrationSamples, calibrate
+from cpq_train.arms.coverage import coverage_table
+from cpq_train.arms.loading import fold_checkpoint, from_content, from_weights
+from cpq_train.arms.starting_point import CalibrationConfig
+from cpq_train.arms.structure import build, set_range_policy
+from cpq_train.arms.subject import Subject
 from cpq_train.arms.teacher import Teacher, find_teacher
-from cpq_train.common.checkpoint import network_state
+from cpq_train.common.arm_names import Arm
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
+from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
-from cpq_train.models.losses import center_loss
-from cpq_train.models.targets import assign_targets
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
     freeze_batchnorm,
-    joins_batches_of_ranks,
-    trains_on_parts_of_a_batch,
 )
-from cpq_train.quantization.health import Problem, refuse, table
-from cpq_train.quantization.prepare import leave_in_float
-from cpq_train.quantization.ranges.calibration import collecting_ranges, static_ranges
-from cpq_train.quantization.ranges.policy import (
-    RangePolicy,
-    finish_observing,
-    range_parameters,
-    start_observing,
-)
+from cpq_train.quantization.ranges.calibration import static_ranges
+from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.resilience.nonfinite import nonfinite_loss
+from cpq_train.training.losses import training_losses
+from cpq_train.training.moving_ranges import MovingRanges
 from cpq_train.training.optim import OptimizerConfig, gradient_norm, new_optimizer
+from cpq_train.training.resuming import check_optimizer_state, check_same_run
+from cpq_train.training.settings import plain, settings_of
+from cpq_train.training.strategy import check_batch_statistics
 
 Batch = dict[str, Any]
 
@@ -89,7 +75,7 @@ class CenterPointDetector(LightningModule):
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
     """
 
-    network: CenterPoint  # built by `configure_model`
+    network: CenterPoint  # that of `subject`
 
     def __init__(
         self,
@@ -107,28 +93,12 @@ class CenterPointDetector(LightningModule):
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
     ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if test_time_flip:
             check_flippable(network)
         self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
-        self.save_hyperparameters(
-            {
-                "network": asdict(network),
-                "weights": weights,
-                "arm": arm,
-                "scheme": scheme,
-                "batchnorm": batchnorm,
-                "ranges": asdict(ranges),
-                "code_weights": list(self.code_weights),
-                "loc_weight": loc_weight,
-                "post_processing": asdict(post_processing),
-                "test_time_flip": test_time_flip,
-                "optimizer": asdict(optimizer),
-                "calibration": asdict(calibration),
-                "distillation": distillation and asdict(distillation),
-            },
-            logger=False,
-        )
+        self.save_hyperparameters({**plain(settings), "code_weights": list(self.code_weights)}, logger=False)
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
@@ -136,74 +106,129 @@ class CenterPointDetector(LightningModule):
         self.optimizer = optimizer
         self.calibration = calibration
         self.distillation = distillation
-        self.subject: Subject | None = None
+        self._subject: Subject | None = None
         self._teacher: Teacher | None = None
-        self._observed_step: int | None = None
+        self._moving_ranges = MovingRanges(ranges)
 
+    # From settings or a checkpoint to a network
+
+    @property
+    def subject(self) -> Subject:
+        """The network as one of the arms, once it is built."""
+        if self._subject is None:
+            raise RuntimeError("the network is built by configure_model, or by loading a checkpoint")
+        return self._subject
+
+    @override
     def configure_model(self) -> None:
-        """Build the arm from `weights`, once; a checkpoint that is resumed brings its own structure later."""
-        if self.subject is not None:
-            return
-        scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
-        arm = self.arm or "float"
-        if self.weights is not None and not self._is_resuming():
-            self._adopt(from_weights(self.network_config, self.weights, self.arm, scheme, self.batchnorm))
-        elif arm == "float" or self._is_resuming():
-            self.configure_untrained()
+        """Build the arm, once; a checkpoint that is resumed brings its own structure instead."""
+        if self._subject is None and not self._is_resuming():
+            self.start_as(self.arm)
+
+    def start_as(self, arm: Arm | None) -> None:
+        """Build an arm from `weights`.
+
+        Args:
+            arm: Which one; None is what `weights` is, or float without weights.
+
+        Raises:
+            UserError: The weights are unfit for it, or there are none to start it from.
+        """
+        if self.weights is not None:
+            self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
+        elif arm in (None, "float"):
+            self.start_untrained()
         else:
             raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
         # Here and not when fitting starts: the optimizer and DDP are set up in between.
-        if self.subject is not None and self.subject.arm == "qat" and not self._is_resuming():
+        if self.subject.arm == "qat":
             set_range_policy(self.subject, self.ranges.amax)
 
-    def configure_untrained(self) -> None:
-        """Build the arm with fresh weights, without ranges: for a checkpoint to fill, or to be measured."""
-        scheme = None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
-        self._adopt(build(self.network_config, self.arm or "float", scheme, self.batchnorm))
+    def start_untrained(self) -> None:
+        """Build the arm with fresh weights and without ranges, to train a float one or to be measured."""
+        self._adopt(build(self.network_config, self.arm or "float", self._scheme(), self.batchnorm))
+
+    @classmethod
+    @override
+    def load_from_checkpoint(  # type: ignore[override]  # of a path: messages name it
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The detector of a checkpoint of any arm; no other file is read.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: Device of the network; None is the CPU.
+            hparams_file: Must be None: a checkpoint holds its settings.
+            strict: Must not be False: every tensor is accounted for.
+            weights_only: Any value: nothing but tensors and plain values is ever read.
+            settings: Take the place of the checkpoint's.
+
+        Raises:
+            UserError: The checkpoint is unreadable or damaged, or an argument is none of these.
+        """
+        if hparams_file is not None or strict is False:
+            raise UserError(
+                f"hparams_file is {hparams_file!r}, strict is {strict}: accepted: null and true, for a "
+                "checkpoint of this project describes itself"
+            )
+        checkpoint = read_checkpoint(checkpoint_path)
+        detector = cls(**{**settings_of(checkpoint, checkpoint_path), **settings})
+        detector._adopt(from_content(detector.network_config, checkpoint, checkpoint_path))
+        detector.load_state_dict(checkpoint["state_dict"])
+        return detector if map_location is None else detector.to(map_location)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take on the structure that the checkpoint describes, before Lightning loads its tensors."""
+        path = self.trainer.ckpt_path or "checkpoint"
+        if self.trainer.state.fn == "fit":
+            check_same_run(dict(self.hparams), checkpoint, path)
+            check_optimizer_state(checkpoint, path)
+        self._adopt(from_content(self.network_config, checkpoint, path))
+        self.to(self.device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say what it is, and with what data settings it was made."""
+        checkpoint["quantization"] = self.subject.describe()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, NuScenesDataModule):
+            checkpoint["data"] = data.settings.to_dict()
+
+    def _scheme(self) -> Scheme | None:
+        return None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
 
     def _is_resuming(self) -> bool:
         return self._trainer is not None and self._trainer.ckpt_path is not None
 
     def _adopt(self, subject: Subject) -> None:
-        self.subject = subject
+        self._subject = subject
         subject.network.dense_channels_last()
         self.network = subject.network
         self._freeze_batchnorm()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say what it is."""
-        assert self.subject is not None
-        checkpoint["quantization"] = self.subject.describe()
+    # Passes
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take on the structure that the checkpoint describes, before its tensors are loaded."""
-        if "quantization" not in checkpoint:
-            raise UserError(
-                "--ckpt_path: the file does not say what it is (no 'quantization'); use model.weights"
-            )
-        self._adopt(from_description(self.network_config, checkpoint["quantization"]))
-        check_state(self.network, network_state(checkpoint), "--ckpt_path")
-        self.to(self.device)
-
-    def forward(self, batch: Batch) -> list[dict[str, Tensor]]:
+    @override
+    def forward(self, batch: Batch) -> list[HeadOutput]:
         """Raw outputs of every head for a batch of voxels."""
         return self._run(self.network, batch)
 
-    def _run(self, network: Network, batch: Batch) -> list[dict[str, Tensor]]:
+    def _run(self, network: Network | nn.Module, batch: Batch) -> list[HeadOutput]:
         batch = self.to_device(batch)
-        heads: list[dict[str, Tensor]] = network(
-            batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
-        )
+        heads: list[HeadOutput] = network(batch["voxel_features"], batch["voxel_coords"], batch["batch_size"])
         return heads
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
-        config = self.network_config
-        targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
-        heads, distilled = self._run_with_teacher(batch)
-        losses = center_loss(heads, targets, self.code_weights, self.loc_weight, sum_over_ranks)
-        if distilled:
-            losses = {**losses, **distilled, "loss": torch.stack([losses["loss"], *distilled.values()]).sum()}
+        losses = training_losses(self.network, batch, self.code_weights, self.loc_weight, self._teacher)
         self._log_losses(losses, batch["batch_size"])
         if not torch.isfinite(losses["loss"]):  # waits for the device, once per step
             where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
@@ -223,12 +248,7 @@ class CenterPointDetector(LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1) % every == 0
 
-    def _run_with_teacher(self, batch: Batch) -> tuple[list[HeadOutput], dict[str, Tensor]]:
-        """Raw outputs of every head and, where there is a teacher, its parts of the loss."""
-        if self._teacher is None:
-            return self(batch), {}
-        return self._teacher.instruct(self.network, batch, self.code_weights, sum_over_ranks)
-
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Detections]]:
         """Detections of each sample, for the evaluation callback."""
         return {"detections": self.detect(batch)}
@@ -247,43 +267,48 @@ class CenterPointDetector(LightningModule):
             heads = self._run(network, batch)
             return decode(heads, config.class_groups, config.geometry, self.post_processing)
 
+    # What a fit begins and ends with
+
+    @override
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
-        assert self.subject is not None
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
         if self.distillation is not None:
             self._teacher = find_teacher(self.distillation, self.subject, self.weights, self._is_resuming())
-        if needs_calibration(self.subject):
+        if self.subject.needs_calibration:
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
-        else:
-            self.print_coverage()
+        elif self._is_global_zero():
+            Console().print(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
         self._freeze_batchnorm()
         if self.trainer.world_size > 1:
-            self._check_batch_statistics()
+            check_batch_statistics(self.network, self.device)
 
-    def _check_batch_statistics(self) -> None:
-        if joins_batches_of_ranks(self.network) and self.device.type != "cuda":
-            raise UserError(f"trainer.sync_batchnorm is true on {self.device.type}; accepted: false, or CUDA")
-        if trains_on_parts_of_a_batch(self.network):
-            rank_zero_warn(
-                "BatchNorm trains on each rank's own samples; trainer.sync_batchnorm (CUDA only) joins them"
-            )
+    def calibrate(self, samples: CalibrationSamples, given: Mapping[str, Tensor] | None = None) -> None:
+        """Find the activation ranges, see `cpq_train.arms.calibration.calibrate`.
 
+        Args:
+            samples: The data module.
+            given: Ranges known already, by their names in the network's state dict.
+        """
+        calibrate(self.subject, samples, self._run, self.calibration, given, self._is_global_zero())
+
+    @override
     def on_train_end(self) -> None:
         """Ranks that moved or learned ranges must still agree on them."""
         learned = {name: p for name, p in self.network.named_parameters() if name.endswith("_log_amax")}
         check_equal_over_ranks({**static_ranges(self.network), **learned})
 
+    @override
     def on_fit_end(self) -> None:
         """Where BatchNorm was kept, write what is deployed: the last checkpoint with BatchNorm folded."""
         last = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-        assert self.subject is not None
         is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
         if is_kept and last and self.trainer.is_global_zero:
             fold_checkpoint(self.network_config, last, Path(last).with_name(FOLDED_FILE))
 
+    @override
     def train(self, mode: bool = True) -> Self:
         """As of any module; a frozen BatchNorm stays in evaluation."""
         super().train(mode)
@@ -291,31 +316,25 @@ class CenterPointDetector(LightningModule):
         return self
 
     def _freeze_batchnorm(self) -> None:
-        if self.subject is not None and self.subject.batchnorm == "frozen":
+        if self._subject is not None and self._subject.batchnorm == "frozen":
             freeze_batchnorm(self.network)
 
+    @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """In a step in which ranges move, let the quantizers look at its tensors, all accumulated batches."""
-        if self._observed_step is None and self.ranges.moves_at(self.global_step):
-            self._observed_step = self.global_step
-            start_observing(self.network)
+        """In a step in which ranges move, let the quantizers look at its tensors."""
+        self._moving_ranges.begin_batch(self.network, self.global_step)
 
+    @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and move the ranges towards what the quantizers saw: once, before any callback saves them."""
         super().optimizer_step(*args, **kwargs)
-        if self._observed_step is not None:
-            self._move_ranges()
+        self._moving_ranges.move(self.network)
 
-    def _move_ranges(self) -> None:
-        finish_observing(self.network, self.ranges.momentum)
-        self._observed_step = None
-
+    @override
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
-        if self._observed_step is not None:  # between accumulated batches; what is validated is not observed
-            self._move_ranges()
-        assert self.subject is not None
-        if needs_calibration(self.subject):
+        self._moving_ranges.move(self.network)  # between accumulated batches: validation is not observed
+        if self.subject.needs_calibration:
             raise UserError(
                 f"model.weights {self.weights!r} has no activation ranges: run calibrate first, "
                 "or set model.arm to float"
@@ -323,61 +342,6 @@ class CenterPointDetector(LightningModule):
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
-
-    def calibrate(self, datamodule: LightningDataModule, given: Mapping[str, Tensor] | None = None) -> None:
-        """Find the activation ranges on the data module's calibration samples, each seen by one rank.
-
-        Args:
-            datamodule: Gives the samples, where any are needed.
-            given: Ranges known already, by their names in the network's state dict.
-
-        Raises:
-            UserError: There are no such samples, or a range came out unfit and the scheme has it an error.
-        """
-        assert self.subject is not None
-        assert self.subject.scheme is not None
-        self.print_coverage()
-        given = dict(given or {})
-        self.network.load_state_dict(given, strict=False)
-        samples: dict[str, Any] = {"num_samples": 0}
-        if not given or needs_calibration(self.subject):
-            self._collect_ranges(datamodule.calibration_dataloader())  # type: ignore[attr-defined]
-            self.network.load_state_dict(given, strict=False)
-            samples = datamodule.calibration_info()  # type: ignore[attr-defined]
-        self.subject.calibration = {
-            "method": self.subject.scheme.input.method,
-            **samples,
-            "source_sha256": self.subject.parents.get("float"),
-            "left_in_float": list(self.subject.prepared.left_in_float),
-            **self._improve(datamodule.calibration_dataloader),  # type: ignore[attr-defined]
-        }
-
-    def _collect_ranges(self, loader: Iterable[Batch]) -> None:
-        with collecting_ranges(self.network, self._on_unfit_ranges):
-            for batch in track(loader, "Calibrating", disable=not self._is_global_zero()):
-                self(batch)
-
-    def _improve(self, new_loader: Callable[[], Batches]) -> dict[str, Any]:
-        assert self.subject is not None
-        return improve(self.subject, new_loader, self._run, self.calibration, self._is_global_zero())
-
-    def _on_unfit_ranges(self, problems: list[Problem]) -> None:
-        """What the scheme has done about unfit ranges: an error, or a warning and layers left in float."""
-        subject = self.subject
-        assert subject is not None
-        assert subject.scheme is not None
-        if subject.scheme.on_unfit_range == "error":
-            refuse(problems)
-        subject.scheme = leave_in_float(self.network, subject.prepared, subject.scheme, problems)
-        if self._is_global_zero():
-            text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
-            Console(soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
-        self.print_coverage()
-
-    def print_coverage(self) -> None:
-        """Print how many layers of each kind are quantized, at what bits, and which stay float."""
-        if self.subject is not None and self._is_global_zero():
-            Console().print(coverage_table(self.subject.prepared))
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with its tensors on the network's device; pinned ones travel while the step starts."""
@@ -388,6 +352,7 @@ class CenterPointDetector(LightningModule):
     def _is_global_zero(self) -> bool:
         return self._trainer is None or self._trainer.is_global_zero
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -406,6 +371,7 @@ class CenterPointDetector(LightningModule):
         elif gradient_clip_val is not None:
             clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule, stepped once per batch; learned ranges are a group of their own."""
         steps = int(self.trainer.estimated_stepping_batches)

@@ -12,7 +12,9 @@ import yaml
 from rich.table import Table
 from torch import Tensor
 
-from cpq_train.arms.subject import Subject, build, from_weights
+from cpq_train.arms.loading import load
+from cpq_train.arms.structure import build
+from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
@@ -24,6 +26,7 @@ from cpq_train.interop.openpcdet_file import openpcdet_content
 from cpq_train.interop.sparse_layouts import SparseLayout
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import BOX_BRANCHES
+from cpq_train.training.settings import plain
 
 Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
 
@@ -75,7 +78,7 @@ def convert(
     subject.parents = {source: sha256_of(input)}
     with replacing(output) as part:
         torch.save(_checkpoint(subject, converted, convention, source), part)
-        num_voxels = _run(from_weights(subject.network.config, part, None, None).network)
+        num_voxels = _run(load(subject.network.config, part).network)
     console.print(_report(input, converted))
     console.print(
         f"forward pass of {output} on {num_voxels} random voxels: "
@@ -145,6 +148,7 @@ def _checkpoint(
 ) -> dict[str, Any]:
     return {
         "state_dict": {NETWORK_PREFIX + name: tensor for name, tensor in converted.state.items()},
+        "hyper_parameters": plain({"network": subject.network.config}),
         "quantization": subject.describe(),
         "conversion": {
             "source": convention.project,

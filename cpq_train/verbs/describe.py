@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from cpq_train.arms.recipe import amax_policy
+from cpq_train.arms.description import Description
 from cpq_train.common.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
+from cpq_train.data.settings import DataSettings
 
 
 def describe(checkpoint: Path) -> None:
@@ -22,25 +23,26 @@ def describe(checkpoint: Path) -> None:
         UserError: It cannot be read.
     """
     content = read_checkpoint(checkpoint)
-    description = content["quantization"]
     console = table_console()
-    console.print(_summary(checkpoint, content, description))
-    if description["layers"]:
-        console.print(_layers(description["layers"]))
+    console.print(_summary(checkpoint, content))
+    layers = content["quantization"]["layers"]
+    if layers:
+        console.print(_layers(layers))
 
 
-def _summary(path: Path, content: dict[str, Any], description: dict[str, Any]) -> Table:
+def _summary(path: Path, content: dict[str, Any]) -> Table:
     table = Table(show_header=False, title=str(path), title_justify="left")
-    scheme = description["scheme"]
+    said, data = Description.of(content, path), DataSettings.of(content, path)
     rows = {
-        "arm": description["arm"],
-        "scheme": scheme["name"] if scheme else "none",
-        "batchnorm": description["batchnorm"],
-        "ranges": amax_policy(description) if scheme else "none",
+        "arm": said.arm,
+        "scheme": said.scheme.name if said.scheme else "none",
+        "batchnorm": said.batchnorm,
+        "ranges": said.amax if said.scheme else "none",
+        "data": data.to_dict() if data else "not stated",
         "numbers": f"{sum(t.numel() for t in network_state(content).values()):,}",
         "epoch, step": f"{content.get('epoch')}, {content.get('global_step')}",
-        "calibration": description["calibration"] or "none",
-        "parents": description["parents"] or "none",
+        "calibration": said.calibration or "none",
+        "parents": said.parents or "none",
         "sha256": sha256_of(path),
     }
     for key, value in rows.items():

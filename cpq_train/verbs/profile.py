@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpq_train.arms.subject import needs_calibration
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
@@ -94,9 +93,8 @@ class Bench:
         self._precision = precision
         self.device, self.num_points = device, len(points)
         self.model = model.to(device).eval()
-        assert model.subject is not None
         self.network = model.network
-        self.is_calibrated_here = needs_calibration(model.subject)
+        self.is_calibrated_here = model.subject.needs_calibration
         if self.is_calibrated_here:
             with collecting_ranges(self.network, lambda problems: None):
                 model(self._batch())
@@ -168,7 +166,6 @@ class Bench:
 
     def _context(self, settings: Settings) -> dict[str, Any]:
         subject = self.model.subject
-        assert subject is not None
         on_cuda = self.device.type == "cuda"
         return {
             "arm": subject.arm,
@@ -199,7 +196,7 @@ def profile(
     """
     points = _points(data, settings)
     if model.weights is None:
-        model.configure_untrained()
+        model.start_untrained()
     else:
         model.configure_model()
     found = Bench(model, points, data, device, precision).profile(settings)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cpq_train.arms.subject import blocks_of
+from cpq_train.arms.structure import blocks_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.quantization.bits.assignment import assign, check_feasible, total

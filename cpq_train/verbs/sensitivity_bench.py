@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpq_train.arms.subject import Arm
+from cpq_train.common.arm_names import Arm
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule

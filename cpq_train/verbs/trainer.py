@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from rich.console import Console
 from torch import Tensor
 
+from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
@@ -73,7 +74,6 @@ class QuantTrainer(ResilientTrainer):
         assert isinstance(datamodule, NuScenesDataModule)
         if model.weights is None or ckpt_path is not None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
-        model.arm = "ptq"
         self._on_every_rank(self._calibrate, model, datamodule, output, ranges_file)
 
     def _calibrate(
@@ -83,7 +83,7 @@ class QuantTrainer(ResilientTrainer):
         output: Path,
         ranges_file: Path | None,
     ) -> None:
-        self._connect(model, datamodule)
+        self._connect(model, datamodule, "ptq")
         with logged_calibration(self, model, datamodule, output):
             given = None if ranges_file is None else _ranges_of(ranges_file, model)
             model.calibrate(datamodule, given)
@@ -113,12 +113,12 @@ class QuantTrainer(ResilientTrainer):
         else:
             launcher.launch(verb, model, datamodule, *args, trainer=self)
 
-    def _connect(self, model: CenterPointDetector, datamodule: LightningDataModule) -> None:
-        """Join the ranks, and build the network on the device."""
+    def _connect(self, model: CenterPointDetector, datamodule: LightningDataModule, arm: Arm) -> None:
+        """Join the ranks, and build an arm on the device."""
         model.trainer = datamodule.trainer = self
         self.strategy.connect(model)
         self.strategy.setup_environment()
-        model.configure_model()
+        model.start_as(arm)
         self.strategy.model_to_device()
 
     def sensitivity(

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -21,17 +21,17 @@ from cpq_train.common.errors import UserError
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
+from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.models import NetworkConfig
-from cpq_train.models.decode import Detections, PostProcessing, decode
+from cpq_train.models.decode import Detections, decode
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, Flips, verify_end_to_end
 from cpq_train.quantization.verification.layers import LayerReport, verify_layers
 from cpq_train.simulator import simulate
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.settings import HYPER_PARAMETERS
 
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
-MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS = 10, 60000
 
 
 @dataclass
@@ -72,7 +72,7 @@ def verify(
     root: Path | None = None,
     version: str = "v1.0-trainval",
     num_samples: int = 1,
-    num_sweeps: int = 10,
+    num_sweeps: int | None = None,
     max_flipped_share: float = 1e-4,
     output: Path | None = None,
 ) -> None:
@@ -89,7 +89,7 @@ def verify(
         root: A data root in the nuScenes format.
         version: Its folder of tables.
         num_samples: Samples of the data root, or simulated.
-        num_sweeps: Of each sample.
+        num_sweeps: Of each sample; null takes what the checkpoint was made with.
         max_flipped_share: Largest share of codes that may be one step apart end to end. Float operations in
             between may differ by some 1e-6 of a value; that moves an 8-bit code, at most 127, across a tie in
             1e-4 of the cases. Codes further apart, and differences inside a layer, are never accepted.
@@ -102,11 +102,23 @@ def verify(
         raise UserError(f"max_flipped_share is {max_flipped_share}: expected a number between 0 and 1")
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}: expected 1 or more")
+    if num_sweeps is not None and num_sweeps < 1:
+        raise UserError(f"num_sweeps is {num_sweeps}: expected 1 or more")
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
-    detector = _detector(checkpoint)
+    content = read_checkpoint(checkpoint)
+    _check_verifiable(content, checkpoint)
+    data = DataSettings.of_or_default(content, checkpoint)
+    detector = CenterPointDetector.load_from_checkpoint(checkpoint)
+    sizes = detector.network_config
+    data = replace(
+        data,
+        num_sweeps=num_sweeps or data.num_sweeps,
+        voxel_size=sizes.voxel_size,
+        point_cloud_range=sizes.point_cloud_range,
+    )
     findings = Findings()
-    with _samples(detector.network_config, cloud, root, version, num_samples, num_sweeps) as samples:
+    with _samples(data, cloud, root, version, num_samples) as samples:
         for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
             _verify_one(detector, batch, findings)
     failures = findings.failures(max_flipped_share)
@@ -120,43 +132,32 @@ def verify(
         )
 
 
-def _detector(checkpoint: Path) -> CenterPointDetector:
-    """The detector of a quantized checkpoint, with its own sizes and post-processing.
+def _check_verifiable(content: dict[str, Any], path: Path) -> None:
+    """Whether a checkpoint has layers to verify.
 
     Raises:
-        UserError: The checkpoint is unreadable, does not hold its sizes, or has no integer layer.
+        UserError: It has no integer layer, or does not hold its sizes.
     """
-    content = read_checkpoint(checkpoint)
-    layers = content["quantization"]["layers"]
-    if not any(layer["arithmetic"] == "integer" for layer in layers.values()):
-        arm = content["quantization"]["arm"]
+    quantization = content["quantization"]
+    if not any(layer["arithmetic"] == "integer" for layer in quantization["layers"].values()):
         raise UserError(
-            f"checkpoint {str(checkpoint)!r}, arm {arm!r}, has no integer layer: nothing to verify; "
-            "calibrate makes a checkpoint that has"
+            f"checkpoint {str(path)!r}, arm {quantization['arm']!r}, has no integer layer: nothing to "
+            "verify; calibrate makes a checkpoint that has"
         )
-    if "hyper_parameters" not in content:
-        raise UserError(f"checkpoint {str(checkpoint)!r} does not hold its sizes (no 'hyper_parameters')")
-    settings = content["hyper_parameters"]
-    detector = CenterPointDetector(
-        network=NetworkConfig(**settings["network"]),
-        weights=str(checkpoint),
-        post_processing=PostProcessing(**settings["post_processing"]),
-    )
-    detector.configure_model()
-    return detector
+    if HYPER_PARAMETERS not in content:
+        raise UserError(f"checkpoint {str(path)!r} does not hold its sizes (no {HYPER_PARAMETERS!r})")
 
 
 @contextmanager
 def _samples(
-    config: NetworkConfig,
+    settings: DataSettings,
     clouds: list[Path] | None,
     root: Path | None,
     version: str,
     num_samples: int,
-    num_sweeps: int,
 ) -> Iterator[Iterator[Batch]]:
     if clouds:
-        yield (_batch_of(path, config) for path in clouds)
+        yield (_batch_of(path, settings) for path in clouds)
         return
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
@@ -172,9 +173,7 @@ def _samples(
         data = NuScenesDataModule(
             str(root),
             version,
-            num_sweeps=num_sweeps,
-            voxel_size=config.voxel_size,
-            point_cloud_range=config.point_cloud_range,
+            **settings.to_dict(),
             batch_size=1,
             num_workers=0,
         )
@@ -183,10 +182,14 @@ def _samples(
         yield islice(data.evaluation_dataloader(), num_samples)
 
 
-def _batch_of(path: Path, config: NetworkConfig) -> Batch:
+def _batch_of(path: Path, settings: DataSettings) -> Batch:
     """A cloud file as a batch of one sample."""
     sample = SampleConfig(
-        1, config.voxel_size, config.point_cloud_range, MAX_POINTS_PER_VOXEL, MAX_NUM_VOXELS
+        1,
+        settings.voxel_size,
+        settings.point_cloud_range,
+        settings.max_points_per_voxel,
+        settings.max_num_voxels_eval,
     )
     return batch_of_clouds([read_cloud(path)], sample, [path.name])
 

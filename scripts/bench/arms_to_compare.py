@@ -20,7 +20,7 @@ from pytorch_quantization.nn import QuantConv2d, QuantConvTranspose2d, TensorQua
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cpq_train.arms.subject import tensors_read_together
+from cpq_train.arms.structure import tensors_read_together
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import fold_batchnorm

@@ -9,8 +9,9 @@ import torch
 import yaml
 from torch import distributed, multiprocessing, nn
 
+from cpq_train.arms.loading import from_weights
 from cpq_train.arms.starting_point import CalibrationConfig, _agree, spread
-from cpq_train.arms.subject import blocks_of, build, from_weights
+from cpq_train.arms.structure import blocks_of, build
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.verbs.cli import main

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.subject import build, from_weights
+from cpq_train.arms.loading import from_weights
+from cpq_train.arms.structure import build
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError

@@ -21,7 +21,8 @@ from foreign_networks import (
 )
 from torch import Tensor
 
-from cpq_train.arms.subject import build, from_weights
+from cpq_train.arms.loading import from_weights
+from cpq_train.arms.structure import build
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.interop import conventions

@@ -8,7 +8,7 @@ import torch
 from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
-from cpq_train.arms.subject import build
+from cpq_train.arms.structure import build
 from cpq_train.common.errors import UserError
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.models import NetworkConfig

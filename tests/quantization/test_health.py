@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.subject import Subject, build, check_state, from_weights
+from cpq_train.arms.loading import from_weights
+from cpq_train.arms.state import check_state
+from cpq_train.arms.structure import build
+from cpq_train.arms.subject import Subject
 from cpq_train.common.errors import UserError
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization.layers import quantize_layer

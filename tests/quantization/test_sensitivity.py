@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.subject import blocks_of, build, tensors_read_together
+from cpq_train.arms.structure import blocks_of, build, tensors_read_together
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.bits.bit_plan import FIXED, BitPlan, Option, mixed_scheme, write_scheme

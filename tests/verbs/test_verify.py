@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpq_train.arms.subject import build
+from cpq_train.arms.structure import build
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization import layers
 from cpq_train.quantization.ranges.calibration import collecting_ranges

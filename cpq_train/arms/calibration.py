@@ -1,0 +1,88 @@
+"""The ranges of a quantized network, found on samples or given, and what its checkpoint says of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from cpq_train.arms.coverage import coverage_table
+from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
+from cpq_train.arms.subject import Subject
+from cpq_train.quantization.health import Problem, refuse, table
+from cpq_train.quantization.prepare import leave_in_float
+from cpq_train.quantization.ranges.calibration import collecting_ranges
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class CalibrationSamples(Protocol):
+    """A data module, as far as calibration needs one."""
+
+    def calibration_dataloader(self) -> Batches:
+        """This rank's batches of the calibration samples."""
+
+    def calibration_info(self) -> dict[str, Any]:
+        """What a checkpoint says of the samples of all ranks."""
+
+
+def calibrate(
+    subject: Subject,
+    samples: CalibrationSamples,
+    forward: Forward,
+    config: CalibrationConfig,
+    given: Mapping[str, Tensor] | None = None,
+    show: bool = True,
+) -> None:
+    """Find the activation ranges of a network, in place; each sample is seen by one rank.
+
+    Args:
+        subject: A quantized network; its `calibration` says afterwards what was done.
+        samples: The calibration samples, for which nobody asks where `given` has every range.
+        forward: Runs a network on one batch.
+        config: What calibration does beyond finding ranges.
+        given: Ranges known already, by their names in the network's state dict.
+        show: Whether tables and progress are printed.
+
+    Raises:
+        UserError: There are no such samples, or a range came out unfit and the scheme has it an error.
+    """
+    assert subject.scheme is not None
+    if show:
+        Console().print(coverage_table(subject.prepared))
+    given = dict(given or {})
+    subject.network.load_state_dict(given, strict=False)
+    seen: dict[str, Any] = {"num_samples": 0}
+    if not given or subject.needs_calibration:
+        _collect_ranges(subject, samples.calibration_dataloader(), forward, show)
+        subject.network.load_state_dict(given, strict=False)
+        seen = samples.calibration_info()
+    subject.calibration = {
+        "method": subject.scheme.input.method,
+        **seen,
+        "source_sha256": subject.parents.get("float"),
+        "left_in_float": list(subject.prepared.left_in_float),
+        **improve(subject, samples.calibration_dataloader, forward, config, show),
+    }
+
+
+def _collect_ranges(subject: Subject, batches: Batches, forward: Forward, show: bool) -> None:
+    with collecting_ranges(subject.network, partial(_on_unfit, subject, show)):
+        for batch in track(batches, "Calibrating", disable=not show):
+            forward(subject.network, batch)
+
+
+def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:
+    """What the scheme has done about unfit ranges: an error, or a warning and layers left in float."""
+    assert subject.scheme is not None
+    if subject.scheme.on_unfit_range == "error":
+        refuse(problems)
+    subject.scheme = leave_in_float(subject.network, subject.prepared, subject.scheme, problems)
+    if show:
+        text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
+        Console(soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
+        Console().print(coverage_table(subject.prepared))

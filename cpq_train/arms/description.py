@@ -1,0 +1,135 @@
+"""What a checkpoint says of its network: the `quantization` entry, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from cpq_train.common.arm_names import ARMS, TUNED_ARMS, Arm
+from cpq_train.common.errors import UserError
+from cpq_train.common.schema import check_schema
+from cpq_train.quantization.batchnorm import BatchNormPolicy
+from cpq_train.quantization.prepare import RESIDUAL, Prepared
+from cpq_train.quantization.ranges.policy import AmaxPolicy
+from cpq_train.quantization.scheme import QuantizerScheme, Scheme
+
+SCHEMA = 1
+CHANGES_OF_WEIGHTS = ("bias_correction", "adaround_num_steps")
+"""Entries of `calibration` that say, where they are not 0, that weights are no longer the float ones."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """The `quantization` entry of a checkpoint, without its rows of layers.
+
+    Attributes:
+        arm: Which arm it is.
+        scheme: How it is quantized, None where it is not.
+        batchnorm: What became of its BatchNorm.
+        amax: What became of its ranges in training.
+        calibration: How its ranges were found, None where none were.
+        parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
+    """
+
+    arm: Arm
+    scheme: Scheme | None = None
+    batchnorm: BatchNormPolicy = "folded"
+    amax: AmaxPolicy = "frozen"
+    calibration: dict[str, Any] | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self:
+        """Read what a checkpoint says.
+
+        Args:
+            checkpoint: Its content.
+            path: For messages.
+
+        Raises:
+            UserError: It says nothing of itself, is of a newer schema, or lacks an entry.
+        """
+        where = f"checkpoint {str(path)!r}"
+        entry = checkpoint.get("quantization")
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where} does not say what it is (no 'quantization')")
+        check_schema(entry.get("schema"), SCHEMA, f"{where}, quantization")
+        if missing := {"arm", "scheme", "batchnorm", "layers", "calibration", "parents"} - set(entry):
+            raise UserError(f"{where}: its 'quantization' lacks {', '.join(sorted(missing))}")
+        if entry["arm"] not in ARMS:
+            raise UserError(f"{where} is of arm {entry['arm']!r}; accepted: {', '.join(ARMS)}")
+        scheme = None if entry["scheme"] is None else Scheme.from_dict(entry["scheme"], where)
+        return cls(
+            arm=entry["arm"],
+            scheme=scheme,
+            batchnorm=entry["batchnorm"],
+            amax=_amax_policy(entry["layers"]),
+            calibration=entry["calibration"],
+            parents=dict(entry["parents"]),
+        )
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether its weights are no longer those it was calibrated or folded with."""
+        return self.arm in TUNED_ARMS
+
+    def entry(self, prepared: Prepared) -> dict[str, Any]:
+        """The `quantization` entry of the checkpoint (plain values only).
+
+        Args:
+            prepared: What `prepare` or `unquantized` returned.
+        """
+        return {
+            "schema": SCHEMA,
+            "arm": self.arm,
+            "scheme": None if self.scheme is None else self.scheme.to_dict(),
+            "batchnorm": self.batchnorm,
+            "layers": _layers(prepared, self.amax),
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "parents": dict(self.parents),
+        }
+
+
+def changed_weights(calibration: Mapping[str, Any] | None) -> bool:
+    """Whether a calibration, as a checkpoint describes it, changed weights."""
+    return calibration is not None and any(calibration.get(key) for key in CHANGES_OF_WEIGHTS)
+
+
+def _layers(prepared: Prepared, amax: AmaxPolicy) -> dict[str, Any]:
+    rows = {}
+    for name, chosen in prepared.schemes.items():
+        kind = prepared.layers[name]
+        shared = prepared.shares_input_with.get(name) or prepared.shares_input_with.get(name + RESIDUAL)
+        rows[name] = {
+            "kind": kind,
+            "arithmetic": chosen.arithmetic,
+            "weight": _quantizer(chosen.weight, chosen.weight_axis(kind), amax),
+            "input": _quantizer(chosen.input, None, amax),
+            "why_float": chosen.why_float,
+            "why_simulated": "" if chosen.is_float else chosen.why_simulated,
+            "shares_input_with": shared,
+        }
+    return rows
+
+
+def _quantizer(chosen: QuantizerScheme, axis: int | None, amax: AmaxPolicy) -> dict[str, Any]:
+    return {
+        "format": chosen.format,
+        "bits": chosen.bits,
+        "signed": chosen.signed,
+        "narrow_range": chosen.narrow_range,
+        "axis": axis,
+        "method": chosen.method,
+        "mode": chosen.mode,
+        "amax": amax,
+    }
+
+
+def _amax_policy(layers: Mapping[str, Any]) -> Any:
+    """What became of the ranges, which every static quantizer says."""
+    quantizers = (layer[role] for layer in layers.values() for role in ("weight", "input"))
+    return next((q["amax"] for q in quantizers if q["mode"] == "static"), "frozen")

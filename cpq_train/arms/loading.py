@@ -1,0 +1,101 @@
+"""The one road from a checkpoint to a network: read, describe, build, check, load.
+
+A checkpoint needs no other file. What is asked for beyond it (another arm, BatchNorm folded) is done to the
+loaded network, in `becoming`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpq_train.arms.becoming import become
+from cpq_train.arms.description import Description
+from cpq_train.arms.state import check_state
+from cpq_train.arms.structure import build_described
+from cpq_train.arms.subject import Subject
+from cpq_train.common.arm_names import Arm
+from cpq_train.common.checkpoint import (
+    NETWORK_PREFIX,
+    network_state,
+    read_checkpoint,
+    sha256_of,
+    write_checkpoint,
+)
+from cpq_train.models import NetworkConfig
+from cpq_train.quantization.batchnorm import BatchNormPolicy
+from cpq_train.quantization.scheme import Scheme
+
+
+def from_content(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> Subject:
+    """The network that a checkpoint describes, ready for its tensors, which have been checked.
+
+    Args:
+        config: Sizes of the network; those of the checkpoint must agree.
+        checkpoint: Its content.
+        path: For messages.
+
+    Raises:
+        UserError: The checkpoint does not say what it is, is of another architecture, or holds tensors that
+            are no good.
+    """
+    subject = build_described(config, Description.of(checkpoint, path))
+    check_state(subject.network, network_state(checkpoint), path)
+    return subject
+
+
+def load(config: NetworkConfig, path: str | Path) -> Subject:
+    """The network of a checkpoint, as the checkpoint has it.
+
+    Raises:
+        UserError: The file is unreadable; see `from_content`.
+    """
+    checkpoint = read_checkpoint(path)
+    subject = from_content(config, checkpoint, path)
+    subject.network.load_state_dict(network_state(checkpoint))
+    return subject
+
+
+def from_weights(
+    config: NetworkConfig,
+    path: str | Path,
+    arm: Arm | None = None,
+    scheme: Scheme | None = None,
+    batchnorm: BatchNormPolicy | None = None,
+) -> Subject:
+    """Start from a checkpoint's weights.
+
+    Args:
+        config: Sizes of the network; those of the checkpoint must agree.
+        path: A float checkpoint for any arm; a ptq or qat one for ptq, qat and, ranges left aside,
+            float_tuned.
+        arm: What to become; None stays what the checkpoint is.
+        scheme: How to quantize; None takes the checkpoint's.
+        batchnorm: What becomes of BatchNorm; None takes the checkpoint's, and folds that of a float network
+            that becomes another arm.
+
+    Raises:
+        UserError: See `load` and `become`.
+    """
+    source = load(config, path)
+    source_arm, parents = source.arm, source.parents
+    subject = become(source, arm or source_arm, scheme, batchnorm, path)
+    descent: dict[str, str] = {} if subject.arm == source_arm else {source_arm: sha256_of(path)}
+    subject.parents = {**parents, **descent}
+    return subject
+
+
+def fold_checkpoint(config: NetworkConfig, path: str | Path, output: str | Path) -> None:
+    """Write a checkpoint of the same network with BatchNorm folded; it holds no state of training.
+
+    Args:
+        config: Sizes of the network.
+        path: A float_tuned, ptq or qat checkpoint of this project.
+        output: Where to.
+    """
+    subject = from_weights(config, path, batchnorm="folded")
+    state = {NETWORK_PREFIX + name: tensor for name, tensor in subject.network.state_dict().items()}
+    kept = ("epoch", "global_step", "hyper_parameters", "data", "pytorch-lightning_version")
+    checkpoint = {key: value for key, value in read_checkpoint(path).items() if key in kept}
+    write_checkpoint({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)

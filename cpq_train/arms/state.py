@@ -1,0 +1,75 @@
+"""The tensors of a checkpoint against the network that is about to load them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cpq_train.common.errors import UserError
+from cpq_train.quantization.health import refuse
+from cpq_train.quantization.ranges.calibration import AMAX, problems_of_state
+
+NUM_SHOWN = 2
+
+
+def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compare tensors with those of the network, by name and shape, and look at every value.
+
+    Args:
+        network: In the structure of the checkpoint.
+        state: The checkpoint's tensors by the network's names.
+        path: For messages.
+
+    Raises:
+        UserError: They differ, and how many are missing, unexpected or of another shape; ranges are missing
+            or unfit, with a table of them; or a tensor holds NaN or infinite numbers.
+    """
+    where = f"checkpoint {str(path)!r}"
+    problems = problems_of_state(network, state)
+    unfit = {problem.quantizer + AMAX for problem in problems}
+    state = {name: tensor for name, tensor in state.items() if name not in unfit}
+    own = {name: tensor for name, tensor in network.state_dict().items() if name not in unfit}
+    if differences := _differences(own, state):
+        raise UserError(f"{where} is of another architecture than model.network: {differences}")
+    refuse(problems, f"{where}: ")
+    check_finite(state, where)
+
+
+def check_finite(state: Mapping[str, Any], where: str) -> None:
+    """Look for numbers that no training leaves behind and no engine can run.
+
+    Args:
+        state: Name -> tensor; other values are passed over.
+        where: What the sentence starts with.
+
+    Raises:
+        UserError: A tensor holds NaN or infinite numbers; names the first ones.
+    """
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
+    unfit = [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
+    if unfit:
+        raise UserError(f"{where}: {len(unfit)} tensors hold NaN or infinite numbers: {_some(unfit)}")
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What tells the two apart; empty where nothing does."""
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(state))
+        if state[name].shape != own[name].shape
+    ]
+    parts = {
+        "missing": sorted(set(own) - set(state)),
+        "unexpected": sorted(set(state) - set(own)),
+        "of another shape": shapes,
+    }
+    return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")

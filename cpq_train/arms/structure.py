@@ -1,0 +1,90 @@
+"""The structure of each arm: what becomes of a float network, and of what a checkpoint describes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cpq_train.arms.description import Description
+from cpq_train.arms.subject import Subject
+from cpq_train.common.arm_names import Arm
+from cpq_train.common.errors import UserError
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
+from cpq_train.quantization.layers import QUANTIZED
+from cpq_train.quantization.prepare import RESIDUAL, prepare, unquantized
+from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
+from cpq_train.quantization.scheme import Scheme
+
+
+def build(
+    config: NetworkConfig, arm: Arm, scheme: Scheme | None, batchnorm: BatchNormPolicy | None = None
+) -> Subject:
+    """A network with fresh weights in the structure of `arm`; activation ranges are NaN.
+
+    Raises:
+        UserError: A quantized arm without a scheme, or a BatchNorm that the arm does not have.
+    """
+    return restructure(CenterPoint(config), arm, scheme, batchnorm)
+
+
+def build_described(config: NetworkConfig, said: Description) -> Subject:
+    """The structure that a checkpoint describes, its tensors not loaded yet."""
+    subject = build(config, said.arm, said.scheme, said.batchnorm)
+    set_range_policy(subject, said.amax)
+    subject.calibration, subject.parents = said.calibration, dict(said.parents)
+    subject.is_tuned = said.is_tuned
+    return subject
+
+
+def restructure(
+    network: CenterPoint, arm: Arm, scheme: Scheme | None, batchnorm: BatchNormPolicy | None
+) -> Subject:
+    """Give a float network, its BatchNorm still there, the structure of `arm`, in place."""
+    if arm == "float":
+        if batchnorm not in (None, "trained"):
+            raise UserError(f"model.batchnorm is {batchnorm!r}; accepted for arm 'float': trained")
+        return Subject(network, arm, unquantized(network), batchnorm="trained")
+    batchnorm = batchnorm or "folded"
+    if arm == "float_tuned":
+        if batchnorm == "folded":
+            fold_batchnorm(network)
+        return Subject(network, arm, unquantized(network), batchnorm=batchnorm)
+    if scheme is None:
+        raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
+    prepared = prepare(network, scheme, tensors_read_together(network), fold=batchnorm == "folded")
+    return Subject(network, arm, prepared, scheme, batchnorm)
+
+
+def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
+    """Say what becomes of the ranges in training; learned ones become parameters."""
+    subject.amax = amax
+    apply_policy(subject.network, amax)
+
+
+def tensors_read_together(network: nn.Module) -> list[list[str]]:
+    """Names of the layers that read one tensor of CenterPoint, a group per tensor.
+
+    The hidden convolutions of the head read the shared convolution's output; the input of a residual block
+    feeds its first convolution and its add; the output of a BEV level feeds the next level and its own
+    upsampling.
+    """
+    names = [name for name, _ in network.named_modules()]
+    head = [n for n in names if n.startswith("dense_head.heads_list.") and n.endswith(".0.0")]
+    blocks = [n.removesuffix(".quant_add") for n in names if n.endswith(".quant_add")]
+    levels = [n for n in names if n.startswith("backbone_2d.deblocks.") and n.count(".") == 2]
+    bev = [[f"backbone_2d.blocks.{i + 1}.1", f"backbone_2d.deblocks.{i}.0"] for i in range(len(levels) - 1)]
+    return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
+
+
+def blocks_of(network: nn.Module) -> dict[str, list[str]]:
+    """Name of each block of CenterPoint -> its layers that can be quantized, in the order of the network.
+
+    A block is a residual block, a strided convolution, a level of the BEV backbone, its upsampling, or the
+    branches of one class group; it is named as the module that holds its layers.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, tuple(QUANTIZED)):
+            parents = name.split(".")[:-1]
+            blocks.setdefault(".".join(parents[:3]), []).append(name)
+    return blocks

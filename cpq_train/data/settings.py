@@ -1,0 +1,82 @@
+"""What a checkpoint says of the data that it was made with: its top-level key `data`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from typing_extensions import Self
+
+from cpq_train.common.errors import UserError
+
+DATA_KEY = "data"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How points become the voxels of a sample; the defaults are those of nuScenes at 0.1 m.
+
+    Attributes:
+        num_sweeps: LiDAR sweeps per sample.
+        voxel_size: x, y, z in metres.
+        point_cloud_range: minimum x, y, z and maximum x, y, z in metres.
+        max_points_per_voxel: further points of a voxel are dropped.
+        max_num_voxels_train: further voxels of a training sample are dropped.
+        max_num_voxels_eval: further voxels of a sample that is evaluated are dropped.
+    """
+
+    num_sweeps: int = 10
+    voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2)
+    point_cloud_range: tuple[float, float, float, float, float, float] = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+    max_points_per_voxel: int = 10
+    max_num_voxels_train: int = 60000
+    max_num_voxels_eval: int = 60000
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self | None:
+        """What a checkpoint says; None where it says nothing, as files do that were made before this key.
+
+        Args:
+            checkpoint: Its content.
+            path: For messages.
+
+        Raises:
+            UserError: The key holds something else.
+        """
+        stated = checkpoint.get(DATA_KEY)
+        if stated is None:
+            return None
+        names = {field.name for field in fields(cls)}
+        if not isinstance(stated, Mapping) or not names <= stated.keys():
+            have = sorted(stated) if isinstance(stated, Mapping) else repr(stated)
+            raise UserError(
+                f"checkpoint {str(path)!r}, {DATA_KEY}: {have}; expected {', '.join(sorted(names))}"
+            )
+        return cls(**{name: _as_tuple(stated[name]) for name in names})
+
+    @classmethod
+    def of_or_default(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self:
+        """What a checkpoint says, or the defaults, and then says so."""
+        stated = cls.of(checkpoint, path)
+        if stated is None:
+            stated = cls()
+            Console(stderr=True, soft_wrap=True).print(
+                f"checkpoint {str(path)!r} does not say with what data settings it was made: taking "
+                f"{stated.num_sweeps} sweeps, {stated.max_points_per_voxel} points per voxel, "
+                f"{stated.max_num_voxels_eval} voxels",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
+        return stated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,75 @@
+"""Whether a checkpoint is one that a fit can go on from as it began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cpq_train.arms.description import Description
+from cpq_train.arms.scheme_difference import scheme_difference
+from cpq_train.arms.state import check_finite
+from cpq_train.common.errors import UserError
+from cpq_train.quantization.scheme import Scheme
+from cpq_train.training.settings import HYPER_PARAMETERS
+
+
+def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse to resume with settings that the checkpoint's structure has decided otherwise.
+
+    Args:
+        asked: The detector's settings, plain values; what is None is left to the checkpoint.
+        checkpoint: Content of the checkpoint that the run goes on from.
+        path: For messages.
+
+    Raises:
+        UserError: Arm, scheme, BatchNorm, ranges or sizes of the network differ; names each difference.
+    """
+    said, began = Description.of(checkpoint, path), checkpoint.get(HYPER_PARAMETERS, {})
+    lines = [
+        *_differences("arm", said.arm, asked["arm"]),
+        *_differences("batchnorm", said.batchnorm, asked["batchnorm"]),
+        *_differences("network", began.get("network"), asked["network"]),
+        *(_differences("ranges", began.get("ranges"), asked["ranges"]) if said.arm == "qat" else ()),
+        *_scheme_differences(said, began.get("scheme"), asked["scheme"]),
+    ]
+    if lines:
+        text = "\n".join(lines)
+        raise UserError(
+            f"checkpoint {str(path)!r} belongs to a run with other settings, and a run goes on as it began; "
+            f"to begin another one start from model.weights:\n{text}"
+        )
+
+
+def _differences(name: str, of_checkpoint: Any, asked: Any) -> Iterator[str]:
+    """A line for each value that both have and that differs."""
+    if isinstance(asked, Mapping) and isinstance(of_checkpoint, Mapping):
+        for key in asked.keys() & of_checkpoint.keys():
+            yield from _differences(f"{name}.{key}", of_checkpoint[key], asked[key])
+    elif None not in (asked, of_checkpoint) and asked != of_checkpoint:
+        yield f"  model.{name}: checkpoint {of_checkpoint}, now {asked}"
+
+
+def _scheme_differences(said: Description, began: str | None, asked: str | None) -> Iterator[str]:
+    """The checkpoint holds its scheme: the file that it was read from may be gone by now."""
+    if said.scheme is None or asked is None or (asked == began and not Path(asked).is_file()):
+        return
+    difference = scheme_difference(Scheme.from_file(asked), said.scheme, said.calibration)
+    if difference:
+        yield f"  model.scheme is {asked!r}:"
+        yield difference
+
+
+def check_optimizer_state(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Look at what the optimizers remember: one NaN there is one in the weights after a step.
+
+    Raises:
+        UserError: A tensor of theirs holds NaN or infinite numbers.
+    """
+    moments = {
+        f"optimizer.{number}.{name}": value
+        for optimizer in checkpoint.get("optimizer_states", ())
+        for number, of_parameter in optimizer["state"].items()
+        for name, value in of_parameter.items()
+    }
+    check_finite(moments, f"checkpoint {str(path)!r}")

@@ -1,0 +1,54 @@
+"""The detector's settings as a checkpoint holds them (plain values), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from cpq_train.arms.starting_point import CalibrationConfig
+from cpq_train.common.errors import UserError
+from cpq_train.models import NetworkConfig
+from cpq_train.models.decode import PostProcessing
+from cpq_train.models.distillation import DistillationConfig
+from cpq_train.quantization.ranges.policy import RangePolicy
+from cpq_train.training.optim import OptimizerConfig
+
+HYPER_PARAMETERS = "hyper_parameters"
+"""Lightning's name of the entry of a checkpoint."""
+
+_CLASSES: dict[str, type[Any]] = {
+    "network": NetworkConfig,
+    "ranges": RangePolicy,
+    "post_processing": PostProcessing,
+    "optimizer": OptimizerConfig,
+    "calibration": CalibrationConfig,
+    "distillation": DistillationConfig,
+}
+"""Settings that are more than one value."""
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as tensors-and-plain-values files hold them."""
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in settings.items()}  # type: ignore[arg-type]
+
+
+def settings_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Arguments of `CenterPointDetector` from a checkpoint; what it does not hold has its default.
+
+    Args:
+        checkpoint: Its content.
+        path: For messages.
+
+    Raises:
+        UserError: It holds a setting that this release does not know, or a value that it does not accept.
+    """
+    settings = dict(checkpoint.get(HYPER_PARAMETERS, {}))
+    for name, kind in _CLASSES.items():
+        if settings.get(name) is not None:
+            try:
+                settings[name] = kind(**settings[name])
+            except TypeError as error:
+                raise UserError(f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}.{name}: {error}") from error
+    return settings
