@@ -1,11 +1,10 @@
 """The one seam to spconv: sparse convolutions, one algorithm per device, alike in train and eval."""
 
 import logging
-import warnings
 
-with warnings.catch_warnings():
-    # spconv 2.3 decorates its kernels with torch.cuda.amp's old names: nine warnings on import.
-    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.custom_", category=FutureWarning)
+from cpq_train.sparse.importing import importing_spconv
+
+with importing_spconv():
     from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
 from cpq_train.sparse.convolution import SparseConv3d, SubMConv3d
