@@ -10,9 +10,10 @@ import yaml
 from torch import distributed, multiprocessing, nn
 
 from cpq_train.arms.starting_point import CalibrationConfig, _agree, spread
-from cpq_train.arms.subject import blocks_of, build, from_weights
+from cpq_train.arms.subject import build, from_weights
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.topology import blocks_of
 from cpq_train.verbs.cli import main
 
 SMALL: dict[str, Any] = {
