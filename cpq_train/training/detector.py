@@ -198,8 +198,7 @@ class CenterPointDetector(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
-        config = self.network_config
-        targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
+        targets = assign_targets(batch["gt_boxes"], self.network_config)
         heads, distilled = self._run_with_teacher(batch)
         losses = center_loss(heads, targets, self.code_weights, self.loc_weight, sum_over_ranks)
         if distilled:
@@ -245,7 +244,7 @@ class CenterPointDetector(LightningModule):
         network = flip_averaged(self.network, config) if self.test_time_flip else self.network
         with torch.autocast(self.device.type, enabled=False):
             heads = self._run(network, batch)
-            return decode(heads, config.class_groups, config.geometry, self.post_processing)
+            return decode(heads, config, self.post_processing)
 
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
