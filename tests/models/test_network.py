@@ -1,6 +1,7 @@
 """The network without golden data: names, sizes, other grids, empty inputs."""
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,11 @@ def test_class_ids_index_the_class_names() -> None:
     assert NetworkConfig().class_ids == [[0], [1, 2], [3, 4], [5], [6, 7], [8, 9]]
     trams = NetworkConfig(class_names=["bus", "tram", "car"], class_groups=[["car", "bus"], ["tram"]])  # type: ignore[arg-type]
     assert trams.class_ids == [[2, 0], [1]]
+
+
+def test_fields_of_checkpoints_without_class_names() -> None:
+    fields = {name: value for name, value in asdict(NetworkConfig()).items() if name != "class_names"}
+    assert NetworkConfig(**fields) == NetworkConfig()
 
 
 def test_the_075_grid() -> None:
