@@ -88,8 +88,7 @@ def test_full_size_network_calibrates_and_takes_qat_steps(
     network.train()
     losses = []
     for _ in range(2):
-        config = network.config
-        targets = assign_targets(gt_boxes, config.class_groups, config.geometry)
+        targets = assign_targets(gt_boxes, network.config)
         loss = center_loss(network(features, coords, batch_size), targets)["loss"]
         optimizer.zero_grad()
         loss.backward()

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import distributed, nn
 
-from cpq_train.arms.structure import blocks_of
 from cpq_train.arms.subject import Subject
 from cpq_train.common.errors import UserError
 from cpq_train.models.foreground import foreground_error
+from cpq_train.models.topology import blocks_of
 from cpq_train.quantization.ptq.adaround import BlockRounding, round_adaptively
 from cpq_train.quantization.ptq.bias_correction import correct_biases
 from cpq_train.quantization.ptq.range_search import is_searched, search_ranges
@@ -93,7 +93,7 @@ def improve(
             twins = Twins.of(network, spread(new_loader(), config.num_batches), forward, show_progress)
             search_ranges(replace(twins, batches=twins.batches[:NUM_SEARCH_BATCHES]), foreground_error)
             if config.adaround_num_steps:
-                blocks = list(blocks_of(network))
+                blocks = list(blocks_of(subject.network))
                 roundings = round_adaptively(twins, blocks, config.adaround_num_steps)
                 Console(quiet=not show_progress).print(rounding_table(roundings))
             if config.bias_correction:

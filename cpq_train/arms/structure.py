@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+from itertools import pairwise
 
 from cpq_train.arms.description import Description
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.topology import bev_levels, hidden_convolutions, names_of, residual_blocks
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
-from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.prepare import RESIDUAL, prepare, unquantized
 from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.scheme import Scheme
@@ -61,30 +61,16 @@ def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
     apply_policy(subject.network, amax)
 
 
-def tensors_read_together(network: nn.Module) -> list[list[str]]:
+def tensors_read_together(network: CenterPoint) -> list[list[str]]:
     """Names of the layers that read one tensor of CenterPoint, a group per tensor.
 
     The hidden convolutions of the head read the shared convolution's output; the input of a residual block
     feeds its first convolution and its add; the output of a BEV level feeds the next level and its own
     upsampling.
     """
-    names = [name for name, _ in network.named_modules()]
-    head = [n for n in names if n.startswith("dense_head.heads_list.") and n.endswith(".0.0")]
-    blocks = [n.removesuffix(".quant_add") for n in names if n.endswith(".quant_add")]
-    levels = [n for n in names if n.startswith("backbone_2d.deblocks.") and n.count(".") == 2]
-    bev = [[f"backbone_2d.blocks.{i + 1}.1", f"backbone_2d.deblocks.{i}.0"] for i in range(len(levels) - 1)]
-    return [head, *([f"{b}.conv1", f"{b}.quant_add{RESIDUAL}"] for b in blocks), *bev]
-
-
-def blocks_of(network: nn.Module) -> dict[str, list[str]]:
-    """Name of each block of CenterPoint -> its layers that can be quantized, in the order of the network.
-
-    A block is a residual block, a strided convolution, a level of the BEV backbone, its upsampling, or the
-    branches of one class group; it is named as the module that holds its layers.
-    """
-    blocks: dict[str, list[str]] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, tuple(QUANTIZED)):
-            parents = name.split(".")[:-1]
-            blocks.setdefault(".".join(parents[:3]), []).append(name)
-    return blocks
+    names = names_of(network)
+    head = [names[layer] for layer in hidden_convolutions(network)]
+    blocks = [[names[b.conv1], names[b.quant_add] + RESIDUAL] for b in residual_blocks(network)]
+    levels = bev_levels(network)
+    bev = [[names[first], names[up]] for (_, up), (first, _) in pairwise(levels)]
+    return [head, *blocks, *bev]

@@ -48,7 +48,8 @@ class Evaluation(Callback):
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
-        self._metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(pl_module.device)
+        metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names)
+        self._metric = metric.to(pl_module.device)
 
     @override
     def on_validation_batch_end(

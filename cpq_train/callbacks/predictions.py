@@ -49,12 +49,13 @@ class WritePredictions(Callback):
         checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
         _check_no_scores_are_lost(Path(trainer.default_root_dir), data.test_split)
-        self._collector = DetectionCollector(data.test_rows).to(pl_module.device)
+        self._collector = DetectionCollector(data.test_rows, data.class_names).to(pl_module.device)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint_of(trainer, pl_module)
-        self._collector = DetectionCollector(datamodule_of(trainer).predict_rows).to(pl_module.device)
+        data = datamodule_of(trainer)
+        self._collector = DetectionCollector(data.predict_rows, data.class_names).to(pl_module.device)
 
     @override
     def on_test_batch_end(

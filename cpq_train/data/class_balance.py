@@ -6,6 +6,8 @@ OpenPCDet's BALANCED_RESAMPLING.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,17 +18,20 @@ from cpq_train.data.index import NuScenesIndex
 Rows = NDArray[np.int64]
 
 
-def class_balanced_rows(index: NuScenesIndex, rows: Rows, seed: int) -> Rows:
+def class_balanced_rows(
+    index: NuScenesIndex, rows: Rows, seed: int, class_names: Sequence[str] = DETECTION_CLASSES
+) -> Rows:
     """Draws training samples anew, class by class.
 
-    Let D be the sum over classes of the number of samples that show the class. Every class gives a tenth of
-    D, drawn with replacement from the samples that show it; a class that none shows gives none. Drawn once
-    for a training, not for each epoch.
+    Let D be the sum over classes of the number of samples that show the class. Every class gives as much
+    of D as any other, drawn with replacement from the samples that show it; a class that none shows gives
+    none. Drawn once for a training, not for each epoch.
 
     Args:
         index: the data set.
         rows: (S,) the samples of the split.
         seed: of the draws.
+        class_names: the network's classes; their order does not matter.
 
     Returns:
         Some of `rows`, many of them several times.
@@ -35,12 +40,12 @@ def class_balanced_rows(index: NuScenesIndex, rows: Rows, seed: int) -> Rows:
         UserError: no class gives a sample.
     """
     rng = np.random.default_rng(seed)
-    presence = class_presence(index, rows)
+    presence = class_presence(index, rows)[:, [name in class_names for name in DETECTION_CLASSES]]
     numbers = num_draws(presence.sum(axis=0).tolist())
     if not any(numbers):
         raise UserError(
             f"data.class_balanced: the classes that {len(rows)} training samples show add up to "
-            f"{int(presence.sum())}: expected {len(DETECTION_CLASSES)} or more"
+            f"{int(presence.sum())}: expected {len(class_names)} or more"
         )
     drawn = [
         rng.choice(rows[presence[:, class_id]], number) for class_id, number in enumerate(numbers) if number

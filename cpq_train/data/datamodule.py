@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
@@ -22,6 +23,7 @@ from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.labels import nuscenes_ids
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.data.settings import DataSettings
@@ -39,6 +41,7 @@ class NuScenesDataModule(LightningDataModule):
         num_sweeps: LiDAR sweeps per sample, 1 (the key frame alone) to 10.
         voxel_size: x, y, z in metres.
         point_cloud_range: minimum x, y, z and maximum x, y, z in metres, in the LiDAR frame.
+        class_names: the network's classes, in the order of labels; objects of others are no targets.
         max_points_per_voxel: further points of a voxel are dropped.
         max_num_voxels_train: further voxels of a training sample are dropped.
         max_num_voxels_eval: further voxels of a sample that is evaluated or calibrated with are dropped.
@@ -68,6 +71,7 @@ class NuScenesDataModule(LightningDataModule):
         num_sweeps: int = DataSettings.num_sweeps,
         voxel_size: tuple[float, float, float] = DataSettings.voxel_size,
         point_cloud_range: tuple[float, float, float, float, float, float] = DataSettings.point_cloud_range,
+        class_names: tuple[str, ...] = DETECTION_CLASSES,
         max_points_per_voxel: int = DataSettings.max_points_per_voxel,
         max_num_voxels_train: int = DataSettings.max_num_voxels_train,
         max_num_voxels_eval: int = DataSettings.max_num_voxels_eval,
@@ -90,6 +94,8 @@ class NuScenesDataModule(LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"data.{name} is {value}: expected {least} or more")
+        nuscenes_ids(class_names)  # refuses foreign ones
+        self.class_names = tuple(class_names)
         self.root, self.version, self.cache_dir = root, version, cache_dir
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
@@ -111,6 +117,7 @@ class NuScenesDataModule(LightningDataModule):
             point_cloud_range=point_cloud_range,
             max_points_per_voxel=max_points_per_voxel,
             max_num_voxels=max_num_voxels_eval,
+            class_names=self.class_names,
             seed=seed,
         )
         self._training_config = dataclasses.replace(
@@ -178,7 +185,9 @@ class NuScenesDataModule(LightningDataModule):
     def _train_rows(self) -> Rows:
         """Index rows of an epoch's training samples; with class balance a row may occur several times."""
         rows = self.index.sample_rows(self.train_split)
-        return class_balanced_rows(self.index, rows, self.seed) if self.class_balanced else rows
+        if not self.class_balanced:
+            return rows
+        return class_balanced_rows(self.index, rows, self.seed, self.class_names)
 
     def _gt_sampler(self) -> GtSampler | None:
         """What fills training scenes up.
@@ -192,7 +201,8 @@ class NuScenesDataModule(LightningDataModule):
         num_sweeps = self._training_config.num_sweeps
         database = open_gt_database(self.index, self.train_split, num_sweeps, self.cache_dir)
         max_epochs = None if self.trainer is None else self.trainer.max_epochs
-        return GtSampler(database, self.gt_sampling, None if max_epochs == -1 else max_epochs)
+        num_epochs = None if max_epochs == -1 else max_epochs
+        return GtSampler(database, self.gt_sampling, self.class_names, num_epochs)
 
     def state_dict(self) -> dict[str, int]:
         """How far training has come in its epoch; Lightning keeps it in checkpoints."""

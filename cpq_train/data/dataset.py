@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.labels import labels_of_ids
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells
 
@@ -43,7 +45,7 @@ class Item(TypedDict):
     voxel_coords: Tensor
     """(V, 3) int32 z, y, x."""
     gt_boxes: Tensor
-    """(N, 10) float32 x, y, z, l, w, h, yaw, vx, vy, label; label 1 is the first detection class."""
+    """(N, 10) float32 x, y, z, l, w, h, yaw, vx, vy, label; label 1 is the network's first class."""
     sample_row: int
     token: str
 
@@ -73,6 +75,7 @@ class SampleConfig:
         point_cloud_range: minimum x, y, z and maximum x, y, z in metres.
         max_points_per_voxel: further points of a voxel are dropped.
         max_num_voxels: further voxels of a sample are dropped.
+        class_names: the network's classes, in the order of labels.
         seed: of all random draws in training.
         augmentation: None for evaluation.
         is_training: drop boxes outside the range, and replace samples without boxes.
@@ -83,6 +86,7 @@ class SampleConfig:
     point_cloud_range: tuple[float, float, float, float, float, float]
     max_points_per_voxel: int
     max_num_voxels: int
+    class_names: tuple[str, ...] = DETECTION_CLASSES
     seed: int = 0
     augmentation: Augmentation | None = None
     is_training: bool = False
@@ -153,7 +157,7 @@ class DetectionDataset(Dataset[Item]):
     def _scene(self, row: int, epoch: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], Float64]:
         """Points (P, 5) and labelled boxes (N, 10) of a sample, filled up and augmented."""
         points = load_sweeps(self.index, row, self.config.num_sweeps)
-        boxes = target_boxes(self.index, row)
+        boxes = target_boxes(self.index, row, self.config.class_names)
         if self.gt_sampler is not None and self.gt_sampler.is_on(epoch):
             points, boxes = self.gt_sampler.fill(points, boxes, visible_boxes(self.index, row), rng)
         if self.config.augmentation is not None:
@@ -173,16 +177,16 @@ class DetectionDataset(Dataset[Item]):
         }
 
 
-def target_boxes(index: NuScenesIndex, row: int) -> Float64:
-    """Boxes (N, 10) of a sample that a network can learn: of a detection class, with LiDAR points.
+def target_boxes(index: NuScenesIndex, row: int, class_names: Sequence[str] = DETECTION_CLASSES) -> Float64:
+    """Boxes (N, 10) of a sample that a network can learn: of one of its classes, with LiDAR points.
 
     An unknown velocity becomes 0, as OpenPCDet has it. Column 9 is the label, 1 for the first class.
     """
     annotations = _visible(index, row)
-    classes = index.annotation_classes[annotations]
-    is_target = classes >= 0
+    labels = labels_of_ids(class_names)[index.annotation_classes[annotations]]
+    is_target = labels > 0
     boxes = np.nan_to_num(index.annotation_boxes[annotations[is_target]], nan=0.0)
-    return np.column_stack([boxes, classes[is_target] + 1.0])
+    return np.column_stack([boxes, labels[is_target]])
 
 
 def visible_boxes(index: NuScenesIndex, row: int) -> Float64:

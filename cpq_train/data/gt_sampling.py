@@ -10,7 +10,7 @@ depend on what was loaded before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.box_geometry import boxes_overlap, points_in_boxes
 from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_database import GtDatabase
+from cpq_train.data.labels import labels_of_ids
 
 Points = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -49,7 +50,7 @@ class GtSampling:
 
     Attributes:
         targets: objects of each class that a scene is filled up to, counting those that it has; classes
-            are filled in this order, and a class that is not named is not filled.
+            are filled in this order, and a class that is not named, or not the network's, is not filled.
         min_points: objects with fewer points, over all sweeps, are not sampled.
         fade_out_epochs: nothing is sampled in this many last epochs, which see the true density of objects.
     """
@@ -77,6 +78,7 @@ class GtSampler:
     Args:
         database: where the objects come from.
         config: how many of which.
+        class_names: the network's classes, in the order of labels; others are not sampled.
         num_epochs: of the training; needed to fade out.
 
     Raises:
@@ -84,7 +86,13 @@ class GtSampler:
             and unknown.
     """
 
-    def __init__(self, database: GtDatabase, config: GtSampling, num_epochs: int | None = None) -> None:
+    def __init__(
+        self,
+        database: GtDatabase,
+        config: GtSampling,
+        class_names: Sequence[str] = DETECTION_CLASSES,
+        num_epochs: int | None = None,
+    ) -> None:
         if config.fade_out_epochs and num_epochs is None:
             raise UserError(
                 f"gt_sampling fade_out_epochs is {config.fade_out_epochs}, and the number of epochs is not "
@@ -92,12 +100,15 @@ class GtSampler:
             )
         self._database = database
         self._num_epochs = None if num_epochs is None else num_epochs - config.fade_out_epochs
+        self._label_of_id = labels_of_ids(class_names)
         has_enough = database.num_points >= config.min_points
-        self._pools: list[tuple[int, int, Rows]] = []  # class id, target, rows of the database
+        self._pools: list[tuple[int, int, Rows]] = []  # label, target, rows of the database
         for name, target in config.targets.items():
             class_id = DETECTION_CLASSES.index(name)
-            pool = np.flatnonzero(has_enough & (database.classes == class_id))
-            self._pools.append((class_id, target, pool))
+            label = int(self._label_of_id[class_id])
+            if label:
+                pool = np.flatnonzero(has_enough & (database.classes == class_id))
+                self._pools.append((label, target, pool))
         if not any(len(pool) for _, target, pool in self._pools if target):
             raise UserError(
                 f"gt_sampling: {database.folder} holds no object with {config.min_points} points or more "
@@ -115,14 +126,14 @@ class GtSampler:
 
         Args:
             points: (P, 5) of the scene.
-            boxes: (N, 10) labelled boxes of the scene; column 9 is the class id + 1.
+            boxes: (N, 10) labelled boxes of the scene; column 9 is the label.
             obstacles: (M, 9) boxes that a pasted one may not overlap, those of `boxes` among them.
             rng: where the draws come from.
 
         Returns:
             Points, the pasted ones first, and boxes, the pasted ones last; new arrays.
         """
-        rows = self._choose(boxes[:, 9].astype(np.int64) - 1, obstacles, rng)
+        rows = self._choose(boxes[:, 9].astype(np.int64), obstacles, rng)
         pasted = self._labelled_boxes(rows)
         is_covered = np.zeros(len(points), dtype=np.bool_)
         for inside in points_in_boxes(points, pasted):
@@ -132,10 +143,10 @@ class GtSampler:
         joined = np.concatenate([*clouds, points.T[:, ~is_covered]], axis=1).T
         return joined, np.concatenate([boxes, pasted])
 
-    def _choose(self, class_ids: Rows, obstacles: Float64, rng: np.random.Generator) -> Rows:
-        """Rows of the database that fit into a scene of objects of these classes."""
+    def _choose(self, labels: Rows, obstacles: Float64, rng: np.random.Generator) -> Rows:
+        """Rows of the database that fit into a scene of objects of these labels."""
         chosen = [np.empty(0, dtype=np.int64)]
-        for candidates in self._draw(class_ids, rng):
+        for candidates in self._draw(labels, rng):
             boxes = self._database.boxes[candidates]
             among = boxes_overlap(boxes, boxes)
             np.fill_diagonal(among, False)
@@ -144,14 +155,14 @@ class GtSampler:
             chosen.append(candidates[fits])
         return np.concatenate(chosen)
 
-    def _draw(self, class_ids: Rows, rng: np.random.Generator) -> Iterator[Rows]:
+    def _draw(self, labels: Rows, rng: np.random.Generator) -> Iterator[Rows]:
         """Candidates of each class of which the scene has fewer than its target."""
-        for class_id, target, pool in self._pools:
-            number = min(target - int(np.count_nonzero(class_ids == class_id)), len(pool))
+        for label, target, pool in self._pools:
+            number = min(target - int(np.count_nonzero(labels == label)), len(pool))
             if number > 0:
                 yield rng.choice(pool, number, replace=False)
 
     def _labelled_boxes(self, rows: Rows) -> Float64:
         """Boxes (N, 10); an unknown velocity becomes 0, as in a scene."""
         boxes = np.nan_to_num(self._database.boxes[rows], nan=0.0)
-        return np.column_stack([boxes, self._database.classes[rows] + 1.0])
+        return np.column_stack([boxes, self._label_of_id[self._database.classes[rows]]])

@@ -13,7 +13,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.labels import nuscenes_ids
 from cpq_train.evaluation.boxes import Ints
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.metric import evaluate
@@ -42,6 +44,7 @@ class DetectionCollector(Metric):
 
     Args:
         rows: (S,) rows of the samples that are detected in, each once.
+        class_names: what the labels of the detector index; those of `LidarDetections` are nuScenes' ids.
         **kwargs: of `torchmetrics.Metric`.
 
     Raises:
@@ -53,9 +56,10 @@ class DetectionCollector(Metric):
     higher_is_better = True
     num_updates: Tensor
 
-    def __init__(self, rows: Ints, **kwargs: Any) -> None:
+    def __init__(self, rows: Ints, class_names: Sequence[str] = DETECTION_CLASSES, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._rows = np.asarray(rows, np.int64)
+        self._class_ids = nuscenes_ids(class_names)
         self._known = frozenset(self._rows.tolist())
         if len(self._known) < len(self._rows):
             raise UserError(
@@ -81,7 +85,7 @@ class DetectionCollector(Metric):
                 raise UserError(
                     f"detections for sample row {row}; accepted: the {len(self._rows)} rows that are scored"
                 )
-            self._detections.setdefault(row, _to_numpy(found))
+            self._detections.setdefault(row, _to_numpy(found, self._class_ids))
         self.num_updates += 1
 
     def compute(self) -> Any:
@@ -118,11 +122,18 @@ class NuScenesDetectionMetric(DetectionCollector):
     Args:
         index: the data set.
         rows: (S,) sample rows of the index that are scored, each once.
+        class_names: what the labels of the detector index.
         **kwargs: of `torchmetrics.Metric`.
     """
 
-    def __init__(self, index: NuScenesIndex, rows: Ints, **kwargs: Any) -> None:
-        super().__init__(rows, **kwargs)
+    def __init__(
+        self,
+        index: NuScenesIndex,
+        rows: Ints,
+        class_names: Sequence[str] = DETECTION_CLASSES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rows, class_names, **kwargs)
         self._index = index
 
     def compute(self) -> ScoredSplit:
@@ -136,6 +147,7 @@ class NuScenesDetectionMetric(DetectionCollector):
         return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
 
-def _to_numpy(found: DetectionsOfSample) -> LidarDetections:
+def _to_numpy(found: DetectionsOfSample, class_ids: Ints) -> LidarDetections:
     columns = (found.boxes, found.scores, found.labels)
-    return best_detections(LidarDetections(*(column.detach().cpu().numpy() for column in columns)))
+    boxes, scores, labels = (column.detach().cpu().numpy() for column in columns)
+    return best_detections(LidarDetections(boxes, scores, class_ids[labels]))

@@ -51,7 +51,7 @@ class LidarDetections(NamedTuple):
     Attributes:
         boxes: (N, 9) x y z dx dy dz yaw vx vy in the LiDAR frame of the key frame, m, rad and m/s.
         scores: (N,) confidence.
-        labels: (N,) class ids.
+        labels: (N,) class ids, indices into `DETECTION_CLASSES`.
     """
 
     boxes: NDArray[np.floating[Any]]

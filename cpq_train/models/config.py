@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cpq_train.common.errors import UserError
@@ -42,7 +41,8 @@ class NetworkConfig:
         voxel_size: voxel edge along x, y, z, metres.
         point_cloud_range: x, y, z minimum, then x, y, z maximum, metres; a whole number of voxels.
         num_point_features: features of a voxel (x, y, z, intensity, time lag).
-        class_groups: class names by head.
+        class_names: the classes, by default nuScenes' ten in OpenPCDet's order; a class id indexes them.
+        class_groups: class names by head; a class of no head is not detected.
         backbone_3d_channels: channels of the four sparse stages.
         backbone_3d_num_blocks: residual blocks of each sparse stage.
         backbone_3d_out_channels: channels of the last sparse convolution.
@@ -60,6 +60,7 @@ class NetworkConfig:
     voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2)
     point_cloud_range: tuple[float, float, float, float, float, float] = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
     num_point_features: int = 5
+    class_names: tuple[str, ...] = DETECTION_CLASSES
     class_groups: tuple[tuple[str, ...], ...] = CLASS_GROUPS
     backbone_3d_channels: tuple[int, int, int, int] = (16, 32, 64, 128)
     backbone_3d_num_blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
@@ -76,8 +77,14 @@ class NetworkConfig:
         for field in fields(self):
             object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
         _check_lengths(self)
-        _check_class_groups(self.class_groups)
+        _check_class_names(self.class_names)
+        _check_class_groups(self.class_groups, self.class_names)
         _check_grid(self)
+
+    @property
+    def class_ids(self) -> list[list[int]]:
+        """Class ids (indices into `class_names`) by head."""
+        return [[self.class_names.index(name) for name in group] for group in self.class_groups]
 
     @property
     def grid_size(self) -> tuple[int, int, int]:
@@ -92,11 +99,6 @@ class NetworkConfig:
         stride = _level_strides(self)[0] // self.upsample_strides[0]
         x, y, _ = self.grid_size
         return BevGeometry(self.point_cloud_range, self.voxel_size, stride, x // stride, y // stride)
-
-
-def class_ids(class_groups: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Class ids (indices into `DETECTION_CLASSES`) by head."""
-    return [[DETECTION_CLASSES.index(name) for name in group] for group in class_groups]
 
 
 def _as_tuple(value: object) -> object:
@@ -130,13 +132,18 @@ def _check_lengths(config: NetworkConfig) -> None:
             raise UserError(f"{name} is {value}: expected {length} values, and at least one BEV level")
 
 
-def _check_class_groups(class_groups: tuple[tuple[str, ...], ...]) -> None:
+def _check_class_names(class_names: tuple[str, ...]) -> None:
+    if not class_names or not all(class_names) or len(set(class_names)) != len(class_names):
+        raise UserError(f"class_names is {class_names}: expected one name or more, none empty, none twice")
+
+
+def _check_class_groups(class_groups: tuple[tuple[str, ...], ...], class_names: tuple[str, ...]) -> None:
     names = [name for group in class_groups for name in group]
     if not names or not all(class_groups) or len(set(names)) != len(names):
         raise UserError(f"class_groups is {class_groups}: expected non-empty groups, no class in two of them")
-    unknown = sorted(set(names) - set(DETECTION_CLASSES))
+    unknown = sorted(set(names) - set(class_names))
     if unknown:
-        accepted = ", ".join(DETECTION_CLASSES)
+        accepted = ", ".join(class_names)
         raise UserError(f"class_groups names {', '.join(unknown)}: accepted are {accepted}")
 
 

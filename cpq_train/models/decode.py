@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpq_train.common.errors import UserError
 from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
-from cpq_train.models.config import BevGeometry, class_ids
+from cpq_train.models.config import BevGeometry, NetworkConfig
 from cpq_train.models.nms import rank_in_group, rotated_nms
 
 
@@ -59,7 +59,7 @@ class Detections:
     Attributes:
         boxes: x, y, z, length, width, height (m), yaw (rad), velocity x, y (m/s) in the LiDAR frame, (N, 9).
         scores: (N,) float32.
-        labels: class ids, indices into `cpq_train.common.nuscenes.DETECTION_CLASSES`, (N,) int64.
+        labels: class ids, indices into `NetworkConfig.class_names`, (N,) int64.
     """
 
     boxes: Tensor
@@ -78,25 +78,19 @@ class _Candidates:
 
 
 @torch.no_grad()
-def decode(
-    heads: Sequence[HeadOutput],
-    class_groups: Sequence[Sequence[str]],
-    geometry: BevGeometry,
-    post: PostProcessing,
-) -> list[Detections]:
+def decode(heads: Sequence[HeadOutput], config: NetworkConfig, post: PostProcessing) -> list[Detections]:
     """Finds the boxes of every sample.
 
     Args:
         heads: raw outputs of the network by head.
-        class_groups: class names by head.
-        geometry: map of the head.
+        config: gives the class ids by head, and the map.
         post: filters and suppression.
 
     Returns:
         Detections by sample, on the device of the outputs.
     """
-    ids = class_ids(class_groups)
-    found = [_candidates(head, group, geometry, post) for head, group in zip(heads, ids, strict=True)]
+    pairs = zip(heads, config.class_ids, strict=True)
+    found = [_candidates(head, ids, config.geometry, post) for head, ids in pairs]
     batch_size = heads[0]["hm"].shape[0]
     return [_suppress([_of_sample(head, sample) for head in found], post) for sample in range(batch_size)]
 

@@ -14,14 +14,12 @@ and columns of the map. The rules are OpenPCDet's; where it is odd the choice ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
-from cpq_train.models.config import BevGeometry, class_ids
+from cpq_train.models.config import BevGeometry, NetworkConfig
 
 BOX_CODE_SIZE = 10
 """Offset x, y (cells), z (m), log length, width, height (m), cos, sin of yaw, velocity x, y (m/s)."""
@@ -57,8 +55,7 @@ class _Selected:
 
 def assign_targets(
     gt_boxes_BM10: Tensor,
-    class_groups: Sequence[Sequence[str]],
-    geometry: BevGeometry,
+    config: NetworkConfig,
     max_objects: int = 500,
     gaussian_overlap: float = 0.1,
     min_radius: int = 2,
@@ -68,8 +65,7 @@ def assign_targets(
     Args:
         gt_boxes_BM10: x, y, z, length, width, height (m), yaw (rad), velocity x, y (m/s) and label; the label
             is the class id plus 1, and 0 in padding. Left unchanged.
-        class_groups: class names by head.
-        geometry: map of the head.
+        config: gives the class ids by head, and the map.
         max_objects: slots per head and sample (K); later boxes are dropped.
         gaussian_overlap: IoU that a box shifted within the radius still has with the true one.
         min_radius: smallest radius of a Gaussian, cells.
@@ -77,11 +73,12 @@ def assign_targets(
     Returns:
         Targets by head, on the device of the boxes.
     """
-    batch_size = gt_boxes_BM10.shape[0]
-    selected = _select(gt_boxes_BM10, class_groups, max_objects)
+    geometry, batch_size = config.geometry, gt_boxes_BM10.shape[0]
+    selected = _select(gt_boxes_BM10, config, max_objects)
     cells_N2, indices_N = _cells(selected.boxes, geometry)
 
-    shape = (len(class_groups), batch_size, max_objects)
+    group_sizes = [len(group) for group in config.class_groups]
+    shape = (len(group_sizes), batch_size, max_objects)
     boxes = gt_boxes_BM10.new_zeros((*shape, BOX_CODE_SIZE))
     indices = indices_N.new_zeros(shape)
     mask = torch.zeros(shape, dtype=torch.bool, device=gt_boxes_BM10.device)
@@ -90,7 +87,6 @@ def assign_targets(
     indices[where] = indices_N
     mask[where] = True
 
-    group_sizes = [len(group) for group in class_groups]
     heatmap = gt_boxes_BM10.new_zeros((batch_size, sum(group_sizes), geometry.height, geometry.width))
     voxel_m = selected.boxes.new_tensor(geometry.voxel_size[:2])
     size_N2 = selected.boxes[:, 3:5] / voxel_m / geometry.stride
@@ -154,12 +150,12 @@ def draw_gaussians(
     heatmap.view(-1).scatter_reduce_(0, flat[inside], value[inside], "amax")
 
 
-def _select(gt_boxes_BM10: Tensor, class_groups: Sequence[Sequence[str]], max_objects: int) -> _Selected:
+def _select(gt_boxes_BM10: Tensor, config: NetworkConfig, max_objects: int) -> _Selected:
     """Finds head, slot and heat-map channel of each box; boxes of no head, size or slot drop out."""
-    channel_of_label, head_of_label = _label_tables(class_groups, gt_boxes_BM10.device)
+    channel_of_label, head_of_label = _label_tables(config, gt_boxes_BM10.device)
     labels_BM = gt_boxes_BM10[..., 9].long()
     head_BM = head_of_label[labels_BM]
-    in_head = head_BM == torch.arange(len(class_groups), device=head_BM.device)[:, None, None]
+    in_head = head_BM == torch.arange(len(config.class_groups), device=head_BM.device)[:, None, None]
     # A box that is skipped below still takes its slot.
     slot_BM = (in_head.cumsum(2) - 1).clamp(min=0).gather(0, head_BM.clamp(min=0)[None])[0]
     usable_BM = (gt_boxes_BM10[..., 3:5] > 0).all(-1) & gt_boxes_BM10[..., :7].isfinite().all(-1)
@@ -173,11 +169,11 @@ def _select(gt_boxes_BM10: Tensor, class_groups: Sequence[Sequence[str]], max_ob
     )
 
 
-def _label_tables(class_groups: Sequence[Sequence[str]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _label_tables(config: NetworkConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Heat-map channel (counted over all heads) and head of each label; head -1 for labels of no head."""
-    channel = torch.zeros(len(DETECTION_CLASSES) + 1, dtype=torch.int64)
+    channel = torch.zeros(len(config.class_names) + 1, dtype=torch.int64)
     head = torch.full_like(channel, -1)
-    owners = [(index, class_id) for index, group in enumerate(class_ids(class_groups)) for class_id in group]
+    owners = [(index, class_id) for index, group in enumerate(config.class_ids) for class_id in group]
     for number, (index, class_id) in enumerate(owners):
         channel[class_id + 1] = number
         head[class_id + 1] = index

@@ -265,7 +265,7 @@ class CenterPointDetector(LightningModule):
         network = flip_averaged(self.network, config) if self.test_time_flip else self.network
         with torch.autocast(self.device.type, enabled=False):
             heads = self._run(network, batch)
-            return decode(heads, config.class_groups, config.geometry, self.post_processing)
+            return decode(heads, config, self.post_processing)
 
     # What a fit begins and ends with
 

@@ -34,8 +34,7 @@ def training_losses(
     Returns:
         `loss` and its parts, scalars.
     """
-    config = network.config
-    targets = assign_targets(batch["gt_boxes"], config.class_groups, config.geometry)
+    targets = assign_targets(batch["gt_boxes"], network.config)
     heads, distilled = _outputs(network, batch, code_weights, teacher)
     losses = center_loss(heads, targets, code_weights, loc_weight, sum_over_ranks)
     if distilled:

@@ -29,7 +29,7 @@ def score_detector(
     Returns:
         mAP and NDS over the samples of all ranks.
     """
-    metric = NuScenesDetectionMetric(data.index, data.eval_rows).to(detector.device)
+    metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names).to(detector.device)
     loader = data.evaluation_dataloader(rank, world_size)
     was_training = detector.training
     detector.eval()

@@ -90,7 +90,7 @@ class QuantCLI(LightningCLI):
             }
         )
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_dir)
-        for name in ("voxel_size", "point_cloud_range"):
+        for name in ("voxel_size", "point_cloud_range", "class_names"):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
     def _parse_ckpt_path(self) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from cpq_train.arms.structure import blocks_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.models.topology import blocks_of
 from cpq_train.quantization.bits.assignment import assign, check_feasible, total
 from cpq_train.quantization.bits.bit_plan import (
     FIXED,

@@ -16,7 +16,7 @@ from cpq_train.common.arm_names import Arm
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.models.center_head import HeadOutput
+from cpq_train.models import CenterPoint, HeadOutput
 from cpq_train.models.divergence import output_distance
 from cpq_train.quantization.bits.bit_plan import write_scheme
 from cpq_train.quantization.bits.sensitivity import Scores
@@ -60,7 +60,7 @@ class Bench:
         self._reference = self._detector("float", None)
 
     @property
-    def float_network(self) -> nn.Module:
+    def float_network(self) -> CenterPoint:
         """The network of the checkpoint."""
         return self._reference.network
 

@@ -200,10 +200,7 @@ def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings)
         known = findings.layers.get(report.name)
         findings.layers[report.name] = report if known is None else known + report
     outputs = verify_end_to_end(detector.network, inputs, findings.flips)
-    config = detector.network_config
-    ours, theirs = (
-        decode(heads, config.class_groups, config.geometry, detector.post_processing)[0] for heads in outputs
-    )
+    ours, theirs = (decode(heads, detector.network_config, detector.post_processing)[0] for heads in outputs)
     findings.num_detections += len(ours.scores)
     findings.num_other_detections += num_different(ours, theirs)
 

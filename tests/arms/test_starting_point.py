@@ -11,9 +11,10 @@ from torch import distributed, multiprocessing, nn
 
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.starting_point import CalibrationConfig, _agree, spread
-from cpq_train.arms.structure import blocks_of, build
+from cpq_train.arms.structure import build
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.topology import blocks_of
 from cpq_train.verbs.cli import main
 
 SMALL: dict[str, Any] = {

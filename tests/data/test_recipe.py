@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from tiny_model import BASE, tiny_options
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch
@@ -46,6 +47,17 @@ def test_batches_do_not_depend_on_workers(simulated_root: Path, simulated_cache:
     shared = epoch(datamodule(simulated_root, simulated_cache, num_workers=2), 3)
     assert equal(alone, shared)
     assert not equal(alone, epoch(datamodule(simulated_root, simulated_cache), 4))
+
+
+def test_the_order_of_class_names_changes_labels_alone(simulated_root: Path, simulated_cache: Path) -> None:
+    usual = epoch(datamodule(simulated_root, simulated_cache))
+    names = DETECTION_CLASSES[::-1]
+    reversed_ = epoch(datamodule(simulated_root, simulated_cache, class_names=names))
+    assert not equal(reversed_, usual)
+    for batch in reversed_:
+        labels = batch["gt_boxes"][..., 9]
+        labels[labels > 0] = 11 - labels[labels > 0]
+    assert equal(reversed_, usual)
 
 
 def test_an_epoch_is_the_balanced_choice(

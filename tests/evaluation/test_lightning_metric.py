@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import COLUMNS, NuScenesIndex
 from cpq_train.data.samplers import EvaluationSampler
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
@@ -67,6 +68,24 @@ def test_any_order_and_duplicates_give_the_same(
     scores = metric.compute().scores
     assert (scores.mean_ap, scores.nds) == expected
     assert 0.1 < scores.mean_ap < 0.9
+
+
+def test_labels_index_the_class_names_of_the_detector(mini_index: NuScenesIndex, rows: Rows) -> None:
+    usual = NuScenesDetectionMetric(mini_index, rows)
+    permuted = NuScenesDetectionMetric(mini_index, rows, DETECTION_CLASSES[::-1])
+    for row in rows:
+        found = noisy_annotations(mini_index, int(row))
+        usual.update([row], [found])
+        permuted.update([row], [found._replace(labels=9 - found.labels)])
+    one, two = usual.compute(), permuted.compute()
+    np.testing.assert_array_equal(one.scores.ap, two.scores.ap)
+    np.testing.assert_array_equal(one.scores.errors, two.scores.errors)
+    np.testing.assert_array_equal(one.predictions.boxes.label, two.predictions.boxes.label)
+    np.testing.assert_array_equal(one.predictions.boxes.attribute, two.predictions.boxes.attribute)
+    row = int(rows[0])
+    np.testing.assert_array_equal(usual.detections_of(row).labels, permuted.detections_of(row).labels)
+    with pytest.raises(UserError, match="class_names names 'tram'"):
+        NuScenesDetectionMetric(mini_index, rows, ["tram"])
 
 
 def test_reset_forgets(mini_index: NuScenesIndex, rows: Rows) -> None:

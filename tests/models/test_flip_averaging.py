@@ -85,7 +85,7 @@ def perfect_heads(boxes: np.ndarray) -> list[HeadOutput]:
     """What a network says that knows the boxes (N, 10): the targets as raw outputs."""
     given = torch.from_numpy(boxes).float()[None]
     heads: list[HeadOutput] = []
-    for target in assign_targets(given, SMALL.class_groups, SMALL.geometry):
+    for target in assign_targets(given, SMALL):
         code = torch.zeros((10, target.heatmap.shape[2] * target.heatmap.shape[3]))
         code[:, target.indices[0][target.mask[0]]] = target.boxes[0][target.mask[0]].T
         code_BCHW = code.view(1, 10, *target.heatmap.shape[2:])
@@ -96,7 +96,7 @@ def perfect_heads(boxes: np.ndarray) -> list[HeadOutput]:
 
 def detections(heads: list[HeadOutput]) -> np.ndarray:
     """Boxes and labels of the one sample, in the order of x."""
-    (found,) = decode(heads, SMALL.class_groups, SMALL.geometry, replace(OBJECTS, nms_iou=1.0))
+    (found,) = decode(heads, SMALL, replace(OBJECTS, nms_iou=1.0))
     rows = np.column_stack([found.boxes.numpy(), found.labels.numpy() + 1])
     return rows[np.argsort(rows[:, 0])]
 

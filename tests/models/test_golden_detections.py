@@ -18,7 +18,7 @@ POST = PostProcessing()
 def test_decoded_boxes_before_nms(eval_arrays: Any, head: int) -> None:
     raw = raw_heads(eval_arrays, "head{}_{}")[head]
     without_nms = replace(POST, nms_iou=1.0, nms_post=1000)
-    found = decode([raw], [CLASS_GROUPS[head]], SMALL.geometry, without_nms)
+    found = decode([raw], replace(SMALL, class_groups=(CLASS_GROUPS[head],)), without_nms)
     first = DETECTION_CLASSES.index(CLASS_GROUPS[head][0])
     for sample, detections in enumerate(found):
         prefix = f"prenms_h{head}_b{sample}"
@@ -39,7 +39,7 @@ def test_kept_sets(eval_arrays: Any, head: int, sample: int) -> None:
 
 
 def test_final_detections(eval_arrays: Any) -> None:
-    found = decode(raw_heads(eval_arrays, "head{}_{}"), CLASS_GROUPS, SMALL.geometry, POST)
+    found = decode(raw_heads(eval_arrays, "head{}_{}"), SMALL, POST)
     for sample, detections in enumerate(found):
         np.testing.assert_array_equal(detections.labels + 1, eval_arrays[f"final_b{sample}_labels_1based"])
         np.testing.assert_allclose(detections.scores, eval_arrays[f"final_b{sample}_scores"], rtol=1e-5)

@@ -9,7 +9,6 @@ import torch
 from golden import BRANCHES, NUM_HEADS, SMALL, golden_model, relative_error, voxels
 from torch import Tensor
 
-from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import assign_targets, center_loss
 from cpq_train.sparse import SparseConvTensor
 
@@ -77,7 +76,7 @@ def training_step(
     features, coords, batch_size = voxels(eval_arrays)
     heads = model(features.to(dtype), coords, batch_size)
     gt_boxes = torch.from_numpy(train_arrays["gt_boxes_in"])
-    losses = center_loss(heads, assign_targets(gt_boxes, CLASS_GROUPS, SMALL.geometry))
+    losses = center_loss(heads, assign_targets(gt_boxes, SMALL))
     losses["loss"].backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"model": model, "heads": heads, "losses": losses, "grads": grads}

@@ -7,7 +7,6 @@ import pytest
 import torch
 from golden import NUM_HEADS, SMALL, assert_targets_equal, config, golden_targets, raw_heads
 
-from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.models import assign_targets, center_loss
 from cpq_train.models.losses import box_code_error, heatmap_loss
 from cpq_train.models.targets import draw_gaussians, gaussian_radius
@@ -15,23 +14,23 @@ from cpq_train.models.targets import draw_gaussians, gaussian_radius
 
 def test_training_boxes(train_arrays: Any) -> None:
     gt_boxes = torch.from_numpy(train_arrays["gt_boxes_in"])
-    actual = assign_targets(gt_boxes, CLASS_GROUPS, SMALL.geometry)
+    actual = assign_targets(gt_boxes, SMALL)
     assert_targets_equal(actual, golden_targets(train_arrays))
 
 
 def test_edge_cases(target_arrays: Any) -> None:
     gt_boxes = torch.from_numpy(target_arrays["gt_boxes"])
     before = gt_boxes.clone()
-    actual = assign_targets(gt_boxes, CLASS_GROUPS, SMALL.geometry, max_objects=gt_boxes.shape[1])
+    actual = assign_targets(gt_boxes, SMALL, max_objects=gt_boxes.shape[1])
     assert_targets_equal(actual, golden_targets(target_arrays))
     torch.testing.assert_close(gt_boxes, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_asymmetric_grid(target_arrays: Any) -> None:
-    geometry = config(point_cloud_range=tuple(target_arrays["asym_range"].tolist())).geometry
-    assert (geometry.height, geometry.width) == (48, 32)
+    network = config(point_cloud_range=tuple(target_arrays["asym_range"].tolist()))
+    assert (network.geometry.height, network.geometry.width) == (48, 32)
     gt_boxes = torch.from_numpy(target_arrays["asym_gt"])
-    actual = assign_targets(gt_boxes, CLASS_GROUPS, geometry, max_objects=gt_boxes.shape[1])
+    actual = assign_targets(gt_boxes, network, max_objects=gt_boxes.shape[1])
     assert_targets_equal(actual, golden_targets(target_arrays, "asym_"))
 
 

@@ -1,6 +1,7 @@
 """The network without golden data: names, sizes, other grids, empty inputs."""
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from golden import config
 from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.nuscenes import CLASS_GROUPS
+from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 from cpq_train.models import (
     CenterPoint,
     NetworkConfig,
@@ -135,7 +136,7 @@ def test_narrow_network_trains(upsample_strides: tuple[int, int], stride: int) -
     gt_boxes = torch.zeros(2, 3, 10)
     gt_boxes[0, 0] = torch.tensor([1.0, 2.0, 0.0, 4.0, 2.0, 1.5, 0.3, 1.0, 0.0, 1.0])
     gt_boxes[1, 0] = torch.tensor([-4.0, 1.0, 0.0, 1.0, 1.0, 1.5, -2.0, 0.0, 0.0, 8.0])
-    targets = assign_targets(gt_boxes, GROUPS, geometry)
+    targets = assign_targets(gt_boxes, model.config)
     history = []
     for _ in range(8):
         loss = center_loss(model(*inputs), targets)["loss"]
@@ -147,12 +148,12 @@ def test_narrow_network_trains(upsample_strides: tuple[int, int], stride: int) -
     heads = model.eval()(*inputs)
     for head, group in zip(heads, GROUPS, strict=True):
         assert head["hm"].shape == (2, len(group), geometry.height, geometry.width)
-    assert len(decode(heads, GROUPS, geometry, PostProcessing())) == 2
+    assert len(decode(heads, model.config, PostProcessing())) == 2
 
 
 def test_a_training_step_under_autocast() -> None:
     model = CenterPoint(**TINY)
-    targets = assign_targets(torch.zeros(2, 1, 10), GROUPS, model.geometry)
+    targets = assign_targets(torch.zeros(2, 1, 10), model.config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         heads = model(*random_voxels(model.config))
         loss = center_loss(heads, targets)["loss"]
@@ -225,6 +226,10 @@ def test_stage_one_shares_one_rulebook() -> None:
         ({"class_groups": (("car",), ("car", "bus"))}, r"no class in two"),
         ({"class_groups": (("car",), ())}, r"non-empty groups"),
         ({"class_groups": (("tram",),)}, r"names tram: accepted are car"),
+        ({"class_names": ("tram", "bus")}, r"class_groups names barrier, .*: accepted are tram, bus$"),
+        ({"class_names": ("car", "bus", "car")}, r"class_names is \('car', 'bus', 'car'\): .* none twice"),
+        ({"class_names": ("car", "")}, r"class_names is \('car', ''\): .* none empty"),
+        ({"class_names": ()}, r"class_names is \(\): expected one name or more"),
         ({"width": 3}, r"unknown network field width"),
     ],
 )
@@ -238,6 +243,18 @@ def test_configuration_takes_lists_and_fields_override_it() -> None:
     assert network.class_groups == (("car",),)
     assert network.grid_size == (512, 512, 40)
     assert CenterPoint(config(), **TINY).config == NetworkConfig(**TINY)
+
+
+def test_class_ids_index_the_class_names() -> None:
+    assert NetworkConfig().class_names == DETECTION_CLASSES
+    assert NetworkConfig().class_ids == [[0], [1, 2], [3, 4], [5], [6, 7], [8, 9]]
+    trams = NetworkConfig(class_names=["bus", "tram", "car"], class_groups=[["car", "bus"], ["tram"]])  # type: ignore[arg-type]
+    assert trams.class_ids == [[2, 0], [1]]
+
+
+def test_fields_of_checkpoints_without_class_names() -> None:
+    fields = {name: value for name, value in asdict(NetworkConfig()).items() if name != "class_names"}
+    assert NetworkConfig(**fields) == NetworkConfig()
 
 
 def test_the_075_grid() -> None:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpq_train.models import BOX_BRANCHES, assign_targets, center_loss
+from cpq_train.models import BOX_BRANCHES, NetworkConfig, assign_targets, center_loss
 from cpq_train.models.center_head import HeadOutput
-from cpq_train.models.config import BevGeometry
 from cpq_train.models.distillation import DistillationConfig, Outputs, distillation_loss
 from cpq_train.models.losses import CODE_WEIGHTS
 from cpq_train.models.normalisers import SumOverRanks, one_rank
 from cpq_train.models.targets import HeadTargets
 
 GROUPS = (("car",), ("pedestrian", "bicycle"))
-GEOMETRY = BevGeometry((-6.4, -6.4, -5.0, 6.4, 6.4, 3.0), (0.8, 0.8, 0.2), 1, 16, 16)
+CONFIG = NetworkConfig(point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0), class_groups=GROUPS)
+"""16 cells along x and y."""
 RANKS = (slice(0, 1), slice(1, 3))
 """Samples of each rank: uneven, so that a mean of means is not the mean."""
 
@@ -84,7 +84,7 @@ def test_detection_loss(counts: tuple[int, ...]) -> None:
     heads, boxes = _leaves(), _boxes(counts)
 
     def targets(samples: slice) -> list[HeadTargets]:
-        return assign_targets(boxes[samples], GROUPS, GEOMETRY)
+        return assign_targets(boxes[samples], CONFIG)
 
     def loss(samples: slice, sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:
         return center_loss(_of(samples, heads), targets(samples), sum_over_ranks=sum_over_ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 from cpq_train.models import (
     BOX_BRANCHES,
-    BevGeometry,
     HeadTargets,
     NetworkConfig,
     PostProcessing,
@@ -22,7 +22,7 @@ from cpq_train.models import (
     decode,
 )
 
-GEOMETRY = NetworkConfig(point_cloud_range=(-6.4, -12.8, -5.0, 19.2, 25.6, 3.0)).geometry
+CONFIG = NetworkConfig(point_cloud_range=(-6.4, -12.8, -5.0, 19.2, 25.6, 3.0))
 POST = PostProcessing()
 
 
@@ -56,7 +56,8 @@ def perfect_heads(targets: Sequence[HeadTargets]) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("groups", [CLASS_GROUPS, (("pedestrian", "car"), ("bus", "bicycle", "truck"))])
 def test_decoding_inverts_the_targets(groups: tuple[tuple[str, ...], ...]) -> None:
     gt_boxes = some_boxes()
-    found = decode(perfect_heads(assign_targets(gt_boxes, groups, GEOMETRY)), groups, GEOMETRY, POST)
+    config = replace(CONFIG, class_groups=groups)
+    found = decode(perfect_heads(assign_targets(gt_boxes, config)), config, POST)
     wanted_ids = {DETECTION_CLASSES.index(name) for group in groups for name in group}
     for sample, detections in enumerate(found):
         expected = {int(row[9]) - 1: [] for row in gt_boxes[sample] if int(row[9]) - 1 in wanted_ids}
@@ -70,16 +71,30 @@ def test_decoding_inverts_the_targets(groups: tuple[tuple[str, ...], ...]) -> No
                 assert (boxes - row).abs().max(1).values.min() < 1e-4
 
 
+def test_the_order_of_class_names_changes_ids_alone() -> None:
+    config = replace(CONFIG, class_names=DETECTION_CLASSES[::-1])
+    gt_boxes, permuted = some_boxes(), some_boxes()
+    permuted[..., 9] = 11 - gt_boxes[..., 9]
+    targets = assign_targets(gt_boxes, CONFIG)
+    for ours, theirs in zip(assign_targets(permuted, config), targets, strict=True):
+        for name in ("heatmap", "boxes", "indices", "mask"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    heads = perfect_heads(targets)
+    for ours, theirs in zip(decode(heads, config, POST), decode(heads, CONFIG, POST), strict=True):
+        assert torch.equal(ours.boxes, theirs.boxes)
+        assert [config.class_names[i] for i in ours.labels] == [DETECTION_CLASSES[i] for i in theirs.labels]
+
+
 def test_foreign_classes_and_padding_have_no_target() -> None:
     gt_boxes = some_boxes()
     gt_boxes[..., 9] = torch.tensor([0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9, 10])
-    (target,) = assign_targets(gt_boxes, [["car"]], GEOMETRY)
+    (target,) = assign_targets(gt_boxes, replace(CONFIG, class_groups=(("car",),)))
     assert target.heatmap.max() == 0
     assert not target.mask.any()
 
 
 def test_no_boxes() -> None:
-    targets = assign_targets(torch.zeros(2, 0, 10), CLASS_GROUPS, GEOMETRY)
+    targets = assign_targets(torch.zeros(2, 0, 10), CONFIG)
     assert targets[0].boxes.shape == (2, 500, 10)
     heads = [
         {**{k: torch.zeros(2, c, 48, 32) for k, c in BOX_BRANCHES.items()}, "hm": target.heatmap - 2.19}
@@ -96,7 +111,7 @@ def test_only_the_first_boxes_of_a_head_and_skipped_ones_keep_their_slot() -> No
     gt_boxes[0, 1, 3] = 0
     gt_boxes[0, 2, 0] = torch.nan
     gt_boxes[0, 3, 4] = torch.inf
-    target = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY, max_objects=6)[0]
+    target = assign_targets(gt_boxes, CONFIG, max_objects=6)[0]
     assert target.mask[0].tolist() == [True, False, False, False, True, True]
     assert int((target.heatmap == 1).sum()) == 3
     assert bool(target.heatmap.isfinite().all())
@@ -106,13 +121,13 @@ def test_a_box_outside_the_range_is_clamped_to_the_border_cell() -> None:
     gt_boxes = some_boxes(1, 1)
     gt_boxes[0, 0, :2] = torch.tensor([100.0, -100.0])
     gt_boxes[0, 0, 9] = 1
-    target = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY)[0]
-    assert int(target.indices[0, 0]) == GEOMETRY.width - 1
+    target = assign_targets(gt_boxes, CONFIG)[0]
+    assert int(target.indices[0, 0]) == CONFIG.geometry.width - 1
     assert target.boxes[0, 0, :2].tolist() == [0.5, 0.0]
 
 
 def test_losses_are_float32_under_autocast() -> None:
-    targets = assign_targets(some_boxes(), CLASS_GROUPS, GEOMETRY)
+    targets = assign_targets(some_boxes(), CONFIG)
     heads = [{k: v.bfloat16() for k, v in head.items()} for head in perfect_heads(targets)]
     losses = center_loss(heads, targets)
     assert {value.dtype for value in losses.values()} == {torch.float32}
@@ -128,24 +143,27 @@ def flat_heads(logit: float, height: int = 4, width: int = 3) -> list[dict[str, 
     return [heads]
 
 
-SMALL_MAP = BevGeometry((0, 0, -5, 2.4, 3.2, 3), (0.1, 0.1, 0.2), 8, 3, 4)
-GROUP = (("truck", "construction_vehicle"),)
+SMALL_MAP = NetworkConfig(
+    point_cloud_range=(0, 0, -5, 2.4, 3.2, 3),
+    class_groups=(("truck", "construction_vehicle"),),
+    backbone_2d_strides=(1, 1),
+    upsample_strides=(1, 1),
+)
+"""Stride 8, 3 cells along x and 4 along y."""
 
 
 def test_a_map_smaller_than_k_and_the_order_of_equal_scores() -> None:
     heads = flat_heads(2.0)
-    (found,) = decode(heads, GROUP, SMALL_MAP, PostProcessing(nms_iou=1.0))
+    (found,) = decode(heads, SMALL_MAP, PostProcessing(nms_iou=1.0))
     assert found.labels.tolist() == [1] * 12 + [2] * 12
     torch.testing.assert_close(found.boxes[:3, 0], torch.tensor([0.0, 0.8, 1.6]))
-    assert (
-        len(decode(heads, GROUP, SMALL_MAP, PostProcessing())[0].scores) == 12
-    )  # one class suppresses the other
-    assert len(decode(heads, GROUP, SMALL_MAP, PostProcessing(max_objects_per_head=5))[0].scores) == 5
-    assert len(decode(heads, GROUP, SMALL_MAP, PostProcessing(nms_post=7))[0].scores) == 7
+    assert len(decode(heads, SMALL_MAP, PostProcessing())[0].scores) == 12  # one class suppresses the other
+    assert len(decode(heads, SMALL_MAP, PostProcessing(max_objects_per_head=5))[0].scores) == 5
+    assert len(decode(heads, SMALL_MAP, PostProcessing(nms_post=7))[0].scores) == 7
 
 
 def test_no_detections() -> None:
-    (found,) = decode(flat_heads(-5.0), GROUP, SMALL_MAP, POST)
+    (found,) = decode(flat_heads(-5.0), SMALL_MAP, POST)
     assert found.boxes.shape == (0, 9)
     assert found.scores.shape == (0,)
     assert found.labels.dtype == torch.int64
@@ -153,11 +171,9 @@ def test_no_detections() -> None:
 
 def test_the_score_threshold_is_strict_and_the_range_inclusive() -> None:
     score = torch.tensor(0.0).sigmoid().item()
-    assert (
-        len(decode(flat_heads(0.0), GROUP, SMALL_MAP, PostProcessing(score_threshold=score))[0].scores) == 0
-    )
+    assert len(decode(flat_heads(0.0), SMALL_MAP, PostProcessing(score_threshold=score))[0].scores) == 0
     narrow = PostProcessing(center_range=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), nms_iou=1.0)
-    assert len(decode(flat_heads(0.0), GROUP, SMALL_MAP, narrow)[0].scores) == 2
+    assert len(decode(flat_heads(0.0), SMALL_MAP, narrow)[0].scores) == 2
 
 
 @pytest.mark.parametrize(
@@ -176,16 +192,14 @@ def test_mistakes_in_post_processing(fields: dict[str, Any], message: str) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_cuda_gives_the_same_targets_and_detections() -> None:
     gt_boxes = some_boxes()
-    targets = assign_targets(gt_boxes, CLASS_GROUPS, GEOMETRY)
-    for on_cuda, on_cpu in zip(assign_targets(gt_boxes.cuda(), CLASS_GROUPS, GEOMETRY), targets, strict=True):
+    targets = assign_targets(gt_boxes, CONFIG)
+    for on_cuda, on_cpu in zip(assign_targets(gt_boxes.cuda(), CONFIG), targets, strict=True):
         assert torch.equal(on_cuda.mask.cpu(), on_cpu.mask)
         assert torch.equal(on_cuda.indices.cpu(), on_cpu.indices)
         torch.testing.assert_close(on_cuda.heatmap.cpu(), on_cpu.heatmap)
         torch.testing.assert_close(on_cuda.boxes.cpu(), on_cpu.boxes)
     heads = perfect_heads(targets)
     moved = [{name: value.cuda() for name, value in head.items()} for head in heads]
-    for here, there in zip(
-        decode(heads, CLASS_GROUPS, GEOMETRY, POST), decode(moved, CLASS_GROUPS, GEOMETRY, POST), strict=True
-    ):
+    for here, there in zip(decode(heads, CONFIG, POST), decode(moved, CONFIG, POST), strict=True):
         assert torch.equal(here.labels, there.labels.cpu())
         torch.testing.assert_close(here.boxes, there.boxes.cpu())

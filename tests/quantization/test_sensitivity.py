@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.structure import blocks_of, build, tensors_read_together
+from cpq_train.arms.structure import build, tensors_read_together
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models.topology import blocks_of
 from cpq_train.quantization.bits.bit_plan import FIXED, BitPlan, Option, mixed_scheme, write_scheme
 from cpq_train.quantization.bits.sensitivity import MeasurementLog, Scores, alone, cases_of, measure
 from cpq_train.quantization.costs import LayerCost

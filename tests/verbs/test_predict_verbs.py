@@ -15,6 +15,7 @@ from nuscenes import NuScenes
 from pyquaternion import Quaternion
 from tiny_model import BASE, tiny_options
 
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.verbs.cli import main
 
 Run = dict[str, Path]
@@ -65,6 +66,33 @@ def test_submission_without_annotations(num_ranks: int, arms: Run, bare_root: Pa
     assert len(found) == 4
     assert all(0 < len(boxes) <= 500 for boxes in found.values())
     assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "file"), [("validate", "results_nusc.json"), ("predict", "predictions.json")]
+)
+def test_the_order_of_class_names_changes_nothing(
+    verb: str, file: str, arms: Run, simulated_root: Path, tmp_path: Path
+) -> None:
+    expected = _results(arms["ptq"] / "results_nusc.json")
+    options = [f"--model.network.class_names={json.dumps(DETECTION_CLASSES[::-1])}"]
+    options += [f"--data.sample_tokens={json.dumps(list(expected))}"] if verb == "predict" else []
+    main(_verb(verb, simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *options))
+    assert _results(tmp_path / file) == expected
+    if verb == "validate":
+        one, two = (json.loads((run / "metrics.json").read_text()) for run in (arms["ptq"], tmp_path))
+        assert one["per_class"] == two["per_class"]
+        with np.load(arms["ptq"] / "bev_sample.npz") as one, np.load(tmp_path / "bev_sample.npz") as two:
+            for name in one.files:
+                np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_class_names_that_nuscenes_does_not_have(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"--model.network.class_{key}" for key in ("names=[tram,car]", "groups=[[tram],[car]]")]
+    error = _fails(_verb("test", simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *names), capsys)
+    assert "class_names names 'tram': accepted with nuScenes data are car, truck" in error
 
 
 def test_a_scored_run_keeps_its_submission(

@@ -1,0 +1,80 @@
+"""How a CenterPoint network is built: its blocks, and layers that other rooms look for.
+
+Everything is found through the network's own attributes, so that a network whose layers were replaced in
+place, such as a quantized one, gives the same answers.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TypeVar
+
+from torch import nn
+
+from cpq_train.models.backbone_3d import SparseBasicBlock
+from cpq_train.models.centerpoint import CenterPoint
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
+
+LAYERS = (SubMConv3d, SparseConv3d, nn.Conv2d, nn.ConvTranspose2d, ResidualAdd)
+"""The types of a network's layers; BatchNorm, activations and padding are no layers of their own."""
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def names_of(network: nn.Module) -> dict[nn.Module, str]:
+    """Module -> its name in the network."""
+    return {module: name for name, module in network.named_modules()}
+
+
+def blocks_of(network: CenterPoint) -> dict[str, list[str]]:
+    """Name of each block -> the names of its layers, both in the order of the network.
+
+    A block is a residual block, a strided convolution, a level of the BEV backbone, its upsampling, or the
+    branches of one class group; it is named as the module that holds its layers.
+    """
+    names = names_of(network)
+    return {
+        names[block]: [names[layer] for layer in block.modules() if isinstance(layer, LAYERS)]
+        for block in _blocks(network)
+    }
+
+
+def _blocks(network: CenterPoint) -> list[nn.Module]:
+    sparse, bev, head = network.backbone_3d, network.backbone_2d, network.dense_head
+    stages = (sparse.conv1, sparse.conv2, sparse.conv3, sparse.conv4)
+    return [
+        sparse.conv_input,
+        *chain.from_iterable(stage.children() for stage in stages),
+        sparse.conv_out,
+        *bev.blocks,
+        *bev.deblocks,
+        head.shared_conv,
+        *head.heads_list,
+    ]
+
+
+def residual_blocks(network: CenterPoint) -> list[SparseBasicBlock]:
+    """The residual blocks of the sparse backbone, in the order of the pass."""
+    return [block for block in _blocks(network) if isinstance(block, SparseBasicBlock)]
+
+
+def hidden_convolutions(network: CenterPoint) -> list[nn.Conv2d]:
+    """The first convolution of each branch of the head; all of them read the shared convolution's output."""
+    branches = chain.from_iterable(head.children() for head in network.dense_head.heads_list)
+    return [_first(branch, nn.Conv2d) for branch in branches]
+
+
+def bev_levels(network: CenterPoint) -> list[tuple[nn.Conv2d, nn.ConvTranspose2d]]:
+    """The first convolution and the upsampling of each level of the BEV backbone.
+
+    The output of a level is read by its upsampling and by the first convolution of the next level.
+    """
+    bev = network.backbone_2d
+    return [
+        (_first(level, nn.Conv2d), _first(upsampling, nn.ConvTranspose2d))
+        for level, upsampling in zip(bev.blocks, bev.deblocks, strict=True)
+    ]
+
+
+def _first(module: nn.Module, kind: type[_Layer]) -> _Layer:
+    return next(layer for layer in module.modules() if isinstance(layer, kind))
