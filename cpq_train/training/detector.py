@@ -7,44 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from cpq_train.arms.calibration import CalibrationSamples, calibrate
 from cpq_train.arms.coverage import coverage_table
-from cpq_train.arms.loading import fold_checkpoint, from_content, from_weights
+from cpq_train.arms.loading import fold_checkpoint
 from cpq_train.arms.starting_point import CalibrationConfig
-from cpq_train.arms.structure import build, set_range_policy
-from cpq_train.arms.subject import Subject
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
-from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
-from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
+from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
-    freeze_batchnorm,
 )
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
-from cpq_train.quantization.scheme import Scheme
 from cpq_train.resilience.nonfinite import nonfinite_loss
+from cpq_train.training.arm_module import ArmModule
 from cpq_train.training.losses import training_losses
 from cpq_train.training.moving_ranges import MovingRanges
 from cpq_train.training.optim import OptimizerConfig, gradient_norm, new_optimizer
-from cpq_train.training.resuming import check_optimizer_state, check_same_run
-from cpq_train.training.settings import plain, settings_of
+from cpq_train.training.settings import plain
 from cpq_train.training.strategy import check_batch_statistics
 
 Batch = dict[str, Any]
@@ -53,7 +46,7 @@ FOLDED_FILE = "folded.ckpt"
 """The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
 
 
-class CenterPointDetector(LightningModule):
+class CenterPointDetector(ArmModule):
     """CenterPoint-Voxel, float or quantized.
 
     Args:
@@ -74,8 +67,6 @@ class CenterPointDetector(LightningModule):
         calibration: What calibration does beyond finding ranges.
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
     """
-
-    network: CenterPoint  # that of `subject`
 
     def __init__(
         self,
@@ -106,114 +97,8 @@ class CenterPointDetector(LightningModule):
         self.optimizer = optimizer
         self.calibration = calibration
         self.distillation = distillation
-        self._subject: Subject | None = None
         self._teacher: Teacher | None = None
         self._moving_ranges = MovingRanges(ranges)
-
-    # From settings or a checkpoint to a network
-
-    @property
-    def subject(self) -> Subject:
-        """The network as one of the arms, once it is built."""
-        if self._subject is None:
-            raise RuntimeError("the network is built by configure_model, or by loading a checkpoint")
-        return self._subject
-
-    @override
-    def configure_model(self) -> None:
-        """Build the arm, once; a checkpoint that is resumed brings its own structure instead."""
-        if self._subject is None and not self._is_resuming():
-            self.start_as(self.arm)
-
-    def start_as(self, arm: Arm | None) -> None:
-        """Build an arm from `weights`.
-
-        Args:
-            arm: Which one; None is what `weights` is, or float without weights.
-
-        Raises:
-            UserError: The weights are unfit for it, or there are none to start it from.
-        """
-        if self.weights is not None:
-            self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
-        elif arm in (None, "float"):
-            self.start_untrained()
-        else:
-            raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
-        # Here and not when fitting starts: the optimizer and DDP are set up in between.
-        if self.subject.arm == "qat":
-            set_range_policy(self.subject, self.ranges.amax)
-
-    def start_untrained(self) -> None:
-        """Build the arm with fresh weights and without ranges, to train a float one or to be measured."""
-        self._adopt(build(self.network_config, self.arm or "float", self._scheme(), self.batchnorm))
-
-    @classmethod
-    @override
-    def load_from_checkpoint(  # type: ignore[override]  # of a path: messages name it
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        **settings: Any,
-    ) -> Self:
-        """The detector of a checkpoint of any arm; no other file is read.
-
-        Args:
-            checkpoint_path: The checkpoint.
-            map_location: Device of the network; None is the CPU.
-            hparams_file: Must be None: a checkpoint holds its settings.
-            strict: Must not be False: every tensor is accounted for.
-            weights_only: Any value: nothing but tensors and plain values is ever read.
-            settings: Take the place of the checkpoint's.
-
-        Raises:
-            UserError: The checkpoint is unreadable or damaged, or an argument is none of these.
-        """
-        if hparams_file is not None or strict is False:
-            raise UserError(
-                f"hparams_file is {hparams_file!r}, strict is {strict}: accepted: null and true, for a "
-                "checkpoint of this project describes itself"
-            )
-        checkpoint = read_checkpoint(checkpoint_path)
-        detector = cls(**{**settings_of(checkpoint, checkpoint_path), **settings})
-        detector._adopt(from_content(detector.network_config, checkpoint, checkpoint_path))
-        detector.load_state_dict(checkpoint["state_dict"])
-        return detector if map_location is None else detector.to(map_location)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take on the structure that the checkpoint describes, before Lightning loads its tensors."""
-        path = self.trainer.ckpt_path or "checkpoint"
-        if self.trainer.state.fn == "fit":
-            check_same_run(dict(self.hparams), checkpoint, path)
-            check_optimizer_state(checkpoint, path)
-        self._adopt(from_content(self.network_config, checkpoint, path))
-        self.to(self.device)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say what it is, and with what data settings it was made."""
-        checkpoint["quantization"] = self.subject.describe()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, NuScenesDataModule):
-            checkpoint["data"] = data.settings.to_dict()
-
-    def _scheme(self) -> Scheme | None:
-        return None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
-
-    def _is_resuming(self) -> bool:
-        return self._trainer is not None and self._trainer.ckpt_path is not None
-
-    def _adopt(self, subject: Subject) -> None:
-        self._subject = subject
-        subject.network.dense_channels_last()
-        self.network = subject.network
-        self._freeze_batchnorm()
-
-    # Passes
 
     @override
     def forward(self, batch: Batch) -> list[HeadOutput]:
@@ -267,21 +152,19 @@ class CenterPointDetector(LightningModule):
             heads = self._run(network, batch)
             return decode(heads, config, self.post_processing)
 
-    # What a fit begins and ends with
-
     @override
     def on_fit_start(self) -> None:
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
         if self.distillation is not None:
-            self._teacher = find_teacher(self.distillation, self.subject, self.weights, self._is_resuming())
+            self._teacher = find_teacher(self.distillation, self.subject, self.weights, self.is_resuming)
         if self.subject.needs_calibration:
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
-        elif self._is_global_zero():
+        elif self.is_global_zero:
             Console().print(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
-        self._freeze_batchnorm()
+        self.freeze_batchnorm()
         if self.trainer.world_size > 1:
             check_batch_statistics(self.network, self.device)
 
@@ -292,7 +175,7 @@ class CenterPointDetector(LightningModule):
             samples: The data module.
             given: Ranges known already, by their names in the network's state dict.
         """
-        calibrate(self.subject, samples, self._run, self.calibration, given, self._is_global_zero())
+        calibrate(self.subject, samples, self._run, self.calibration, given, self.is_global_zero)
 
     @override
     def on_train_end(self) -> None:
@@ -307,17 +190,6 @@ class CenterPointDetector(LightningModule):
         is_kept = self.subject.arm != "float" and self.subject.batchnorm != "folded"
         if is_kept and last and self.trainer.is_global_zero:
             fold_checkpoint(self.network_config, last, Path(last).with_name(FOLDED_FILE))
-
-    @override
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; a frozen BatchNorm stays in evaluation."""
-        super().train(mode)
-        self._freeze_batchnorm()
-        return self
-
-    def _freeze_batchnorm(self) -> None:
-        if self._subject is not None and self._subject.batchnorm == "frozen":
-            freeze_batchnorm(self.network)
 
     @override
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -348,9 +220,6 @@ class CenterPointDetector(LightningModule):
         return {
             k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
-
-    def _is_global_zero(self) -> bool:
-        return self._trainer is None or self._trainer.is_global_zero
 
     @override
     def configure_gradient_clipping(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpq_train.arms.subject import build
+from cpq_train.arms.structure import build
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.topology import LAYERS, bev_levels, blocks_of, hidden_convolutions, names_of
 from cpq_train.quantization.layers import QUANTIZED

@@ -1,0 +1,167 @@
+"""A LightningModule whose network is one of the arms: how it comes from settings, or from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from typing_extensions import Self, override
+
+from cpq_train.arms.loading import from_content, from_weights
+from cpq_train.arms.structure import build, set_range_policy
+from cpq_train.arms.subject import Subject
+from cpq_train.common.arm_names import Arm
+from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.errors import UserError
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.data.settings import DATA_KEY
+from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
+from cpq_train.quantization.ranges.policy import RangePolicy
+from cpq_train.quantization.scheme import Scheme
+from cpq_train.training.resuming import check_optimizer_state, check_same_run
+from cpq_train.training.settings import settings_of
+
+
+class ArmModule(LightningModule):
+    """What a detector does before its first batch, and with its checkpoints.
+
+    Attributes:
+        network: The network, that of `subject`.
+        network_config: Its sizes.
+        weights: Checkpoint to start from.
+        arm: What to become; None is what `weights` is.
+        scheme_file: What to quantize how; None is as `weights` has it.
+        batchnorm: What becomes of BatchNorm; None is as `weights` has it.
+        ranges: What becomes of the ranges in training.
+    """
+
+    network: CenterPoint
+    network_config: NetworkConfig
+    weights: str | None
+    arm: Arm | None
+    scheme_file: str | None
+    batchnorm: BatchNormPolicy | None
+    ranges: RangePolicy
+    _subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """The network as one of the arms, once it is built."""
+        if self._subject is None:
+            raise RuntimeError("the network is built by configure_model, or by loading a checkpoint")
+        return self._subject
+
+    @override
+    def configure_model(self) -> None:
+        """Build the arm, once; a checkpoint that is resumed brings its own structure instead."""
+        if self._subject is None and not self.is_resuming:
+            self.start_as(self.arm)
+
+    def start_as(self, arm: Arm | None) -> None:
+        """Build an arm from `weights`.
+
+        Args:
+            arm: Which one; None is what `weights` is, or float without weights.
+
+        Raises:
+            UserError: The weights are unfit for it, or there are none to start it from.
+        """
+        if self.weights is not None:
+            self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
+        elif arm in (None, "float"):
+            self.start_untrained()
+        else:
+            raise UserError(f"model.arm {arm!r} starts from a checkpoint: give model.weights")
+        # Here and not when fitting starts: the optimizer and DDP are set up in between.
+        if self.subject.arm == "qat":
+            set_range_policy(self.subject, self.ranges.amax)
+
+    def start_untrained(self) -> None:
+        """Build the arm with fresh weights and without ranges, to train a float one or to be measured."""
+        self._adopt(build(self.network_config, self.arm or "float", self._scheme(), self.batchnorm))
+
+    @classmethod
+    @override
+    def load_from_checkpoint(  # type: ignore[override]  # of a path: messages name it
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **settings: Any,
+    ) -> Self:
+        """The detector of a checkpoint of any arm; no other file is read.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: Device of the network; None is the CPU.
+            hparams_file: Must be None: a checkpoint holds its settings.
+            strict: Must not be False: every tensor is accounted for.
+            weights_only: Any value: nothing but tensors and plain values is ever read.
+            settings: Take the place of the checkpoint's.
+
+        Raises:
+            UserError: The checkpoint is unreadable or damaged, or an argument is none of these.
+        """
+        if hparams_file is not None or strict is False:
+            raise UserError(
+                f"hparams_file is {hparams_file!r}, strict is {strict}: accepted: null and true, for a "
+                "checkpoint of this project describes itself"
+            )
+        checkpoint = read_checkpoint(checkpoint_path)
+        detector = cls(**{**settings_of(checkpoint, checkpoint_path), **settings})
+        detector._adopt(from_content(detector.network_config, checkpoint, checkpoint_path))
+        detector.load_state_dict(checkpoint["state_dict"])
+        return detector if map_location is None else detector.to(map_location)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take on the structure that the checkpoint describes, before Lightning loads its tensors."""
+        path = self.trainer.ckpt_path or "checkpoint"
+        if self.trainer.state.fn == "fit":
+            check_same_run(dict(self.hparams), checkpoint, path)
+            check_optimizer_state(checkpoint, path)
+        self._adopt(from_content(self.network_config, checkpoint, path))
+        self.to(self.device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say what it is, and with what data settings it was made."""
+        checkpoint["quantization"] = self.subject.describe()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, NuScenesDataModule):
+            checkpoint[DATA_KEY] = data.settings.to_dict()
+
+    def _scheme(self) -> Scheme | None:
+        return None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the network comes from `--ckpt_path`."""
+        return self._trainer is not None and self._trainer.ckpt_path is not None
+
+    def _adopt(self, subject: Subject) -> None:
+        self._subject = subject
+        subject.network.dense_channels_last()
+        self.network = subject.network
+        self.freeze_batchnorm()
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process speaks for all ranks."""
+        return self._trainer is None or self._trainer.is_global_zero
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; a frozen BatchNorm stays in evaluation."""
+        super().train(mode)
+        self.freeze_batchnorm()
+        return self
+
+    def freeze_batchnorm(self) -> None:
+        """Keep the BatchNorm of a network that has it frozen in evaluation."""
+        if self._subject is not None and self._subject.batchnorm == "frozen":
+            freeze_batchnorm(self.network)
