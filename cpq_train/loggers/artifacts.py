@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.wandb_private import use_offline
 from cpq_train.training.detector import FOLDED_FILE, CenterPointDetector
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ def describe(checkpoint: Mapping[str, Any]) -> Metadata:
 
 
 def use(run: wandb.Run, artifact: wandb.Artifact) -> None:
-    """Say that a run reads an artifact.
-
-    Offline `use_artifact` refuses. What it does with an artifact that is not logged yet works there too: the
-    artifact goes along, and the sync of the run notes its use once W&B has it.
-    """
+    """Say that a run reads an artifact."""
     if run.offline:
-        run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+        use_offline(run, artifact)
     else:
         run.use_artifact(artifact)
 
