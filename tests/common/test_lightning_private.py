@@ -167,12 +167,13 @@ class _CLI(HookedCLI):
 
 def test_hooks_of_the_command_line() -> None:
     """The checkpoint is gone before the trainer looks for it."""
+    trainer = ["--trainer.fast_dev_run", "true", "--trainer.enable_checkpointing", "false"]
     cli = _CLI(
         BoringModel,
         BoringDataModule,
         save_config_callback=None,
         trainer_class=HookedTrainer,
-        args=["fit", "--only_fit", "3", "--ckpt_path", "c.ckpt", "--trainer.fast_dev_run", "true"],
+        args=["fit", "--only_fit", "3", "--ckpt_path", "c.ckpt", *trainer],
     )
     assert cli.config.fit.only_fit == 3
     assert cli.settled == "c.ckpt"
