@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cpq_train.common.files import replacing, write_whole
 from cpq_train.evaluation import bootstrap
+from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
@@ -25,7 +26,6 @@ from cpq_train.report.text import print_report, write_markdown
 from cpq_train.report.wandb_report import log_report
 
 SCHEMA = 1
-COMPARED_METRICS = ("mAP", "NDS")
 LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
 
@@ -70,15 +70,6 @@ def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Doc
     if wandb is not None:
         log_report(output, report, wandb)
     return report
-
-
-def share_won_back(baseline: float, ptq: float, tuned: float) -> float | None:
-    """Share of the PTQ loss that tuning won back: 1 where it reaches float, negative where it lost more.
-
-    None where PTQ lost nothing.
-    """
-    loss = baseline - ptq
-    return (tuned - ptq) / loss if loss > 0 else None
 
 
 def _changes(runs: Sequence[Run]) -> dict[str, Changes]:
