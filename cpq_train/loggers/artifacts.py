@@ -38,13 +38,13 @@ def checkpoint_artifact(path: Path, scores: Mapping[str, float] | None = None) -
     import wandb
 
     sha256 = sha256_of(path)
-    metadata = {"sha256": sha256, **describe(read_checkpoint(path)), **(scores or {})}
+    metadata = {"sha256": sha256, **checkpoint_metadata(read_checkpoint(path)), **(scores or {})}
     artifact = wandb.Artifact(f"checkpoint-{sha256[:12]}", type="model", metadata=metadata)
     artifact.add_file(str(path), name=FILE_NAME)
     return artifact
 
 
-def describe(checkpoint: Mapping[str, Any]) -> Metadata:
+def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Metadata:
     """What is said of a checkpoint: arm, scheme, parents and step."""
     description = checkpoint["quantization"]
     scheme = description["scheme"]

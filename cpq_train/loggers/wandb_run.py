@@ -77,7 +77,7 @@ class WandbRunLogger(LateWandbLogger):
             group=group,
             job_type=subject.arm,
             tags=[*self._tags, data.version, *scheme],
-            config={**describe(subject), **self.run_config},
+            config={**arm_settings(subject), **self.run_config},
             allow_val_change=True,
         )
         self._trainer = trainer
@@ -149,7 +149,7 @@ def run_id(run_dir: Path, arm: str) -> str:
     return file.read_text()
 
 
-def describe(subject: Subject) -> dict[str, Any]:
+def arm_settings(subject: Subject) -> dict[str, Any]:
     """What the configuration in W&B says of an arm; bits are those of the scheme's defaults."""
     scheme = subject.scheme
     bits = {} if scheme is None else {"weight": scheme.weight, "input": scheme.input}

@@ -18,7 +18,7 @@ from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_ch
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
 from cpq_train.evaluation.reliability import reliability
-from cpq_train.report.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
+from cpq_train.report.amax_history import AMAX_DRIFT_FILE, last_of_most_moved, read_amax_history
 from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
 from cpq_train.report.runs import Run, load_runs, relative
@@ -109,7 +109,7 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None) -> Documen
 
 
 def _amax_drift(path: Path) -> Document | None:
-    return summary(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
+    return last_of_most_moved(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
 
 
 def _difference(run: Run, other: Run, metric: str) -> bootstrap.Interval | None:

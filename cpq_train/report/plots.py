@@ -36,7 +36,7 @@ _NOSE_M = 0.8
 _MARK_M = 1.6
 """How far the ring of a lost or won object stands off its box."""
 
-Boxes = NDArray[np.floating[Any]]
+BoxArray = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _draw_rings(axes: Axes, extent_m: float) -> None:
             )
 
 
-def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bool) -> None:
+def _draw_boxes(axes: Axes, boxes_N9: BoxArray, colour: str, label: str, filled: bool) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
 
     if not len(boxes_N9):
@@ -173,7 +173,7 @@ def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bo
 
 
 def _draw_marks(
-    axes: Axes, boxes_G9: Boxes, rows: NDArray[np.bool_] | None, colour: str, line: Any, label: str
+    axes: Axes, boxes_G9: BoxArray, rows: NDArray[np.bool_] | None, colour: str, line: Any, label: str
 ) -> None:
     from matplotlib.patches import Circle
 

@@ -19,9 +19,8 @@ from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.strategy import QuantDDPStrategy
-from cpq_train.verbs.profile import Settings as ProfileSettings
-from cpq_train.verbs.profile import profile
-from cpq_train.verbs.sensitivity import Settings, analyse
+from cpq_train.verbs.profile import ProfileSettings, profile
+from cpq_train.verbs.sensitivity import SensitivitySettings, analyse
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -160,7 +159,9 @@ class QuantTrainer(ResilientTrainer):
         assert isinstance(datamodule, NuScenesDataModule)
         if self.world_size != 1:
             raise UserError(f"sensitivity runs on one device, not {self.world_size}: set --trainer.devices 1")
-        settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
+        settings = SensitivitySettings(
+            output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples
+        )
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
 
