@@ -65,7 +65,7 @@ class BevPanel:
         return shown
 
 
-def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTENT_M) -> None:
+def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
     """Draw one sample from above, a panel of 800 x 800 pixels for each arm, two in a row.
 
     The vehicle stands in the middle and looks up; a line from a box's centre over its front is the heading.
@@ -73,7 +73,6 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     Args:
         path: the PNG to write.
         panels: title to what it shows.
-        extent_m: half the side of the square that is shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
-        draw_panel(axes, panel, extent_m)
+        draw_panel(axes, panel, EXTENT_M)
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
