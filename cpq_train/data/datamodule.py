@@ -27,6 +27,8 @@ from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_ba
 
 Rows = NDArray[np.int64]
 
+POINT_CLOUD_RANGE = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+
 
 class NuScenesDataModule(LightningDataModule):
     """Samples of a data set in the nuScenes format as batches of voxels.
@@ -66,14 +68,7 @@ class NuScenesDataModule(LightningDataModule):
         version: str = "v1.0-trainval",
         num_sweeps: int = 10,
         voxel_size: tuple[float, float, float] = (0.1, 0.1, 0.2),
-        point_cloud_range: tuple[float, float, float, float, float, float] = (
-            -51.2,
-            -51.2,
-            -5.0,
-            51.2,
-            51.2,
-            3.0,
-        ),
+        point_cloud_range: tuple[float, float, float, float, float, float] = POINT_CLOUD_RANGE,
         max_points_per_voxel: int = 10,
         max_num_voxels_train: int = 60000,
         max_num_voxels_eval: int = 60000,
