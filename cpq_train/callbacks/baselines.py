@@ -16,13 +16,12 @@ from typing_extensions import override
 from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.scoring import score_detector
 
 Score = dict[str, float]
-
-METRICS = ("mAP", "NDS")
 
 
 class Baselines(Callback):
@@ -81,13 +80,13 @@ class Baselines(Callback):
 def gaps(now: Score, baselines: dict[str, Score]) -> Score:
     """Differences to the baselines, and the share of the PTQ loss won back (1 is float, 0 is PTQ)."""
     logs: Score = {}
-    for metric in METRICS:
+    for metric in COMPARED_METRICS:
         for arm, score in baselines.items():
             logs[f"val/{metric}_minus_{arm}"] = now[metric] - score[metric]
         if "ptq" in baselines:
-            loss = baselines["float"][metric] - baselines["ptq"][metric]
-            if loss > 0:
-                logs[f"val/{metric}_ptq_loss_won_back"] = (now[metric] - baselines["ptq"][metric]) / loss
+            share = share_won_back(baselines["float"][metric], baselines["ptq"][metric], now[metric])
+            if share is not None:
+                logs[f"val/{metric}_ptq_loss_won_back"] = share
     return logs
 
 

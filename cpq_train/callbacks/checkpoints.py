@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from cpq_train.common.lightning_private import CheckpointsOnDemand
 
-class RunCheckpoints(ModelCheckpoint):
+
+class RunCheckpoints(CheckpointsOnDemand):
     """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last validation.
 
     Lightning (2.6) writes `last.ckpt` only together with a best one, so that it may lag behind the scores
@@ -24,18 +25,14 @@ class RunCheckpoints(ModelCheckpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if not self._should_save_on_train_epoch_end(trainer):
-            self._save_last(trainer)
+        if not self.saves_after_training_epoch(trainer):
+            self.save_last_now(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self._should_save_on_train_epoch_end(trainer):
-            self._save_last(trainer)
-
-    def _save_last(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):  # it skips what was just saved
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.saves_after_training_epoch(trainer):
+            self.save_last_now(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ from torch import distributed
 from typing_extensions import override
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.lightning_private import num_logged_steps, set_num_logged_steps
 from cpq_train.loggers import WandbRunLogger
 from cpq_train.resilience.preemption import Preempted, Request, is_started_by_rank_0, received
 from cpq_train.resilience.random_state import random_state, set_random_state
@@ -124,9 +125,7 @@ class ResumePoint(Callback):
         loaded = checkpoint.get(RESUME_KEY)
         if loaded is not None and trainer.state.fn == "fit":
             self._loaded, self._ordinal = loaded, loaded["ordinal"]
-            self._num_logged_steps = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"][
-                "_batches_that_stepped"
-            ]
+            self._num_logged_steps = num_logged_steps(checkpoint["loops"]["fit_loop"])
             if getattr(trainer, "continues_run", False):
                 self._run_started_s = loaded["run_started_s"]
 
@@ -135,11 +134,10 @@ class ResumePoint(Callback):
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
-        loop = trainer.fit_loop.epoch_loop
         if loaded["moment"] == "before_step":
-            loop._batches_that_stepped = self._num_logged_steps  # Lightning may count the resume as a step
+            set_num_logged_steps(trainer, self._num_logged_steps)
         elif loaded["moment"] == "before_validation":
-            total = loop.val_loop.batch_progress.total
+            total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             num_processed = total.state_dict()["processed"]
             total.load_state_dict({"ready": num_processed, "started": num_processed})
         if trainer.global_rank < len(loaded["random_states"]):

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.wandb_private import use_offline
 from cpq_train.training.detector import FOLDED_FILE, CenterPointDetector
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ def checkpoint_artifact(path: Path, scores: Mapping[str, float] | None = None) -
     import wandb
 
     sha256 = sha256_of(path)
-    metadata = {"sha256": sha256, **describe(read_checkpoint(path)), **(scores or {})}
+    metadata = {"sha256": sha256, **checkpoint_metadata(read_checkpoint(path)), **(scores or {})}
     artifact = wandb.Artifact(f"checkpoint-{sha256[:12]}", type="model", metadata=metadata)
     artifact.add_file(str(path), name=FILE_NAME)
     return artifact
 
 
-def describe(checkpoint: Mapping[str, Any]) -> Metadata:
+def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> Metadata:
     """What is said of a checkpoint: arm, scheme, parents and step."""
     description = checkpoint["quantization"]
     scheme = description["scheme"]
@@ -57,13 +58,9 @@ def describe(checkpoint: Mapping[str, Any]) -> Metadata:
 
 
 def use(run: wandb.Run, artifact: wandb.Artifact) -> None:
-    """Say that a run reads an artifact.
-
-    Offline `use_artifact` refuses. What it does with an artifact that is not logged yet works there too: the
-    artifact goes along, and the sync of the run notes its use once W&B has it.
-    """
+    """Say that a run reads an artifact."""
     if run.offline:
-        run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+        use_offline(run, artifact)
     else:
         run.use_artifact(artifact)
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from cpq_train.loggers.csv_rows import Row, append_rows, read_rows, rows_before, write_rows
 
-METRICS_FILE = "metrics.csv"
+METRICS_CSV = "metrics.csv"
 
 
 class CSVRunLogger(Logger):
@@ -35,7 +35,7 @@ class CSVRunLogger(Logger):
     @property
     def file(self) -> Path:
         """The log."""
-        return self.run_dir / METRICS_FILE
+        return self.run_dir / METRICS_CSV
 
     @property
     @override

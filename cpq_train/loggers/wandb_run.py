@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -18,6 +16,7 @@ from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
+from cpq_train.common.lightning_private import LateWandbLogger
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import artifacts
 from cpq_train.training.detector import CenterPointDetector
@@ -27,7 +26,7 @@ BEST = ("val/NDS", "val/mAP")
 """Metrics whose summary has the best value beside the last."""
 
 
-class WandbRunLogger(WandbLogger):
+class WandbRunLogger(LateWandbLogger):
     """One W&B run per run directory and arm, however often the job is requeued.
 
     Its group is the experiment, its job type the arm, its name `<group>-<arm>`. Metrics are plotted against
@@ -53,18 +52,11 @@ class WandbRunLogger(WandbLogger):
         log_model: bool = True,
     ) -> None:
         super().__init__(project=project or os.environ.get("WANDB_PROJECT", "cpq_train"))
-        del self._wandb_init["anonymous"]  # W&B warns of it, whatever its value
         self.run_dir = Path()
         self.run_config: Mapping[str, Any] = {}
         self._group, self._tags, self._takes_checkpoints = group, tags, log_model
         self._trainer: Trainer | None = None
         self._scored_step: int | None = None
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The W&B run on rank 0. Lightning asks for it early: before `start` the arm is unknown."""
-        return _DummyExperiment() if self._trainer is None else super().experiment
 
     @rank_zero_only
     def start(self, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> None:
@@ -77,17 +69,16 @@ class WandbRunLogger(WandbLogger):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         group = self._group or self.run_dir.resolve().parent.name
         scheme = [] if subject.scheme is None else [subject.scheme.name]
-        self._save_dir = str(self.run_dir)
-        self._wandb_init |= {
-            "dir": self._save_dir,
-            "id": run_id(self.run_dir, subject.arm),
-            "name": f"{group}-{subject.arm}",
-            "group": group,
-            "job_type": subject.arm,
-            "tags": [*self._tags, data.version, *scheme],
-            "config": {**describe(subject), **self.run_config},
-            "allow_val_change": True,
-        }
+        self.describe_run(
+            str(self.run_dir),
+            id=run_id(self.run_dir, subject.arm),
+            name=f"{group}-{subject.arm}",
+            group=group,
+            job_type=subject.arm,
+            tags=[*self._tags, data.version, *scheme],
+            config={**arm_settings(subject), **self.run_config},
+            allow_val_change=True,
+        )
         self._trainer = trainer
         self._open()
         if trainer.state.fn == "validate":
@@ -129,21 +120,20 @@ class WandbRunLogger(WandbLogger):
     @rank_zero_only
     def mark_preempting(self) -> None:
         """Have W&B show the run as preempted, not as failed, until it goes on."""
-        if self._experiment is not None:
-            self._experiment.mark_preempting()
+        if self.open_run is not None:
+            self.open_run.mark_preempting()
 
     @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the run; the same run directory goes on with it."""
-        if self._experiment is None:
+        if self.open_run is None:
             return
         assert self._trainer is not None
         if status == "success" and self._trainer.state.fn == "fit":
             for path, (aliases, scores) in artifacts.outputs(self._trainer).items():
                 self.log_checkpoint(path, aliases, scores)
-        self._experiment.finish(exit_code=0 if status == "success" else 1)
-        self._experiment = None
+        self.close_run(exit_code=0 if status == "success" else 1)
 
 
 def run_id(run_dir: Path, arm: str) -> str:
@@ -158,7 +148,7 @@ def run_id(run_dir: Path, arm: str) -> str:
     return file.read_text()
 
 
-def describe(subject: Subject) -> dict[str, Any]:
+def arm_settings(subject: Subject) -> dict[str, Any]:
     """What the configuration in W&B says of an arm; bits are those of the scheme's defaults."""
     scheme = subject.scheme
     bits = {} if scheme is None else {"weight": scheme.weight, "input": scheme.input}

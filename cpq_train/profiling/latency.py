@@ -121,7 +121,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class LatencyRow:
     """Time of a layer or function, or of all of one kind.
 
     Attributes:
@@ -160,8 +160,8 @@ class Latency:
 
     whole: Spread
     plain: Spread
-    layers: list[Row]
-    kinds: list[Row]
+    layers: list[LatencyRow]
+    kinds: list[LatencyRow]
     unattributed: Spread
 
     @property
@@ -211,12 +211,12 @@ def summarise(passes: list[PassTimes], plain_ms: list[float], macs: Mapping[str,
     for part in parts:
         kinds.setdefault(part.kind, []).append(part)
 
-    def row(name: str, kind: str, members: list[Part]) -> Row:
+    def row(name: str, kind: str, members: list[Part]) -> LatencyRow:
         time = Spread.of([sum(p.own.get(part, 0.0) for part in members) for p in passes])
         total = sum(macs.get(part.name, 0.0) for part in members)
-        return Row(name, kind, len(members), time, time.ms / whole.ms, total)
+        return LatencyRow(name, kind, len(members), time, time.ms / whole.ms, total)
 
-    def by_time(rows: list[Row]) -> list[Row]:
+    def by_time(rows: list[LatencyRow]) -> list[LatencyRow]:
         return sorted(rows, key=lambda r: -r.time.ms)
 
     return Latency(

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cpq_train.profiling.latency import Latency, Row, Spread
+from cpq_train.profiling.latency import Latency, LatencyRow, Spread
 from cpq_train.profiling.memory import MemoryRow
 from cpq_train.profiling.storage import StorageRow
 
@@ -187,7 +187,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _time_cells(row: Row) -> list[str]:
+def _time_cells(row: LatencyRow) -> list[str]:
     work = [f"{row.macs:,.0f}", f"{row.gflop_per_s:.1f}"] if row.macs else ["", ""]
     return [f"{row.time.ms:.2f}", _range(row.time), f"{row.share:.1%}", *work]
 
@@ -210,7 +210,7 @@ def _memory_numbers(row: MemoryRow) -> tuple[int, ...]:
     return *state, row.saved_bytes, row.output_bytes, row.peak_bytes
 
 
-def _latency_record(row: Row) -> dict[str, Any]:
+def _latency_record(row: LatencyRow) -> dict[str, Any]:
     head = {"name": row.name, "kind": row.kind, "parts": row.calls}
     return {**head, **asdict(row.time), "share": row.share, "macs": row.macs, "gflop_per_s": row.gflop_per_s}
 

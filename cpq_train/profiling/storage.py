@@ -17,6 +17,8 @@ UNITS = ((1e8, 1e9, "G"), (1e5, 1e6, "M"), (1e2, 1e3, "K"))
 """Numbers above the first are given in the second, with one decimal."""
 
 BITS_PER_BYTE = 8
+MAX_DEPTH = 3
+"""Levels of the tree below the whole."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def format_count(count: int) -> str:
     return str(count)
 
 
-def storage_rows(model: nn.Module, max_depth: int = 3) -> list[StorageRow]:
+def storage_rows(model: nn.Module) -> list[StorageRow]:
     """The tree of a model's parameters.
 
     A quantized layer's weight has the bits of its scheme, every other parameter those of its dtype. Learned
@@ -62,7 +64,6 @@ def storage_rows(model: nn.Module, max_depth: int = 3) -> list[StorageRow]:
 
     Args:
         model: Any model; modules without parameters are left out.
-        max_depth: Levels below the whole.
 
     Returns:
         Rows from the top down, members in the order of the model.
@@ -72,7 +73,7 @@ def storage_rows(model: nn.Module, max_depth: int = 3) -> list[StorageRow]:
     names: dict[str, list[str]] = {"": list(parameters)}
     for name in parameters:
         parts = name.split(".")
-        for depth in range(1, min(len(parts), max_depth) + 1):
+        for depth in range(1, min(len(parts), MAX_DEPTH) + 1):
             names.setdefault(".".join(parts[:depth]), []).append(name)
 
     def row(prefix: str) -> StorageRow:

@@ -25,14 +25,11 @@ BatchNormPolicy = Literal["folded", "frozen", "trained"]
 are. trained: kept and trained. What is kept is folded behind training."""
 
 
-def fold_batchnorm(network: nn.Module) -> list[str]:
+def fold_batchnorm(network: nn.Module) -> None:
     """Multiply every BatchNorm into the convolution registered directly before it, in place.
 
     Computed in fp64, stored in fp32. Covers sparse, Conv2d and ConvTranspose2d layers, float or quantized.
     The BatchNorm becomes an Identity, the convolution gets a bias.
-
-    Returns:
-        The names of the convolutions.
 
     Raises:
         UserError: A quantized weight has one static range for several output channels: folded, it would
@@ -44,7 +41,6 @@ def fold_batchnorm(network: nn.Module) -> list[str]:
     for _, parent, conv, bn_name in pairs:
         _fold(conv, cast(_BatchNorm, getattr(parent, bn_name)))
         setattr(parent, bn_name, nn.Identity())
-    return [name for name, *_ in pairs]
 
 
 def freeze_batchnorm(network: nn.Module) -> None:
@@ -52,11 +48,6 @@ def freeze_batchnorm(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.eval().requires_grad_(False)
-
-
-def has_batchnorm(network: nn.Module) -> bool:
-    """Whether any is left."""
-    return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
 def trains_on_parts_of_a_batch(network: nn.Module) -> bool:

@@ -28,7 +28,6 @@ class Prepared:
         layers: Name -> kind of every layer that can be quantized.
         schemes: Name -> what was chosen for it.
         shares_input_with: Name -> the first consumer whose input quantizer it shares.
-        folded: Names of the convolutions that took over a BatchNorm.
         left_in_float: Names of the layers that `leave_in_float` took the quantizers out of.
         hook: What drops the codes of shared tensors behind each forward pass.
     """
@@ -36,7 +35,6 @@ class Prepared:
     layers: dict[str, str]
     schemes: dict[str, LayerScheme]
     shares_input_with: dict[str, str] = field(default_factory=dict)
-    folded: list[str] = field(default_factory=list)
     left_in_float: list[str] = field(default_factory=list)
     hook: RemovableHandle | None = None
 
@@ -60,11 +58,12 @@ def prepare(
     """
     layers = quantizable_layers(network)
     schemes = scheme.resolve(layers)
-    folded = fold_batchnorm(network) if fold else []
+    if fold:
+        fold_batchnorm(network)
     for name, layer_scheme in schemes.items():
         if not layer_scheme.is_float:
             quantize_layer(network.get_submodule(name), layer_scheme)
-    prepared = Prepared(layers, schemes, folded=folded)
+    prepared = Prepared(layers, schemes)
     for group in one_tensor:
         _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
     prepared.hook = network.register_forward_hook(_forget_codes)

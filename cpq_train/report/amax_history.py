@@ -78,6 +78,6 @@ def most_moved(history: History, at_most: int) -> list[str]:
     return [name for name in history if name in kept]
 
 
-def summary(history: History, at_most: int) -> dict[str, dict[str, float | None]]:
+def last_of_most_moved(history: History, at_most: int) -> dict[str, dict[str, float | None]]:
     """The last readings of the quantizers whose ranges moved furthest, as plain values."""
     return {name: asdict(history[name][max(history[name])]) for name in most_moved(history, at_most)}

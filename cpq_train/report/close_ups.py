@@ -9,13 +9,13 @@ from typing import NamedTuple
 from cpq_train.report.plots import BevPanel, draw_panel
 
 MAX_OBJECTS = 4
-EXTENT_M = 9.0
+CLOSE_UP_EXTENT_M = 9.0
 
 _PANEL_INCHES = 4.0
 _DPI = 100
 
 
-class Subject(NamedTuple):
+class CloseUp(NamedTuple):
     """An object to look at.
 
     Attributes:
@@ -28,29 +28,29 @@ class Subject(NamedTuple):
 
 
 def draw_close_ups(
-    path: Path, subjects: Sequence[Subject], above: tuple[str, BevPanel], below: tuple[str, BevPanel]
+    path: Path, close_ups: Sequence[CloseUp], above: tuple[str, BevPanel], below: tuple[str, BevPanel]
 ) -> None:
     """Draw objects in columns of 400 pixels, as one arm sees them above and as another does below.
 
     Args:
         path: the PNG to write.
-        subjects: the objects, one or more.
+        close_ups: the objects, one or more.
         above: name of an arm, and what it detects in the sample.
         below: likewise for the same sample.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = (_PANEL_INCHES * len(subjects), _PANEL_INCHES * 2 + 0.4)
+    size = (_PANEL_INCHES * len(close_ups), _PANEL_INCHES * 2 + 0.4)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(subjects), squeeze=False)
+    grid = figure.subplots(2, len(close_ups), squeeze=False)
     for line, (name, panel) in zip(grid, (above, below), strict=True):
         line[0].set_ylabel(name, fontsize=16)
-        for axes, subject in zip(line, subjects, strict=True):
-            box = panel.sample.gt_boxes[subject.row]
-            draw_panel(axes, panel, EXTENT_M, (float(box[0]), float(box[1])))
-    for axes, subject in zip(grid[0], subjects, strict=True):
-        axes.set_title(subject.title, fontsize=13)
+        for axes, close_up in zip(line, close_ups, strict=True):
+            box = panel.sample.gt_boxes[close_up.row]
+            draw_panel(axes, panel, CLOSE_UP_EXTENT_M, (float(box[0]), float(box[1])))
+    for axes, close_up in zip(grid[0], close_ups, strict=True):
+        axes.set_title(close_up.title, fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from cpq_train.common.files import replacing, write_whole
 from cpq_train.evaluation import bootstrap
+from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
 from cpq_train.evaluation.reliability import reliability
-from cpq_train.report.amax_history import AMAX_DRIFT_FILE, read_amax_history, summary
+from cpq_train.report.amax_history import AMAX_DRIFT_FILE, last_of_most_moved, read_amax_history
 from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
 from cpq_train.report.runs import Run, load_runs, relative
@@ -25,7 +26,6 @@ from cpq_train.report.text import print_report, write_markdown
 from cpq_train.report.wandb_report import log_report
 
 SCHEMA = 1
-COMPARED_METRICS = ("mAP", "NDS")
 LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
 
@@ -72,15 +72,6 @@ def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Doc
     return report
 
 
-def share_won_back(baseline: float, ptq: float, tuned: float) -> float | None:
-    """Share of the PTQ loss that tuning won back: 1 where it reaches float, negative where it lost more.
-
-    None where PTQ lost nothing.
-    """
-    loss = baseline - ptq
-    return (tuned - ptq) / loss if loss > 0 else None
-
-
 def _changes(runs: Sequence[Run]) -> dict[str, Changes]:
     """Run name -> what it finds and loses against the float run it came from, where both have matches."""
     found = {}
@@ -118,7 +109,7 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None) -> Documen
 
 
 def _amax_drift(path: Path) -> Document | None:
-    return summary(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
+    return last_of_most_moved(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
 
 
 def _difference(run: Run, other: Run, metric: str) -> bootstrap.Interval | None:

@@ -24,7 +24,7 @@ from cpq_train.report.amax_history import (
     read_amax_history,
 )
 from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample
-from cpq_train.report.close_ups import EXTENT_M, MAX_OBJECTS, Subject, draw_close_ups
+from cpq_train.report.close_ups import CLOSE_UP_EXTENT_M, MAX_OBJECTS, CloseUp, draw_close_ups
 from cpq_train.report.plots import BevPanel, draw_bev
 from cpq_train.report.runs import Run, relative
 
@@ -167,12 +167,12 @@ def _close_ups(
     row_of = {token: row for row, token in enumerate(changed.tokens.tolist())}
     lost = [(row_of[below.sample.gt_tokens[row]], row) for row in np.flatnonzero(below.lost).tolist()]
     lost.sort(key=lambda pair: -changed.float_score[pair[0]])
-    subjects = [Subject(row, _object_title(changed, of, run.arm)) for of, row in lost[:MAX_OBJECTS]]
+    close_ups = [CloseUp(row, _object_title(changed, of, run.arm)) for of, row in lost[:MAX_OBJECTS]]
     file = f"{FOLDER}/{run.file_name}_lost.png"
-    draw_close_ups(output / file, subjects, (baseline.title, above), (run.title, below))
+    draw_close_ups(output / file, close_ups, (baseline.title, above), (run.title, below))
     caption = (
         f"Objects of this sample that {run.title} loses, those that {baseline.title} is surest of: above as "
-        f"{baseline.title} sees them, below as {run.title} does. {2 * EXTENT_M:g} m wide."
+        f"{baseline.title} sees them, below as {run.title} does. {2 * CLOSE_UP_EXTENT_M:g} m wide."
     )
     yield Figure("bev", file, caption)
 

@@ -36,7 +36,7 @@ _NOSE_M = 0.8
 _MARK_M = 1.6
 """How far the ring of a lost or won object stands off its box."""
 
-Boxes = NDArray[np.floating[Any]]
+BoxArray = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BevPanel:
         return shown
 
 
-def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTENT_M) -> None:
+def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
     """Draw one sample from above, a panel of 800 x 800 pixels for each arm, two in a row.
 
     The vehicle stands in the middle and looks up; a line from a box's centre over its front is the heading.
@@ -73,7 +73,6 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     Args:
         path: the PNG to write.
         panels: title to what it shows.
-        extent_m: half the side of the square that is shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel], extent_m: float = EXTEN
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
-        draw_panel(axes, panel, extent_m)
+        draw_panel(axes, panel, EXTENT_M)
         axes.set_title(title, fontsize=19)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
@@ -158,7 +157,7 @@ def _draw_rings(axes: Axes, extent_m: float) -> None:
             )
 
 
-def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bool) -> None:
+def _draw_boxes(axes: Axes, boxes_N9: BoxArray, colour: str, label: str, filled: bool) -> None:
     from matplotlib.collections import LineCollection, PolyCollection
 
     if not len(boxes_N9):
@@ -173,7 +172,7 @@ def _draw_boxes(axes: Axes, boxes_N9: Boxes, colour: str, label: str, filled: bo
 
 
 def _draw_marks(
-    axes: Axes, boxes_G9: Boxes, rows: NDArray[np.bool_] | None, colour: str, line: Any, label: str
+    axes: Axes, boxes_G9: BoxArray, rows: NDArray[np.bool_] | None, colour: str, line: Any, label: str
 ) -> None:
     from matplotlib.patches import Circle
 

@@ -24,6 +24,7 @@ _TEXT, _MUTED, _GRID, _PAPER = (
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 _CHARACTER = 0.58
 """Mean width of a character, of the font size."""
+_MAX_TICKS = 6
 _LEAST_SPAN = 1e-3
 """Of an axis; scores have four digits."""
 
@@ -166,7 +167,7 @@ class Axes:
             canvas.text(x, y, y_label, 12, "middle", fill=_MUTED, transform=f"rotate(-90 {x:g} {y:g})")
 
 
-def nice_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Round numbers that enclose a range: multiples of 1, 2 or 5 times a power of 10.
 
     There are at least two of them; a range without width gets a little on either side.
@@ -175,6 +176,6 @@ def nice_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
         low, high = low - _LEAST_SPAN, high + _LEAST_SPAN
     span = high - low
     steps = sorted(base * 10.0**power for power in range(-9, 10) for base in (1, 2, 5))
-    step = next(step for step in steps if span / step <= at_most - 2)
+    step = next(step for step in steps if span / step <= _MAX_TICKS - 2)
     first, last = int(low // step), -int(-high // step)
     return [round(number * step, 10) for number in range(first, last + 1)]

@@ -8,34 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from typing_extensions import override
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import remove_partial
+from cpq_train.common.lightning_private import HookedTrainer
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.resilience.checkpoint_io import AtomicCheckpointIO
 from cpq_train.resilience.preemption import Preempted, Request, noting_signals, requeue
 from cpq_train.resilience.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint
 
 
-class _NotingSignals(_SignalConnector):
-    """Leaves the signals of a fit to `noting_signals`.
-
-    Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts, where
-    the run may hang or the file tear (lightning issue 21406).
-    """
-
-    @override
-    def register_signal_handlers(self) -> None:
-        if self.trainer.state.fn != "fit":
-            super().register_signal_handlers()
-
-
-class ResilientTrainer(Trainer):
+class ResilientTrainer(HookedTrainer):
     """Lightning's Trainer with atomic checkpoints, orderly preemption and `--ckpt_path last`.
 
     Attributes:
@@ -47,7 +34,15 @@ class ResilientTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.strategy.checkpoint_io = AtomicCheckpointIO()
-        self._signal_connector = _NotingSignals(self)
+
+    @override
+    def handles_signals(self) -> bool:
+        """A fit leaves its signals to `noting_signals`.
+
+        Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts,
+        where the run may hang or the file tear (lightning issue 21406).
+        """
+        return self.state.fn != "fit"
 
     @override
     def fit(
@@ -85,29 +80,22 @@ class ResilientTrainer(Trainer):
             raise
 
     @override
-    def _fit_impl(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        # Here and not in `fit`: the launcher has started all ranks, so that they can follow rank 0's choice.
+    def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
+        """What `last` means is rank 0's choice, which all ranks follow."""
         self.continues_run = ckpt_path == "last"
         if self.continues_run:
             self.strategy.connect(model)
             self.strategy.setup_environment()
             # Lightning looks at the loader alone; here the data module knows the place in the epoch.
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
-            ckpt_path = self.strategy.broadcast(self._newest_checkpoint() if self.is_global_zero else None)
-        elif self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
+            newest = self._newest_checkpoint() if self.is_global_zero else None
+            return self.strategy.broadcast(newest)
+        if self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
             rank_zero_warn(
                 f"{str(checkpoint_folder(self))!r} holds an earlier run, whose files are now replaced; "
                 "--ckpt_path last would go on with it"
             )
-        super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        return ckpt_path
 
     def _newest_checkpoint(self) -> str | None:
         """What `--ckpt_path last` means; also clears away what killed writers left."""

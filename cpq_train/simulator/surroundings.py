@@ -19,6 +19,9 @@ STYLES: dict[str, tuple[float, float, float, float]] = {
 }
 """Per style: least and most setback (m) of buildings, share of the front built up, mean height (m)."""
 
+_BASE_Z = -0.3
+"""Where boxes begin, m: below ground, which is not flat."""
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -63,12 +66,10 @@ def _building(rng: np.random.Generator, road: Road, side: float, s: float, front
     return Thing(pose, half + 0.5, parts)
 
 
-def _box(
-    center_xy: tuple[float, float], size: tuple[float, float, float], material: str, base: float = -0.3
-) -> Part:
+def _box(center_xy: tuple[float, float], size: tuple[float, float, float], material: str) -> Part:
     """A box on the ground: half length, half width, height."""
-    half_z = (size[2] - base) / 2
-    return Part(BOX, (*center_xy, base + half_z), (size[0], size[1], half_z), material)
+    half_z = (size[2] - _BASE_Z) / 2
+    return Part(BOX, (*center_xy, _BASE_Z + half_z), (size[0], size[1], half_z), material)
 
 
 def _is_off_roads(thing: Thing, roads: list[Road]) -> bool:

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
 from cpq_train.common.errors import UserError
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+class Verb(NamedTuple):
+    """A function behind a verb, imported only when the verb is called.
+
+    Attributes:
+        module: Where it is.
+        function: Its name; its signature and docstring make the options.
+        positional: The parameter given without its name, if there is one.
+    """
+
+    module: str
+    function: str
+    positional: str | None = None
+
+
 LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivity", "profile")
+PLAIN_VERBS: Final = {
+    "simulate": Verb("cpq_train.simulator", "simulate"),
+    "build-gt-database": Verb("cpq_train.data.gt_database", "build_gt_database"),
+    "compare": Verb("cpq_train.report.compare", "compare", "run_dirs"),
+    "describe": Verb("cpq_train.verbs.describe", "describe", "checkpoint"),
+    "verify": Verb("cpq_train.verbs.verify", "verify", "checkpoint"),
+    "convert": Verb("cpq_train.verbs.convert", "convert"),
+}
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 
@@ -34,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
 def _dispatch(args: list[str]) -> None:
     verb, *rest = args or ["--help"]
     if verb in PLAIN_VERBS:
-        PLAIN_VERBS[verb](rest)
+        _run_plain(verb, rest)
     elif verb in LIGHTNING_VERBS:
         from cpq_train.verbs.lightning_cli import run
 
@@ -45,74 +72,39 @@ def _dispatch(args: list[str]) -> None:
         raise UserError(f"unknown verb {verb!r}; accepted: {', '.join([*LIGHTNING_VERBS, *PLAIN_VERBS])}")
 
 
-def _simulate(args: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from cpq_train.simulator import simulate
-
-    auto_cli(simulate, args=args, as_positional=False, prog="cpq_train simulate")
-
-
-def _build_gt_database(args: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from cpq_train.data.gt_database import build_gt_database
-
-    auto_cli(build_gt_database, args=args, as_positional=False, prog="cpq_train build-gt-database")
+def _run_plain(name: str, args: list[str]) -> None:
+    verb = PLAIN_VERBS[name]
+    function = getattr(import_module(verb.module), verb.function)
+    given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
+    function(**{parameter: given[parameter] for parameter in inspect.signature(function).parameters})
 
 
-def _describe(args: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from cpq_train.verbs.describe import describe
-
-    auto_cli(describe, args=args, prog="cpq_train describe")
-
-
-def _verify(args: list[str]) -> None:
+def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> ArgumentParser:
+    """Options from a signature and a docstring; a YAML file may hold them, unless `config` is one of them."""
+    from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
-    from cpq_train.verbs.verify import verify
-
-    parser = ArgumentParser(
-        prog="cpq_train verify", description="The integer reference against the training forward."
-    )
-    parser.add_function_arguments(verify, as_positional=True, skip={"cloud"})
-    # By itself jsonargparse would take a list in brackets only.
-    parser.add_argument("--cloud", nargs="+", type=Path, help="float32 files as nuScenes has them")
-    verify(**parser.parse_args(args).as_dict())
-
-
-def _convert(args: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
-    from cpq_train.verbs.convert import convert
-
-    # Not auto_cli, which has a --config of its own.
-    parser = ArgumentParser(prog="cpq_train convert", description="Checkpoints of other projects.")
-    parser.add_function_arguments(convert)
-    convert(**parser.parse_args(args).as_dict())
+    doc, types = parse(inspect.getdoc(function) or ""), get_type_hints(function)
+    texts = {parameter.arg_name: parameter.description for parameter in doc.params}
+    parser = ArgumentParser(prog=prog, description=doc.short_description)
+    for name, parameter in inspect.signature(function).parameters.items():
+        # By itself jsonargparse would take a list in brackets only.
+        item = _item_type(types[name])
+        how: dict[str, Any] = {"type": types[name]} if item is None else {"type": item, "nargs": "+"}
+        if parameter.default is not inspect.Parameter.empty:
+            how["default"] = parameter.default
+        elif name != positional:
+            how["required"] = True
+        parser.add_argument(name if name == positional else f"--{name}", help=texts[name], **how)
+    if "config" not in types:
+        parser.add_argument("--config", action="config", help="YAML file with these options")
+    return parser
 
 
-def _compare(args: list[str]) -> None:
-    from cpq_train.report.compare import compare
-
-    # jsonargparse takes a list only behind an option, and folders read best without one.
-    parser = argparse.ArgumentParser("cpq_train compare", description="One table and one report over arms.")
-    parser.add_argument("run_dirs", nargs="+", type=Path, help="run directories with a metrics.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the report")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log the report to this W&B project too")
-    compare(**vars(parser.parse_args(args)))
-
-
-PLAIN_VERBS: dict[str, Callable[[list[str]], None]] = {
-    "simulate": _simulate,
-    "build-gt-database": _build_gt_database,
-    "compare": _compare,
-    "describe": _describe,
-    "verify": _verify,
-    "convert": _convert,
-}
+def _item_type(hint: Any) -> Any:
+    """What a list holds that a parameter takes; None where it takes none."""
+    lists = [part for part in (hint, *get_args(hint)) if get_origin(part) is list]
+    return get_args(lists[0])[0] if lists else None
 
 
 def _usage() -> str:

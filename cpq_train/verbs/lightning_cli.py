@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
 
 from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.baselines import Baselines
@@ -20,10 +21,18 @@ from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.errors import UserError
+from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.trainer import QuantTrainer
+
+WEIGHTS_OF_VERB = {
+    "calibrate": "starts from model.weights, a float checkpoint",
+    "sensitivity": "starts from model.weights, a float checkpoint",
+    "profile": "takes its network from model.weights",
+}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -39,21 +48,20 @@ class SaveConfig(SaveConfigCallback):
             )
 
 
-class QuantCLI(LightningCLI):
+class QuantCLI(HookedCLI):
     """The verbs that run a network."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
-        ours = {verb: {"model", "datamodule"} for verb in ("calibrate", "sensitivity", "profile")}
+        ours = {verb: {"model", "datamodule"} for verb in WEIGHTS_OF_VERB}
         return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+    @override
+    def add_verb_arguments(self, parser: LightningArgumentParser, verb: str) -> None:
+        """The clouds of `predict`, and what a fit's configuration holds that our own verbs do not have."""
+        if verb == "predict":
             # By itself jsonargparse would take a list in brackets only.
             parser.add_argument(
                 "--clouds",
@@ -61,7 +69,9 @@ class QuantCLI(LightningCLI):
                 type=Path,
                 help="float32 files as nuScenes has them, a sweep each, instead of samples of data.root",
             )
-        return parser
+        if verb in WEIGHTS_OF_VERB:
+            parser.add_argument("--ckpt_path", type=str | None, help=argparse.SUPPRESS)
+            parser.add_argument("--weights_only", type=bool | None, help=argparse.SUPPRESS)
 
     def predict(self, model: LightningModule, **arguments: Any) -> None:
         """Predict without keeping in memory what is written."""
@@ -93,10 +103,18 @@ class QuantCLI(LightningCLI):
         for name in ("voxel_size", "point_cloud_range", "class_names"):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
-    def _parse_ckpt_path(self) -> None:
+    @override
+    def take_settings_of_checkpoint(self) -> None:
         """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
         if self.config[self.config.subcommand].get("ckpt_path") != "last":
-            super()._parse_ckpt_path()
+            super().take_settings_of_checkpoint()
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Our own verbs take their weights from elsewhere."""
+        verb = self.config.subcommand
+        if verb in WEIGHTS_OF_VERB and self.config[verb].ckpt_path is not None:
+            raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""

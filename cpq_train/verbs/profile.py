@@ -46,7 +46,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileSettings:
     """What to profile on; see `QuantTrainer.profile`.
 
     Raises:
@@ -68,7 +68,7 @@ class Settings:
             raise UserError("--trace needs --output, the folder that trace.json is written to")
 
 
-class Bench:
+class ProfiledDetector:
     """A detector and one cloud on a device, and the passes that are measured.
 
     Args:
@@ -116,7 +116,7 @@ class Bench:
             heads: list[dict[str, Tensor]] = self.model(self._batch())
             return heads
 
-    def profile(self, settings: Settings) -> Profile:
+    def profile(self, settings: ProfileSettings) -> Profile:
         """Measure everything."""
         observe = partial(observing, self.network, functions=DETECTION_FUNCTIONS)
         macs = self._macs()
@@ -164,7 +164,7 @@ class Bench:
             "batch_size": 1,
         }
 
-    def _context(self, settings: Settings) -> dict[str, Any]:
+    def _context(self, settings: ProfileSettings) -> dict[str, Any]:
         subject = self.model.subject
         on_cuda = self.device.type == "cuda"
         return {
@@ -185,7 +185,7 @@ class Bench:
 def profile(
     model: CenterPointDetector,
     data: NuScenesDataModule,
-    settings: Settings,
+    settings: ProfileSettings,
     device: torch.device,
     precision: Context = nullcontext,
 ) -> Profile:
@@ -199,7 +199,7 @@ def profile(
         model.start_untrained()
     else:
         model.configure_model()
-    found = Bench(model, points, data, device, precision).profile(settings)
+    found = ProfiledDetector(model, points, data, device, precision).profile(settings)
     console = table_console()
     print_profile(console, found)
     if settings.output is not None:
@@ -220,7 +220,7 @@ def _add_to_scores(folder: Path, weights: str, found: Profile) -> None:
         write_metrics(path, {**document, "profile": {**document["profile"], **found.summary()}})
 
 
-def _points(data: NuScenesDataModule, settings: Settings) -> Cloud:
+def _points(data: NuScenesDataModule, settings: ProfileSettings) -> Cloud:
     num_sweeps = data.evaluation_config.num_sweeps
     if settings.cloud is not None:
         return read_cloud(settings.cloud)

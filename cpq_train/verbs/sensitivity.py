@@ -26,7 +26,7 @@ from cpq_train.quantization.bits.sensitivity import Case, MeasurementLog, alone,
 from cpq_train.quantization.prepare import quantizable_layers
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.sensitivity_bench import Bench
+from cpq_train.verbs.sensitivity_bench import SensitivityBench
 
 Record = dict[str, Any]
 
@@ -34,7 +34,7 @@ BUDGET_UNITS: dict[Budget, str] = {"mib": "MiB of weights", "bit_macs": "of the 
 
 
 @dataclass(frozen=True)
-class Settings:
+class SensitivitySettings:
     """What to measure and what to assign; see `QuantTrainer.sensitivity`.
 
     Raises:
@@ -75,7 +75,7 @@ class Settings:
 
 
 def analyse(
-    model: CenterPointDetector, data: NuScenesDataModule, settings: Settings, device: torch.device
+    model: CenterPointDetector, data: NuScenesDataModule, settings: SensitivitySettings, device: torch.device
 ) -> None:
     """Measure, rank and, if there is a budget, assign; writes into `settings.output`.
 
@@ -86,7 +86,7 @@ def analyse(
     if model.weights is None or model.scheme_file is None:
         raise UserError("sensitivity needs model.weights, a float checkpoint, and model.scheme")
     folder = settings.output / "schemes"
-    bench = Bench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
+    bench = SensitivityBench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
     plan = _plan(Scheme.from_file(model.scheme_file), bench, settings)
     folder.mkdir(parents=True, exist_ok=True)
     log = MeasurementLog(settings.output / "measurements.jsonl")
@@ -108,7 +108,7 @@ def analyse(
     write_report(settings.output, result)
 
 
-def _plan(base: Scheme, bench: Bench, settings: Settings) -> BitPlan:
+def _plan(base: Scheme, bench: SensitivityBench, settings: SensitivitySettings) -> BitPlan:
     kinds = quantizable_layers(bench.float_network)
     by_layer = {name: [name] for name in kinds}
     groups = by_layer if settings.by == "layer" else blocks_of(bench.float_network)
@@ -120,7 +120,7 @@ def _plan(base: Scheme, bench: Bench, settings: Settings) -> BitPlan:
     return plan
 
 
-def _describe(plan: BitPlan, settings: Settings) -> Record:
+def _describe(plan: BitPlan, settings: SensitivitySettings) -> Record:
     return {
         "base": plan.base.to_dict(),
         "by": settings.by,
@@ -138,7 +138,7 @@ def _uniform(plan: BitPlan, name: str, records: list[Record]) -> Record:
 
 def _assigned(
     plan: BitPlan,
-    settings: Settings,
+    settings: SensitivitySettings,
     records: list[Record],
     measured: Callable[[Iterable[Case]], list[Record]],
 ) -> Record:

@@ -26,7 +26,7 @@ from cpq_train.training.detector import Batch, CenterPointDetector
 from cpq_train.training.scoring import score_detector
 
 
-class Bench:
+class SensitivityBench:
     """Prepares networks and scores them.
 
     Args:

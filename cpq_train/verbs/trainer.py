@@ -20,9 +20,8 @@ from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.strategy import QuantDDPStrategy
-from cpq_train.verbs.profile import Settings as ProfileSettings
-from cpq_train.verbs.profile import profile
-from cpq_train.verbs.sensitivity import Settings, analyse
+from cpq_train.verbs.profile import ProfileSettings, profile
+from cpq_train.verbs.sensitivity import SensitivitySettings, analyse
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -51,8 +50,6 @@ class QuantTrainer(ResilientTrainer):
         datamodule: LightningDataModule,
         output: Path,
         ranges_file: Path | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Find activation ranges for float weights and write a PTQ checkpoint.
 
@@ -63,8 +60,6 @@ class QuantTrainer(ResilientTrainer):
             output: Where to write the PTQ checkpoint.
             ranges_file: Checkpoint of NVIDIA's CenterPoint or another made with pytorch-quantization, whose
                 ranges are taken; samples are only used for the quantizers that it leaves without.
-            ckpt_path: Not used: calibration starts from `model.weights`.
-            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
         Raises:
             UserError: No weights or no scheme is given, there are no samples, `ranges_file` holds no range,
@@ -72,7 +67,7 @@ class QuantTrainer(ResilientTrainer):
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
-        if model.weights is None or ckpt_path is not None:
+        if model.weights is None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         self._on_every_rank(self._calibrate, model, datamodule, output, ranges_file)
 
@@ -133,8 +128,6 @@ class QuantTrainer(ResilientTrainer):
         budget_bit_macs: float | None = None,
         metric: Literal["proxy", "nds"] = "proxy",
         num_samples: int = 8,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Measure what each part loses to quantization and write a mixed-precision scheme within a budget.
 
@@ -157,8 +150,6 @@ class QuantTrainer(ResilientTrainer):
                 share of the float network's (32 x 32).
             metric: proxy, or nds to score mAP and NDS on the validation samples too, at every step.
             num_samples: Training samples on which outputs are compared.
-            ckpt_path: Not used: the analysis starts from `model.weights`.
-            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
         Raises:
             UserError: Weights or scheme are missing or unfit, settings contradict one another, or the budget
@@ -166,11 +157,11 @@ class QuantTrainer(ResilientTrainer):
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
-        if ckpt_path is not None:
-            raise UserError("sensitivity starts from model.weights, a float checkpoint, not from --ckpt_path")
         if self.world_size != 1:
             raise UserError(f"sensitivity runs on one device, not {self.world_size}: set --trainer.devices 1")
-        settings = Settings(output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples)
+        settings = SensitivitySettings(
+            output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples
+        )
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
 
@@ -183,8 +174,6 @@ class QuantTrainer(ResilientTrainer):
         cloud: Path | None = None,
         num_passes: int = 5,
         trace: bool = False,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
     ) -> None:
         """Measure time, memory and storage of every layer on one cloud, and print tables of them.
 
@@ -201,16 +190,12 @@ class QuantTrainer(ResilientTrainer):
             cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
             num_passes: Passes whose median is reported; as many run without hooks beside them.
             trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
-            ckpt_path: Not used: the network comes from `model.weights`.
-            weights_only: Not used; accepted so that the configuration of a fit feeds this verb too.
 
         Raises:
             UserError: The cloud, the sample, the checkpoint or an argument is no good.
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
-        if ckpt_path is not None:
-            raise UserError("profile takes its network from model.weights, not from --ckpt_path")
         if self.world_size != 1:
             raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
         settings = ProfileSettings(output, sample, cloud, num_passes, trace)

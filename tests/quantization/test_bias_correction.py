@@ -10,7 +10,7 @@ from torch import nn
 from cpq_train.quantization.batchnorm import fold_batchnorm
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.ptq.bias_correction import correct_biases
-from cpq_train.quantization.ptq.twins import Twins, tensors_in
+from cpq_train.quantization.ptq.twins import Twins, ordered_tensors
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
@@ -19,7 +19,7 @@ def _mean_error(twins: Twins) -> torch.Tensor:
     """Per channel of the network's output, over all batches."""
     errors = []
     for batch in twins.batches:
-        pair = (tensors_in(run(n, batch))[0].detach() for n in (twins.network, twins.float_network))
+        pair = (ordered_tensors(run(n, batch))[0].detach() for n in (twins.network, twins.float_network))
         errors.append((lambda a, b: (a - b).transpose(0, 1).flatten(1))(*pair))
     return torch.cat(errors, 1).double().mean(1)
 

@@ -19,11 +19,12 @@ from evaluation_problems import random_boxes, random_problem
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
+from cpq_train.evaluation.gaps import share_won_back
 from cpq_train.evaluation.matches import write_matches
 from cpq_train.evaluation.metric import Evaluation, evaluate
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
 from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
-from cpq_train.report.compare import compare, share_won_back
+from cpq_train.report.compare import compare
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

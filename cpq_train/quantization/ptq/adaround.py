@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cpq_train.quantization.health import is_weight
 from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.ptq.twins import Twins, squared_error
@@ -198,7 +199,7 @@ def _learn(block: nn.Module, calls: Sequence[_Call], roundings: dict[str, _Round
 
 @contextmanager
 def _weights_as_they_are(block: nn.Module) -> Iterator[None]:
-    chosen = [q for n, q in quantizers(block).items() if n.endswith("_weight_quantizer")]
+    chosen = [quantizer for name, quantizer in quantizers(block).items() if is_weight(name)]
     for quantizer in chosen:
         quantizer.disable()
     try:

@@ -54,7 +54,7 @@ class Twins:
         return track(list(items), text, disable=not self.show_progress)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def ordered_tensors(value: Any) -> list[Tensor]:
     """The tensors of a module's output: a tensor, a sparse one, or a mapping or sequence of such.
 
     Rows of a sparse tensor are ordered by voxel: two passes need not agree on their order.
@@ -62,9 +62,9 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, SparseConvTensor):
         return [value.features[_voxel_numbers(value).argsort()]]
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
+        return [tensor for item in value.values() for tensor in ordered_tensors(item)]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in tensors_in(item)]
+        return [tensor for item in value for tensor in ordered_tensors(item)]
     return [value]
 
 
@@ -77,7 +77,7 @@ def _voxel_numbers(x: SparseConvTensor) -> Tensor:
 
 def squared_error(output: Any, target: Any) -> Tensor:
     """Squared error of a module's output: summed over channels and tensors, averaged over places."""
-    pairs = zip(tensors_in(output), tensors_in(target), strict=True)
+    pairs = zip(ordered_tensors(output), ordered_tensors(target), strict=True)
     return torch.stack([_squared_error(a, b) for a, b in pairs]).sum()
 
 

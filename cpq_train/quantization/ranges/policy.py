@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cpq_train.common.errors import UserError
+from cpq_train.quantization.health import is_weight
 from cpq_train.quantization.switches import quantized_layers, quantizers
 
 AmaxPolicy = Literal["frozen", "moving", "learned"]
@@ -65,7 +66,7 @@ def range_parameters(network: nn.Module) -> list[nn.Parameter]:
 def start_observing(network: nn.Module) -> None:
     """Let the quantizers of inputs gather ranges while they go on rounding."""
     for name, quantizer in quantizers(network).items():
-        if not name.endswith("_weight_quantizer"):
+        if not is_weight(name):
             quantizer.start_collecting()
 
 
@@ -78,7 +79,7 @@ def finish_observing(network: nn.Module, momentum: float) -> None:
         momentum: Share of the new amax.
     """
     for name, quantizer in quantizers(network).items():
-        if not name.endswith("_weight_quantizer"):
+        if not is_weight(name):
             quantizer.finish_collecting(momentum)
     for layer in quantized_layers(network).values():
         weight_quantizer = getattr(layer, "_weight_quantizer", None)

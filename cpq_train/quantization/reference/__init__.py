@@ -11,7 +11,7 @@ with float32 operations that round once each.
 from cpq_train.quantization.reference.codes import Range, encode
 from cpq_train.quantization.reference.layers import (
     Convolution,
-    Evaluation,
+    LayerResult,
     add,
     dense_convolution,
     sparse_convolution,
@@ -20,8 +20,8 @@ from cpq_train.quantization.reference.rulebook import Kernel, RowOf
 
 __all__ = [
     "Convolution",
-    "Evaluation",
     "Kernel",
+    "LayerResult",
     "Range",
     "RowOf",
     "add",

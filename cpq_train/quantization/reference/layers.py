@@ -56,7 +56,7 @@ class Convolution:
     output_padding: tuple[int, ...] = (0, 0)
 
 
-class Evaluation(NamedTuple):
+class LayerResult(NamedTuple):
     """A layer's result and what led to it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Evaluation(NamedTuple):
     positions: Coordinates | None = None
 
 
-def dense_convolution(layer: Convolution, x: Float32) -> Evaluation:
+def dense_convolution(layer: Convolution, x: Float32) -> LayerResult:
     """Conv2d and ConvTranspose2d: (B, C, H, W) -> (B, C', H', W')."""
     batch_size, channels, *shape = x.shape
     coded = encode(x, layer.input_range)
@@ -109,7 +109,7 @@ def _dense_rules(
 
 def sparse_convolution(
     layer: Convolution, features: Float32, positions: Coordinates, shape: Sequence[int]
-) -> Evaluation:
+) -> LayerResult:
     """SubMConv3d and SparseConv3d.
 
     Args:
@@ -133,7 +133,7 @@ def sparse_convolution(
     return result._replace(positions=targets)
 
 
-def _of_rows(layer: Convolution, x: Coded, found: Rules, num_out: int) -> Evaluation:
+def _of_rows(layer: Convolution, x: Coded, found: Rules, num_out: int) -> LayerResult:
     weight = encode(layer.weight, layer.weight_range)
     channels_last = weight.codes.transpose(CHANNELS_AROUND[layer.kind])
     num_channels, *_, num_inputs = channels_last.shape
@@ -143,14 +143,14 @@ def _of_rows(layer: Convolution, x: Coded, found: Rules, num_out: int) -> Evalua
     output = sums.astype(np.float32) * unit
     if layer.bias is not None:
         output = output + layer.bias
-    return Evaluation(x.codes, weight.codes, sums, unit, output)
+    return LayerResult(x.codes, weight.codes, sums, unit, output)
 
 
-def add(branch: Float32, branch_range: Range, identity: Float32, identity_range: Range) -> Evaluation:
+def add(branch: Float32, branch_range: Range, identity: Float32, identity_range: Range) -> LayerResult:
     """ResidualAdd: (V, C) + (V, C), each rounded to its own range."""
     a, b = encode(branch, branch_range), encode(identity, identity_range)
     output = a.codes.astype(np.float32) * a.step + b.codes.astype(np.float32) * b.step
     codes = np.stack([a.codes, b.codes])
-    return Evaluation(
+    return LayerResult(
         codes, codes[:0], a.codes.astype(np.int64) + b.codes, np.maximum(a.step, b.step), output
     )

@@ -101,7 +101,7 @@ def verify_layers(network: nn.Module, inputs: Sequence[Any]) -> list[LayerReport
     return [reports[name] for name in layers]
 
 
-def _compare(name: str, kind: str, seen: Observed, expected: reference.Evaluation) -> LayerReport:
+def _compare(name: str, kind: str, seen: Observed, expected: reference.LayerResult) -> LayerReport:
     num_lost = 0
     if seen.positions is not None:
         expected, num_lost = in_the_order_of(seen, expected)

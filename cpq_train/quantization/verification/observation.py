@@ -105,7 +105,7 @@ def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[[nn.Module, tupl
     return hook
 
 
-def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
+def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.LayerResult:
     """What the integer reference computes from the arguments of a layer's forward pass.
 
     Raises:
@@ -117,7 +117,7 @@ def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.Eva
         raise UserError(f"layer {name!r}: {error}") from error
 
 
-def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
+def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.LayerResult:
     if isinstance(layer, QuantAdd):
         branch, identity = (_range(q) for q in _add_quantizers(layer))
         return reference.add(_array(arguments[0]), branch, _array(arguments[1]), identity)
@@ -129,7 +129,7 @@ def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.Evaluation:
     return reference.sparse_convolution(_convolution(layer), _array(x.features), positions, grid)
 
 
-def in_the_order_of(seen: Observed, expected: reference.Evaluation) -> tuple[reference.Evaluation, int]:
+def in_the_order_of(seen: Observed, expected: reference.LayerResult) -> tuple[reference.LayerResult, int]:
     """The reference's rows in the order of a sparse layer's.
 
     Returns:

@@ -1,0 +1,154 @@
+"""All that is used of Lightning's private members, under public names.
+
+A new release of Lightning is checked here and in the test of this module. What has to start without torch
+cannot use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from typing_extensions import override
+
+
+class HookedTrainer(Trainer):
+    """A Trainer that asks whether it takes signals, and which checkpoint a fit resumes.
+
+    Lightning takes signals unless a handler is there before it, and then adds its own to it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = _AskingSignals(self)
+
+    def handles_signals(self) -> bool:
+        """Whether Lightning's handlers of signals serve the present run."""
+        return True
+
+    def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
+        """The checkpoint that a fit resumes.
+
+        `fit` itself is too early: here the launcher has started all ranks, and every one of them asks.
+
+        Args:
+            model: The module to fit.
+            ckpt_path: What `fit` was given.
+        """
+        return ckpt_path
+
+    @override
+    def _fit_impl(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        ckpt_path = self.resumed_checkpoint(model, ckpt_path)
+        super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+
+class _AskingSignals(_SignalConnector):
+    @override
+    def register_signal_handlers(self) -> None:
+        assert isinstance(self.trainer, HookedTrainer)
+        if self.trainer.handles_signals():
+            super().register_signal_handlers()
+
+
+class CheckpointsOnDemand(ModelCheckpoint):
+    """A ModelCheckpoint that can be told to save; by itself it saves at its own moments only."""
+
+    def saves_after_training_epoch(self, trainer: Trainer) -> bool:
+        """Whether it looks at the metrics after a training epoch, and not after a validation."""
+        return self._should_save_on_train_epoch_end(trainer)
+
+    def save_last_now(self, trainer: Trainer) -> None:
+        """Write `last.ckpt`, where `save_last` asks for it and this step was not just saved."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def num_logged_steps(fit_loop: Mapping[str, Any]) -> int:
+    """The step at which a fit logs, of a checkpoint's `loops.fit_loop`; nothing public tells it."""
+    number: int = fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+    return number
+
+
+def set_num_logged_steps(trainer: Trainer, number: int) -> None:
+    """Log from this step on; resuming in the midst of an epoch, Lightning may count one too many."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = number
+
+
+class LateWandbLogger(WandbLogger):
+    """A WandbLogger whose run opens when all is known that it is started with.
+
+    Lightning asks for the run, and so opens it, as soon as there is a trainer; before `describe_run` it gets
+    one that does nothing.
+    """
+
+    def __init__(self, project: str) -> None:
+        super().__init__(project=project)
+        del self._wandb_init["anonymous"]  # W&B warns of it, whatever its value
+        self._is_described = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run on rank 0, opened here."""
+        return super().experiment if self._is_described else _DummyExperiment()
+
+    @property
+    def open_run(self) -> Any:
+        """The W&B run, if it is open."""
+        return self._experiment
+
+    def describe_run(self, folder: str, **settings: Any) -> None:
+        """Say what `wandb.init` is given; Lightning takes it at construction only.
+
+        Args:
+            folder: `dir` of the run.
+            settings: Further arguments of `wandb.init`.
+        """
+        self._save_dir = folder
+        self._wandb_init |= {"dir": folder, **settings}
+        self._is_described = True
+
+    def close_run(self, exit_code: int) -> None:
+        """End the open run; Lightning leaves that to the end of the process."""
+        assert self._experiment is not None
+        self._experiment.finish(exit_code=exit_code)
+        self._experiment = None
+
+
+class HookedCLI(LightningCLI):
+    """A LightningCLI with hooks for the options of a single verb and for what a checkpoint settles."""
+
+    def add_verb_arguments(self, parser: LightningArgumentParser, verb: str) -> None:
+        """Add options to one verb; Lightning's `add_arguments_to_parser` is not told for which one it is."""
+
+    def take_settings_of_checkpoint(self) -> None:
+        """Complete `config` once it is parsed: by the hyperparameters in the file behind `--ckpt_path`."""
+        super()._parse_ckpt_path()
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        self.take_settings_of_checkpoint()
+
+    @override
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_verb_arguments(parser, subcommand)
+        return parser

@@ -1,0 +1,49 @@
+"""The package keeps its shape: short modules, short functions, and rooms that say what they are for."""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cpq_train"
+MODULES = {str(path.relative_to(ROOT)): path for path in sorted(PACKAGE.rglob("*.py"))}
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 350, 60
+
+
+def _num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """From `def` to the end, without the docstring."""
+    first = function.body[0]
+    is_documented = ast.get_docstring(function) is not None
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if is_documented else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_short_modules_of_short_functions(name: str) -> None:
+    text = MODULES[name].read_text()
+    assert len(text.splitlines()) <= MAX_MODULE_LINES
+    functions = (
+        n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert {f.name: _num_lines(f) for f in functions if _num_lines(f) > MAX_FUNCTION_LINES} == {}
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    folders = {path.parent for path in MODULES.values()}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.endswith("__init__.py")])
+def test_a_room_says_what_it_is_for(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    assert docstring.split("\n")[0].endswith(".")
+
+
+def test_console_script() -> None:
+    named = re.search(r'^cpq_train = "(\S+):(\S+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert named is not None
+    assert callable(getattr(import_module(named[1]), named[2]))
