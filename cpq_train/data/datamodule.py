@@ -111,15 +111,7 @@ class NuScenesDataModule(LightningDataModule):
             max_num_voxels_train,
             max_num_voxels_eval,
         )
-        self.evaluation_config = SampleConfig(
-            num_sweeps=num_sweeps,
-            voxel_size=voxel_size,
-            point_cloud_range=point_cloud_range,
-            max_points_per_voxel=max_points_per_voxel,
-            max_num_voxels=max_num_voxels_eval,
-            class_names=self.class_names,
-            seed=seed,
-        )
+        self.evaluation_config = SampleConfig.of_evaluation(self.settings, self.class_names, seed)
         self._training_config = dataclasses.replace(
             self.evaluation_config,
             max_num_voxels=max_num_voxels_train,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import Self
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -24,6 +25,7 @@ from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.labels import labels_of_ids
+from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells
 
@@ -95,6 +97,21 @@ class SampleConfig:
         if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
             raise UserError(f"num_sweeps is {self.num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
         grid_cells(self.voxel_size, self.point_cloud_range)
+
+    @classmethod
+    def of_evaluation(
+        cls, settings: DataSettings, class_names: Sequence[str] = DETECTION_CLASSES, seed: int = 0
+    ) -> Self:
+        """How a sample is loaded that is evaluated or calibrated with."""
+        return cls(
+            settings.num_sweeps,
+            settings.voxel_size,
+            settings.point_cloud_range,
+            settings.max_points_per_voxel,
+            settings.max_num_voxels_eval,
+            tuple(class_names),
+            seed,
+        )
 
 
 def voxelizer_of(config: SampleConfig) -> Voxelizer:

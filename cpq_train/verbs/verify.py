@@ -184,13 +184,7 @@ def _samples(
 
 def _batch_of(path: Path, settings: DataSettings) -> Batch:
     """A cloud file as a batch of one sample."""
-    sample = SampleConfig(
-        1,
-        settings.voxel_size,
-        settings.point_cloud_range,
-        settings.max_points_per_voxel,
-        settings.max_num_voxels_eval,
-    )
+    sample = replace(SampleConfig.of_evaluation(settings), num_sweeps=1)
     return batch_of_clouds([read_cloud(path)], sample, [path.name])
 
 
