@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from typing_extensions import Self
 
 from cpq_train.common.errors import UserError
@@ -56,22 +55,6 @@ class DataSettings:
                 f"checkpoint {str(path)!r}, {DATA_KEY}: {have}; expected {', '.join(sorted(names))}"
             )
         return cls(**{name: _as_tuple(stated[name]) for name in names})
-
-    @classmethod
-    def of_or_default(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self:
-        """What a checkpoint says, or the defaults, and then says so."""
-        stated = cls.of(checkpoint, path)
-        if stated is None:
-            stated = cls()
-            Console(stderr=True, soft_wrap=True).print(
-                f"checkpoint {str(path)!r} does not say with what data settings it was made: taking "
-                f"{stated.num_sweeps} sweeps, {stated.max_points_per_voxel} points per voxel, "
-                f"{stated.max_num_voxels_eval} voxels",
-                style="yellow",
-                markup=False,
-                highlight=False,
-            )
-        return stated
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

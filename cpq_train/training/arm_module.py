@@ -21,7 +21,7 @@ from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.resuming import check_optimizer_state, check_same_run
-from cpq_train.training.settings import settings_of
+from cpq_train.training.settings import HYPER_PARAMETERS, scheme_of, settings_of
 
 
 class ArmModule(LightningModule):
@@ -136,7 +136,12 @@ class ArmModule(LightningModule):
             checkpoint[DATA_KEY] = data.settings.to_dict()
 
     def _scheme(self) -> Scheme | None:
-        return None if self.scheme_file is None else Scheme.from_file(self.scheme_file)
+        made_with = None
+        if self.scheme_file is not None and self.weights is not None:
+            content = read_checkpoint(self.weights)
+            if content["quantization"].get("scheme") is not None:
+                made_with = content.get(HYPER_PARAMETERS, {}).get("scheme")
+        return scheme_of(self.scheme_file, made_with)
 
     @property
     def is_resuming(self) -> bool:

@@ -10,8 +10,7 @@ from cpq_train.arms.description import Description
 from cpq_train.arms.scheme_difference import scheme_difference
 from cpq_train.arms.state import check_finite
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.scheme import Scheme
-from cpq_train.training.settings import HYPER_PARAMETERS
+from cpq_train.training.settings import HYPER_PARAMETERS, scheme_of
 
 
 def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -51,11 +50,10 @@ def _differences(name: str, of_checkpoint: Any, asked: Any) -> Iterator[str]:
 
 
 def _scheme_differences(said: Description, began: str | None, asked: str | None) -> Iterator[str]:
-    """The checkpoint holds its scheme: the file that it was read from may be gone by now."""
-    if said.scheme is None or asked is None or (asked == began and not Path(asked).is_file()):
+    scheme = None if said.scheme is None else scheme_of(asked, began)
+    if scheme is None or said.scheme is None:
         return
-    difference = scheme_difference(Scheme.from_file(asked), said.scheme, said.calibration)
-    if difference:
+    if difference := scheme_difference(scheme, said.scheme, said.calibration):
         yield f"  model.scheme is {asked!r}:"
         yield difference
 

@@ -13,6 +13,7 @@ from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.quantization.ranges.policy import RangePolicy
+from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.optim import OptimizerConfig
 
 HYPER_PARAMETERS = "hyper_parameters"
@@ -32,6 +33,24 @@ _CLASSES: dict[str, type[Any]] = {
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as tensors-and-plain-values files hold them."""
     return {name: asdict(value) if is_dataclass(value) else value for name, value in settings.items()}  # type: ignore[arg-type]
+
+
+def scheme_of(file: str | None, made_with: str | None) -> Scheme | None:
+    """The scheme that `model.scheme` names.
+
+    Args:
+        file: The YAML file; None where none is named.
+        made_with: The one that the checkpoint at hand names: that one may be gone, the checkpoint holds it.
+
+    Returns:
+        None where the checkpoint's own scheme is meant.
+
+    Raises:
+        UserError: The file does not exist, or is no scheme.
+    """
+    if file is None or (file == made_with and not Path(file).is_file()):
+        return None
+    return Scheme.from_file(file)
 
 
 def settings_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def _dispatch(args: list[str]) -> None:
     if verb in PLAIN_VERBS:
         _run_plain(verb, rest)
     elif verb in LIGHTNING_VERBS:
+        import cpq_train.sparse  # noqa: F401 - first, see `cpq_train.sparse.importing`
         from cpq_train.verbs.lightning_cli import run
 
         run(args)

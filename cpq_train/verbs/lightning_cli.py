@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from cpq_train.callbacks.amax_drift import AmaxDrift
@@ -26,6 +27,7 @@ from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.checkpoint_settings import find_scheme, keep_what_was_asked, take_data_settings
 from cpq_train.verbs.trainer import QuantTrainer
 
 WEIGHTS_OF_VERB = {
@@ -104,17 +106,25 @@ class QuantCLI(HookedCLI):
             parser.link_arguments(f"model.network.{name}", f"data.{name}")
 
     @override
-    def take_settings_of_checkpoint(self) -> None:
-        """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
-        if self.config[self.config.subcommand].get("ckpt_path") != "last":
-            super().take_settings_of_checkpoint()
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keep apart what was given and what is default."""
+        super().parse_arguments(parser, args)
+        self.given = parser.parse_args(args, defaults=False)[self.config.subcommand]
 
     @override
-    def before_instantiate_classes(self) -> None:
-        """Our own verbs take their weights from elsewhere."""
+    def take_settings_of_checkpoint(self) -> None:
+        """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
         verb = self.config.subcommand
         if verb in WEIGHTS_OF_VERB and self.config[verb].ckpt_path is not None:
             raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
+        if self.config[verb].get("ckpt_path") != "last":
+            super().take_settings_of_checkpoint()
+        config = self.config[verb]
+        if verb == "fit":
+            keep_what_was_asked(config, self.given)
+        find_scheme(config)
+        for sentence in take_data_settings(config, self.given):
+            rank_zero_warn(sentence)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""

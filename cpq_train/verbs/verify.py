@@ -33,6 +33,9 @@ from cpq_train.training.settings import HYPER_PARAMETERS
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
 
+_STATED_NOWHERE_ELSE = ("num_sweeps", "max_points_per_voxel", "max_num_voxels_eval")
+"""Settings of the data that old checkpoints do not hold; the grid is among those of the network."""
+
 
 @dataclass
 class Findings:
@@ -108,7 +111,7 @@ def verify(
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
     content = read_checkpoint(checkpoint)
     _check_verifiable(content, checkpoint)
-    data = DataSettings.of_or_default(content, checkpoint)
+    data = DataSettings.of(content, checkpoint) or _assumed(checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     sizes = detector.network_config
     data = replace(
@@ -130,6 +133,17 @@ def verify(
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
         )
+
+
+def _assumed(path: Path) -> DataSettings:
+    """The defaults, for a checkpoint that says nothing of its data."""
+    settings = DataSettings()
+    taken = ", ".join(f"{name} {getattr(settings, name)}" for name in _STATED_NOWHERE_ELSE)
+    table_console().print(
+        f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}",
+        style="yellow",
+    )
+    return settings
 
 
 def _check_verifiable(content: dict[str, Any], path: Path) -> None:
