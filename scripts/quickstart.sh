@@ -30,7 +30,7 @@ for arm in float ptq qat; do
   cpq profile "${base[@]}" --model.weights "$checkpoint" --sample first --output "$runs/$arm"
 done
 
-cpq verify "$runs/qat/checkpoints/last.ckpt" --root "$data" --num_sweeps 5
+cpq verify "$runs/qat/checkpoints/last.ckpt" --root "$data"
 
 cpq compare "$runs/float" "$runs/float_tuned" "$runs/ptq" "$runs/qat" --output "$runs"
 echo

@@ -14,7 +14,10 @@ import yaml
 
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 
-KEPT = ("state_dict", "hyper_parameters", "quantization", "pytorch-lightning_version", "epoch", "global_step")
+KEPT = (
+    *("state_dict", "hyper_parameters", "quantization", "data"),
+    *("pytorch-lightning_version", "epoch", "global_step"),
+)
 
 
 def main() -> None:

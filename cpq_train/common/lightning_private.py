@@ -23,7 +23,13 @@ class HookedTrainer(Trainer):
     """A Trainer that asks whether it takes signals, and which checkpoint a fit resumes.
 
     Lightning takes signals unless a handler is there before it, and then adds its own to it.
+
+    Attributes:
+        restored_checkpoint: What the present run restores, None where nothing. Lightning's `ckpt_path` says
+            it only when the model has been configured.
     """
+
+    restored_checkpoint: str | Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,6 +62,19 @@ class HookedTrainer(Trainer):
     ) -> None:
         ckpt_path = self.resumed_checkpoint(model, ckpt_path)
         super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @override
+    def _run(
+        self, model: LightningModule, ckpt_path: str | Path | None = None, weights_only: bool | None = None
+    ) -> Any:
+        self.restored_checkpoint = ckpt_path
+        return super()._run(model, ckpt_path, weights_only)
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer of a module, None where it has none; the public property raises then."""
+    trainer: Trainer | None = module._trainer
+    return trainer
 
 
 class _AskingSignals(_SignalConnector):

@@ -13,6 +13,7 @@ import numpy as np
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
+from cpq_train.common.schema import check_schema
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
@@ -128,10 +129,9 @@ def read_matches(path: Path) -> Matches:
     schema = columns.pop("schema", None)
     columns.pop("thresholds_m", None)
     missing = {field.name for field in fields(Matches)} - columns.keys()
-    if schema != SCHEMA or missing:
-        raise UserError(
-            f"{path}: schema {schema} without {sorted(missing)}; accepted: schema {SCHEMA}, all columns"
-        )
+    check_schema(None if schema is None else schema.item(), SCHEMA, str(path))
+    if missing:
+        raise UserError(f"{path}: columns {sorted(missing)} are missing; accepted: all of `Matches`")
     for name in _COMPACT:
         columns[name] = columns[name].astype(np.int64)
     return Matches(**columns)

@@ -15,6 +15,7 @@ from cpq_train.common.arm_names import ARMS
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.schema import check_schema
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
@@ -156,8 +157,7 @@ _MAPPING: _Check = (lambda value: isinstance(value, dict), "a mapping")
 _ERROR: _Check = (lambda value: value is None or _is_number(value), "a finite number or null")
 _INTERVAL: _Check = (lambda value: value is None or _is_interval(value), "null or [lower, upper]")
 
-_SCHEMA: dict[str, Any] = {
-    "schema": (lambda value: value == SCHEMA, str(SCHEMA)),
+_KEYS: dict[str, Any] = {
     "arm": (lambda value: value in ARMS, ", ".join(ARMS)),
     "checkpoint": {"path": _TEXT, "sha256": _TEXT},
     "dataset": {
@@ -203,7 +203,9 @@ def check_metrics(document: Any, where: str) -> None:
     Raises:
         UserError: A key is missing or its value is not of the kind accepted; the message names both.
     """
-    _check(document, _SCHEMA, where)
+    if isinstance(document, dict):
+        check_schema(document.get("schema"), SCHEMA, where)
+    _check(document, _KEYS, where)
 
 
 def _check(value: Any, accepted: Any, where: str) -> None:

@@ -14,6 +14,7 @@ from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
+from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DATA_KEY
 from cpq_train.models import CenterPoint, NetworkConfig
@@ -146,7 +147,8 @@ class ArmModule(LightningModule):
     @property
     def is_resuming(self) -> bool:
         """Whether the network comes from `--ckpt_path`."""
-        return self._trainer is not None and self._trainer.ckpt_path is not None
+        trainer = trainer_of(self)
+        return getattr(trainer, "restored_checkpoint", None) is not None
 
     def _adopt(self, subject: Subject) -> None:
         self._subject = subject
@@ -157,7 +159,8 @@ class ArmModule(LightningModule):
     @property
     def is_global_zero(self) -> bool:
         """Whether this process speaks for all ranks."""
-        return self._trainer is None or self._trainer.is_global_zero
+        trainer = trainer_of(self)
+        return trainer is None or trainer.is_global_zero
 
     @override
     def train(self, mode: bool = True) -> Self:

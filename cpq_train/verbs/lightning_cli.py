@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.checkpoint_settings import find_scheme, keep_what_was_asked, take_data_settings
+from cpq_train.verbs.checkpoint_settings import Given, find_scheme, keep_what_was_asked, take_data_settings
 from cpq_train.verbs.trainer import QuantTrainer
 
 WEIGHTS_OF_VERB = {
@@ -35,6 +36,10 @@ WEIGHTS_OF_VERB = {
     "sensitivity": "starts from model.weights, a float checkpoint",
     "profile": "takes its network from model.weights",
 }
+
+
+MOVED_MODULES = {"cpq_train.strategy": "cpq_train.training.strategy"}
+"""Where modules went whose classes a saved config.yaml may name by their path."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -107,9 +112,10 @@ class QuantCLI(HookedCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Keep apart what was given and what is default."""
+        """Remember what was given, and is no default."""
         super().parse_arguments(parser, args)
-        self.given = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        files = [Path(str(file)) for file in self.config[self.config.subcommand].config or ()]
+        self.given = Given(sys.argv[1:] if args is None else args, files)
 
     @override
     def take_settings_of_checkpoint(self) -> None:
@@ -117,12 +123,13 @@ class QuantCLI(HookedCLI):
         verb = self.config.subcommand
         if verb in WEIGHTS_OF_VERB and self.config[verb].ckpt_path is not None:
             raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
-        if self.config[verb].get("ckpt_path") != "last":
+        asked = self.config[verb].clone()
+        if asked.get("ckpt_path") != "last":
             super().take_settings_of_checkpoint()
         config = self.config[verb]
         if verb == "fit":
-            keep_what_was_asked(config, self.given)
-        find_scheme(config)
+            keep_what_was_asked(config, asked, self.given)
+        find_scheme(config, self.given)
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)
 
@@ -163,6 +170,8 @@ def run(args: list[str]) -> None:
         UserError: What the user gave does not work out.
     """
     _check_resumed_checkpoint(args)
+    for old, new in MOVED_MODULES.items():
+        sys.modules.setdefault(old, import_module(new))
     QuantCLI(
         CenterPointDetector,
         NuScenesDataModule,

@@ -111,6 +111,7 @@ class QuantTrainer(ResilientTrainer):
     def _connect(self, model: CenterPointDetector, datamodule: LightningDataModule, arm: Arm) -> None:
         """Join the ranks, and build an arm on the device."""
         model.trainer = datamodule.trainer = self
+        self.datamodule = datamodule  # its settings go into the checkpoint
         self.strategy.connect(model)
         self.strategy.setup_environment()
         model.start_as(arm)

@@ -21,6 +21,7 @@ from cpq_train.common.lightning_private import (
     LateWandbLogger,
     num_logged_steps,
     set_num_logged_steps,
+    trainer_of,
 )
 
 SIGNATURES = {
@@ -28,6 +29,7 @@ SIGNATURES = {
         Trainer,
         ["self", "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"],
     ),
+    "Trainer._run": (Trainer, ["self", "model", "ckpt_path", "weights_only"]),
     "_SignalConnector.__init__": (signal_connector._SignalConnector, ["self", "trainer"]),
     "_SignalConnector.register_signal_handlers": (signal_connector._SignalConnector, ["self"]),
     "ModelCheckpoint._should_save_on_train_epoch_end": (ModelCheckpoint, ["self", "trainer"]),
@@ -46,6 +48,13 @@ def test_signature(name: str) -> None:
     method = getattr(owner, name.rpartition(".")[2], None)
     assert method is not None, f"Lightning has no {name} any more"
     assert list(inspect.signature(method).parameters) == expected, f"Lightning's {name} has other parameters"
+
+
+def test_a_module_without_a_trainer_has_none() -> None:
+    module = BoringModel()
+    assert trainer_of(module) is None
+    module.trainer = Trainer(logger=False, barebones=True)
+    assert trainer_of(module) is module.trainer
 
 
 @pytest.mark.parametrize("name", ["_wandb_init", "_save_dir", "_experiment"])

@@ -136,5 +136,5 @@ def test_bad_matches(evaluation: Evaluation, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"matches\.npz: not a readable"):
         read_matches(path)
     np.savez(path, schema=1, pred_score=np.zeros(3))
-    with pytest.raises(UserError, match=r"without .*gt_label"):
+    with pytest.raises(UserError, match=r"columns .*gt_label.* are missing"):
         read_matches(path)

@@ -1,0 +1,128 @@
+"""What earlier releases wrote loads, resumes and compares; what a newer one wrote is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from old_files import CHECKPOINTS, SCHEMA_1, small_options
+
+from cpq_train.common.errors import UserError
+from cpq_train.evaluation.matches import read_matches
+from cpq_train.evaluation.metrics_file import read_metrics
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.cli import main
+
+RUNS = ("float", "float_tuned", "ptq", "qat")
+
+
+@pytest.mark.parametrize("weights_only", [None, True, False])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_load(
+    name: str, weights_only: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder without their weights, their schemes and their data."""
+    monkeypatch.chdir(tmp_path)
+    detector = CenterPointDetector.load_from_checkpoint(CHECKPOINTS[name], weights_only=weights_only)
+    content = torch.load(CHECKPOINTS[name], weights_only=True)
+    assert detector.subject.arm == content["quantization"]["arm"]
+    assert detector.subject.describe() == content["quantization"]
+    state = detector.state_dict()
+    assert state.keys() == content["state_dict"].keys()
+    for key, value in content["state_dict"].items():
+        assert torch.equal(state[key], value), key
+    assert detector.hparams["post_processing"]["score_threshold"] == 0.03
+
+
+def test_runs_compare(tmp_path: Path) -> None:
+    main(["compare", *(str(SCHEMA_1 / run) for run in RUNS), "--output", str(tmp_path)])
+    new, old = (
+        json.loads(f.read_text()) for f in (tmp_path / "report.json", SCHEMA_1 / "report/report.json")
+    )
+    for now, then in zip(new["runs"], old["runs"], strict=True):
+        for key in ("arm", "metrics", "confidence", "gap_to_float", "ptq_loss_won_back", "coverage"):
+            assert now[key] == then[key], (now["name"], key)
+    assert new["schema"] == old["schema"]
+    assert new["postprocessing_sha256"] == old["postprocessing_sha256"]
+
+
+def test_a_run_goes_on(simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its own config.yaml, class paths included, in a folder where its weights and scheme are not."""
+    run = tmp_path / "qat"
+    shutil.copytree(SCHEMA_1 / "qat", run)
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for path in (config["model"]["weights"], config["model"]["scheme"]):
+        assert not Path(path).exists()
+    assert config["trainer"]["strategy"]["class_path"] == "cpq_train.strategy.QuantDDPStrategy"
+    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
+    main(["fit", *options, "--ckpt_path", "last"])
+    before, after = (
+        torch.load(f, weights_only=True) for f in (CHECKPOINTS["qat"], run / "checkpoints/last.ckpt")
+    )
+    assert after["global_step"] == 2 * before["global_step"]
+    assert after["quantization"] == before["quantization"]
+    assert after["data"]["num_sweeps"] == 2
+    amax = [name for name in before["state_dict"] if name.endswith("_amax")]
+    assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in amax)
+
+
+@pytest.mark.parametrize("name", ["qat", "learned"])
+def test_a_run_is_scored(
+    name: str, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--ckpt_path`, which needs no other file."""
+    monkeypatch.chdir(tmp_path)
+    options = small_options(simulated_root, tmp_path / "run", name)
+    main(["validate", *options, "--ckpt_path", str(CHECKPOINTS[name])])
+    now, then = (read_metrics(folder / "metrics.json") for folder in (tmp_path / "run", SCHEMA_1 / name))
+    assert now["metrics"] == then["metrics"]
+    assert now["arm"] == "qat"
+    new, old = (read_matches(folder / "matches.npz") for folder in (tmp_path / "run", SCHEMA_1 / name))
+    assert len(old.pred_score)
+    assert np.array_equal(new.pred_score, old.pred_score)
+
+
+def test_verify_counts_as_then(simulated_root: Path, tmp_path: Path) -> None:
+    options = ["--root", str(simulated_root), "--num_sweeps", "2", "--output", str(tmp_path / "verify.json")]
+    main(["verify", str(CHECKPOINTS["qat"]), *options])
+    now, then = (json.loads(f.read_text()) for f in (tmp_path / "verify.json", SCHEMA_1 / "verify.json"))
+    assert now == {**then, "checkpoint": now["checkpoint"]}
+
+
+def _newer_checkpoint(folder: Path) -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    content["quantization"]["schema"] = 2
+    torch.save(content, folder / "newer.ckpt")
+    CenterPointDetector.load_from_checkpoint(folder / "newer.ckpt")
+
+
+def _newer_metrics(folder: Path) -> None:
+    document = json.loads((SCHEMA_1 / "ptq/metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**document, "schema": 2}))
+    read_metrics(folder / "metrics.json")
+
+
+def _newer_matches(folder: Path) -> None:
+    with np.load(SCHEMA_1 / "ptq/matches.npz") as stored:
+        np.savez(folder / "matches.npz", **{**stored, "schema": 2})
+    read_matches(folder / "matches.npz")
+
+
+@pytest.mark.parametrize("read_newer", [_newer_checkpoint, _newer_metrics, _newer_matches])
+def test_a_newer_schema_is_refused(read_newer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="schema is 2; accepted: 1: a newer cpq_train wrote it"):
+        read_newer(tmp_path)
+
+
+@pytest.mark.parametrize("schema", [None, 0, "1", True])
+def test_what_is_no_schema_is_refused(schema: Any, tmp_path: Path) -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    content["quantization"]["schema"] = schema
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=rf"schema is {schema!r}; accepted: 1$"):
+        CenterPointDetector.load_from_checkpoint(tmp_path / "odd.ckpt")

@@ -1,0 +1,107 @@
+"""A run goes on as it began: what differs is refused before anything is done, and nothing else is needed."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from old_files import CHECKPOINTS, SCHEMA_1, small_options
+
+from cpq_train.verbs.cli import main
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A qat run to go on with."""
+    shutil.copytree(SCHEMA_1 / "qat", tmp_path / "qat")
+    return tmp_path / "qat"
+
+
+def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def _scheme(folder: Path) -> str:
+    content = {"name": "w4", "defaults": {"weight": {"bits": 4}, "input": {"method": "max"}}}
+    (folder / "w4.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "w4.yaml")
+
+
+DIFFERENCES = {
+    "arm": (["--model.arm", "float_tuned"], "model.arm: checkpoint qat, now float_tuned"),
+    "ranges": (["--model.ranges.amax", "learned"], "model.ranges.amax: checkpoint frozen, now learned"),
+    "momentum": (["--model.ranges.momentum", "0.5"], "model.ranges.momentum: checkpoint 0.1, now 0.5"),
+    "batchnorm": (["--model.batchnorm", "frozen"], "model.batchnorm: checkpoint folded, now frozen"),
+    "scheme": (["--model.scheme", "w4.yaml"], "defaults.weight.bits: checkpoint 8, model.scheme 4"),
+    "network": (
+        ["--model.network.voxel_size", "[0.64, 0.64, 0.16]"],
+        "model.network.voxel_size: checkpoint (0.64, 0.64, 0.32), now (0.64, 0.64, 0.16)",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ["last", "file"])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_another_setting_is_refused(
+    name: str,
+    which: str,
+    run: Path,
+    simulated_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more, expected = DIFFERENCES[name]
+    more = [_scheme(tmp_path) if value == "w4.yaml" else value for value in more]
+    checkpoint = "last" if which == "last" else str(run / "checkpoints/last.ckpt")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
+    error = _fails(["fit", *options, *more, "--ckpt_path", checkpoint], capsys)
+    assert expected in error
+    assert "a run goes on as it began" in error
+    assert {file: file.read_bytes() for file in run.rglob("*.ckpt")}.items() <= before.items()
+    assert before[run / "metrics.json"] == (run / "metrics.json").read_bytes()
+
+
+def test_a_file_alone_goes_on(run: Path, simulated_root: Path, tmp_path: Path) -> None:
+    """What the command does not say is taken from the checkpoint."""
+    options = small_options(simulated_root, tmp_path / "again")  # of the float run: no arm, no scheme
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    main(["fit", *options, "--trainer.max_epochs", "2", "--ckpt_path", checkpoint])
+    content = torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)
+    assert content["quantization"]["arm"] == "qat"
+    saved = yaml.safe_load((tmp_path / "again/config.yaml").read_text())
+    assert saved["model"]["arm"] == "qat"
+
+
+def test_the_scheme_is_compared_where_its_file_is_there(
+    run: Path, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A file of the same path with other content is another scheme; without the file it is the run's own."""
+    monkeypatch.chdir(tmp_path)
+    file = Path("configs/schemes/int8.yaml")
+    file.parent.mkdir(parents=True)
+    shutil.copy(_scheme(tmp_path), file)
+    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
+    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
+    file.unlink()
+    main(["fit", *options, "--ckpt_path", "last"])
+    assert _fails(["fit", *options, "--model.scheme", "other.yaml", "--ckpt_path", "last"], capsys).endswith(
+        "scheme file 'other.yaml' does not exist"
+    )
+
+
+def test_nan_in_the_optimizer_is_refused(
+    run: Path, simulated_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(CHECKPOINTS["qat"], weights_only=True)
+    content["optimizer_states"][0]["state"][3]["exp_avg"].view(-1)[0] = torch.nan
+    torch.save(content, run / "checkpoints/last.ckpt")
+    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
+    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    assert "1 tensors hold NaN or infinite numbers: optimizer.3.exp_avg (1 of" in error
