@@ -11,11 +11,11 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from cpq_train.quantization.calibrators.collectors import Collector, new_collector
+from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, weight_amax
 from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.numerics.formats import NumberFormat
-from cpq_train.quantization.ranges.collectors import Collector, new_collector
 from cpq_train.quantization.scheme import QuantizerScheme
-from cpq_train.quantization.weight_ranges import largest_magnitude, weight_amax
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.

@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpq_train.quantization.ranges.collectors import NUM_BINS, Collector, HistogramCollector, new_collector
+from cpq_train.quantization.calibrators.collectors import (
+    NUM_BINS,
+    Collector,
+    HistogramCollector,
+    new_collector,
+)
 from cpq_train.quantization.scheme import QuantizerScheme
 
 METHODS = ("max", "percentile", "mse", "entropy")

@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
+from cpq_train.quantization.calibrators.collectors import new_collector
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.ranges.calibration import collecting_ranges, static_ranges
-from cpq_train.quantization.ranges.collectors import new_collector
 from cpq_train.quantization.ranks import check_equal_over_ranks
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 

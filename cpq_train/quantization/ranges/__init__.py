@@ -1,1 +1,1 @@
-"""Ranges of tensors: how they are found, what becomes of them in training, how far they move."""
+"""Ranges of a network: found by calibration, watched in training, and what becomes of them there."""

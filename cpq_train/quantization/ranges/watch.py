@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude
 from cpq_train.quantization.layers import QuantAdd, QuantizedConvolution
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranks import largest_over_ranks, sum_over_ranks
 from cpq_train.quantization.switches import quantized_layers, quantizers
-from cpq_train.quantization.weight_ranges import largest_magnitude
 from cpq_train.sparse import SparseConvTensor
 
 MAX_SAMPLE = 65536

@@ -1,0 +1,1 @@
+"""How an amax is found: what gathers it from the tensors that pass, and the range of a weight."""
