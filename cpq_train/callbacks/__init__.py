@@ -1,1 +1,1 @@
-"""Callbacks: scoring with the nuScenes metric, baselines of a tuned arm, drift of ranges."""
+"""What happens around a step: scoring, baselines, checkpoints, drift of ranges, time and memory by layer."""

@@ -1,1 +1,1 @@
-"""The nuScenes detection metric, the files of a run, the comparison of arms: import the module you need."""
+"""The nuScenes detection metric of a submission, its intervals, lost objects, and the files of a run."""

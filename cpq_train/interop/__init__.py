@@ -1,1 +1,1 @@
-"""Checkpoints in and out."""
+"""Checkpoints of other projects: theirs as ours, ours as theirs, and ranges found elsewhere."""
