@@ -62,7 +62,8 @@ def _without_quantizers(subject: Subject, arm: Arm, path: str | Path) -> Subject
             "(model.calibration); start from the float checkpoint"
         )
     remove_quantizers(subject.network, subject.prepared)
-    return Subject(subject.network, arm, unquantized(subject.network), batchnorm=subject.batchnorm)
+    network = subject.network
+    return Subject(arm=arm, batchnorm=subject.batchnorm, network=network, prepared=unquantized(network))
 
 
 def _change_batchnorm(subject: Subject, asked: BatchNormPolicy | None, path: str | Path) -> None:

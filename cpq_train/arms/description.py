@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self
-
 from cpq_train.common.arm_names import ARMS, TUNED_ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.common.schema import check_schema
@@ -22,7 +20,7 @@ CHANGES_OF_WEIGHTS = ("bias_correction", "adaround_num_steps")
 """Entries of `calibration` that say, where they are not 0, that weights are no longer the float ones."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Description:
     """The `quantization` entry of a checkpoint, without its rows of layers.
 
@@ -42,8 +40,8 @@ class Description:
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self:
+    @staticmethod
+    def of(checkpoint: Mapping[str, Any], path: str | Path) -> Description:
         """Read what a checkpoint says.
 
         Args:
@@ -63,7 +61,7 @@ class Description:
         if entry["arm"] not in ARMS:
             raise UserError(f"{where} is of arm {entry['arm']!r}; accepted: {', '.join(ARMS)}")
         scheme = None if entry["scheme"] is None else Scheme.from_dict(entry["scheme"], where)
-        return cls(
+        return Description(
             arm=entry["arm"],
             scheme=scheme,
             batchnorm=entry["batchnorm"],
@@ -73,8 +71,8 @@ class Description:
         )
 
     @property
-    def is_tuned(self) -> bool:
-        """Whether its weights are no longer those it was calibrated or folded with."""
+    def was_tuned(self) -> bool:
+        """Whether a checkpoint's weights are no longer those it was calibrated or folded with."""
         return self.arm in TUNED_ARMS
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def build_described(config: NetworkConfig, said: Description) -> Subject:
     subject = build(config, said.arm, said.scheme, said.batchnorm)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
-    subject.is_tuned = said.is_tuned
+    subject.is_tuned = said.was_tuned
     return subject
 
 
@@ -43,16 +43,16 @@ def restructure(
     if arm == "float":
         if batchnorm not in (None, "trained"):
             raise UserError(f"model.batchnorm is {batchnorm!r}; accepted for arm 'float': trained")
-        return Subject(network, arm, unquantized(network), batchnorm="trained")
+        return Subject(arm=arm, batchnorm="trained", network=network, prepared=unquantized(network))
     batchnorm = batchnorm or "folded"
     if arm == "float_tuned":
         if batchnorm == "folded":
             fold_batchnorm(network)
-        return Subject(network, arm, unquantized(network), batchnorm=batchnorm)
+        return Subject(arm=arm, batchnorm=batchnorm, network=network, prepared=unquantized(network))
     if scheme is None:
         raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
     prepared = prepare(network, scheme, tensors_read_together(network), fold=batchnorm == "folded")
-    return Subject(network, arm, prepared, scheme, batchnorm)
+    return Subject(arm=arm, scheme=scheme, batchnorm=batchnorm, network=network, prepared=prepared)
 
 
 def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:

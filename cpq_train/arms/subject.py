@@ -7,43 +7,27 @@ kept frozen or trained and folded behind training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cpq_train.arms.description import Description, changed_weights
-from cpq_train.common.arm_names import Arm
 from cpq_train.models import CenterPoint
-from cpq_train.quantization.batchnorm import BatchNormPolicy
 from cpq_train.quantization.prepare import Prepared
 from cpq_train.quantization.ranges.calibration import is_calibrated
-from cpq_train.quantization.ranges.policy import AmaxPolicy
-from cpq_train.quantization.scheme import Scheme
 
 
-@dataclass
-class Subject:
+@dataclass(kw_only=True)
+class Subject(Description):
     """A network as one of the arms, with what its checkpoint says of it.
 
-    Args:
+    Attributes:
         network: The network in the structure of `arm`.
-        arm: Which arm it is.
         prepared: Which layers could be quantized, and what was.
-        scheme: How it is quantized, None where it is not.
-        batchnorm: What became of its BatchNorm.
-        amax: What becomes of its ranges in training.
-        calibration: How its ranges were found.
-        parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
         is_tuned: Whether its weights are no longer those it was calibrated or folded with.
     """
 
     network: CenterPoint
-    arm: Arm
     prepared: Prepared
-    scheme: Scheme | None = None
-    batchnorm: BatchNormPolicy = "folded"
-    amax: AmaxPolicy = "frozen"
-    calibration: dict[str, Any] | None = None
-    parents: dict[str, str] = field(default_factory=dict)
     is_tuned: bool = False
 
     @property
@@ -63,5 +47,4 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """The `quantization` entry of its checkpoint."""
-        said = Description(self.arm, self.scheme, self.batchnorm, self.amax, self.calibration, self.parents)
-        return said.entry(self.prepared)
+        return self.entry(self.prepared)

@@ -34,6 +34,7 @@ from cpq_train.evaluation.protocol import (
 )
 
 NUM_RESAMPLES = 1000
+SEED = 0
 MAX_BINS = 512
 MIN_SCENES = 2
 """With one scene there is nothing to resample."""
@@ -62,7 +63,7 @@ def interval(distribution: Floats) -> Interval:
     return float(lower), float(upper)
 
 
-def scene_weights(num_scenes: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Floats:
+def scene_weights(num_scenes: int, num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> Floats:
     """(B, S) how often each scene is drawn in each resample of `num_scenes` draws."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(num_scenes, np.full(num_scenes, 1 / num_scenes), num_resamples).astype(
@@ -70,11 +71,11 @@ def scene_weights(num_scenes: int, num_resamples: int = NUM_RESAMPLES, seed: int
     )
 
 
-def method(num_scenes: int, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> str:
+def method(num_scenes: int) -> str:
     """How the intervals are made, in words."""
     if num_scenes < MIN_SCENES:
         return f"none: {num_scenes} scene, and the bootstrap resamples scenes"
-    return f"95% percentile bootstrap over {num_scenes} scenes, {num_resamples} resamples, seed {seed}"
+    return f"95% percentile bootstrap over {num_scenes} scenes, {NUM_RESAMPLES} resamples, seed {SEED}"
 
 
 def resample(matches: Matches, weights_BS: Floats) -> Resampled:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-BN_EPS = 1e-3
+from cpq_train.models.config import BN_EPS
 
 
 class Concatenation(nn.Module):

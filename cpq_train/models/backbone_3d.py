@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from cpq_train.models.config import BN_EPS
 from cpq_train.sparse import (
     ResidualAdd,
     SparseConv3d,
@@ -19,8 +20,6 @@ from cpq_train.sparse import (
     SparseSequential,
     SubMConv3d,
 )
-
-BN_EPS = 1e-3
 
 
 class SparseBasicBlock(SparseModule):

@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import CLASS_GROUPS, DETECTION_CLASSES
 
+BN_EPS = 1e-3
+"""Of every BatchNorm in the backbones; the head has PyTorch's."""
+
 BACKBONE_3D_STRIDE = 8
 """Downsampling of x and y by the sparse backbone: three strided convolutions."""
 

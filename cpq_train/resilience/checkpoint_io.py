@@ -5,15 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import write_checkpoint
+from cpq_train.common.checkpoint import read_checkpoint, write_checkpoint
 from cpq_train.common.errors import UserError
+
+NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
+"""What Lightning expects of any checkpoint, where one was not written by it but by `convert`."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, has it put on the disk, and moves it there."""
+    """Writes a checkpoint beside its place, has it put on the disk, and moves it there; reads ours only."""
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See CheckpointIO; tensors and plain values on the CPU, whatever `weights_only`.
+
+        Raises:
+            UserError: The file is missing, damaged, holds code, or is no checkpoint of this project.
+        """
+        return {**NOT_TRAINED, **read_checkpoint(path)}
 
     @override
     def save_checkpoint(

@@ -22,8 +22,14 @@ def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path
         path: For messages.
 
     Raises:
-        UserError: Arm, scheme, BatchNorm, ranges or sizes of the network differ; names each difference.
+        UserError: It is no checkpoint of a fit; or arm, scheme, BatchNorm, ranges or sizes of the network
+            differ, and each difference.
     """
+    if not {"optimizer_states", "loops"} <= checkpoint.keys():
+        raise UserError(
+            f"checkpoint {str(path)!r} holds no state of training to go on from; "
+            "a fit starts from it as model.weights"
+        )
     said, began = Description.of(checkpoint, path), checkpoint.get(HYPER_PARAMETERS, {})
     lines = [
         *_differences("arm", said.arm, asked["arm"]),

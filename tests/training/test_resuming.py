@@ -105,3 +105,21 @@ def test_nan_in_the_optimizer_is_refused(
     options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
     error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
     assert "1 tensors hold NaN or infinite numbers: optimizer.3.exp_avg (1 of" in error
+
+
+def test_a_checkpoint_that_no_fit_wrote(
+    simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `convert` writes them: scored from `--ckpt_path` like any other, and nothing to go on from."""
+    content = torch.load(CHECKPOINTS["float"], weights_only=True)
+    kept = ("state_dict", "quantization", "hyper_parameters")
+    torch.save({key: content[key] for key in kept}, tmp_path / "converted.ckpt")
+    options = [
+        *small_options(simulated_root, tmp_path / "run"),
+        "--ckpt_path",
+        str(tmp_path / "converted.ckpt"),
+    ]
+    main(["validate", *options])
+    assert (tmp_path / "run/metrics.json").is_file()
+    error = _fails(["fit", *options], capsys)
+    assert "holds no state of training to go on from; a fit starts from it as model.weights" in error
