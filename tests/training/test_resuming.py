@@ -1,6 +1,7 @@
 """A run goes on as it began: what differs is refused before anything is done, and nothing else is needed."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import pytest
 import torch
 import yaml
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
+from torch import distributed
 
 from cpq_train.verbs.cli import main
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
     """A qat run to go on with."""
     shutil.copytree(SCHEMA_1 / "qat", tmp_path / "qat")
-    return tmp_path / "qat"
+    yield tmp_path / "qat"
+    if distributed.is_initialized():  # by the strategy that the run's configuration names
+        distributed.destroy_process_group()
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
