@@ -14,11 +14,8 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 
 def _num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """From `def` to the end, without the docstring."""
-    first = function.body[0]
-    is_documented = ast.get_docstring(function) is not None
-    docstring = (first.end_lineno or 0) - first.lineno + 1 if is_documented else 0
-    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+    """From `def` to the end, docstring included."""
+    return (function.end_lineno or 0) - function.lineno + 1
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -23,6 +23,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
+from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import Detections, decode
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, Flips, verify_end_to_end
 from cpq_train.quantization.verification.layers import LayerReport, verify_layers
@@ -103,23 +104,15 @@ def verify(
     """
     if not 0 <= max_flipped_share <= 1:
         raise UserError(f"max_flipped_share is {max_flipped_share}: expected a number between 0 and 1")
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}: expected 1 or more")
-    if num_sweeps is not None and num_sweeps < 1:
-        raise UserError(f"num_sweeps is {num_sweeps}: expected 1 or more")
+    for name, value in (("num_samples", num_samples), ("num_sweeps", num_sweeps)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: expected 1 or more")
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
     content = read_checkpoint(checkpoint)
     _check_verifiable(content, checkpoint)
-    data = DataSettings.of(content, checkpoint) or _assumed(checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
-    sizes = detector.network_config
-    data = replace(
-        data,
-        num_sweeps=num_sweeps or data.num_sweeps,
-        voxel_size=sizes.voxel_size,
-        point_cloud_range=sizes.point_cloud_range,
-    )
+    data = _data_settings(content, checkpoint, detector.network_config, num_sweeps)
     findings = Findings()
     with _samples(data, cloud, root, version, num_samples) as samples:
         for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
@@ -133,6 +126,19 @@ def verify(
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
         )
+
+
+def _data_settings(
+    content: dict[str, Any], path: Path, network: NetworkConfig, num_sweeps: int | None
+) -> DataSettings:
+    """What the checkpoint was made with, on the network's grid, but for the sweeps that are asked for."""
+    made_with = DataSettings.of(content, path) or _assumed(path)
+    return replace(
+        made_with,
+        num_sweeps=num_sweeps or made_with.num_sweeps,
+        voxel_size=network.voxel_size,
+        point_cloud_range=network.point_cloud_range,
+    )
 
 
 def _assumed(path: Path) -> DataSettings:

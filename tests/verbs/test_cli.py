@@ -98,6 +98,7 @@ def test_describe(arms: Run, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "ptq" in out
     assert "8 bit" in out
+    assert "'num_sweeps': 2" in out
 
 
 def test_config_of_a_fit_feeds_other_verbs(arms: Run, tmp_path: Path) -> None:
