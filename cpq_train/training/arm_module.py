@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class ArmModule(LightningModule):
                 "checkpoint of this project describes itself"
             )
         checkpoint = read_checkpoint(checkpoint_path)
-        detector = cls(**{**settings_of(checkpoint, checkpoint_path), **settings})
+        own = settings_of(checkpoint, checkpoint_path, inspect.signature(cls).parameters)
+        detector = cls(**{**own, **settings})
         detector._adopt(from_content(detector.network_config, checkpoint, checkpoint_path))
         detector.load_state_dict(checkpoint["state_dict"])
         return detector if map_location is None else detector.to(map_location)

@@ -49,8 +49,8 @@ def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path
 def _differences(name: str, of_checkpoint: Any, asked: Any) -> Iterator[str]:
     """A line for each value that both have and that differs."""
     if isinstance(asked, Mapping) and isinstance(of_checkpoint, Mapping):
-        for key in asked.keys() & of_checkpoint.keys():
-            yield from _differences(f"{name}.{key}", of_checkpoint[key], asked[key])
+        for key, value in asked.items():
+            yield from _differences(f"{name}.{key}", of_checkpoint.get(key), value)
     elif None not in (asked, of_checkpoint) and asked != of_checkpoint:
         yield f"  model.{name}: checkpoint {of_checkpoint}, now {asked}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,23 @@ def scheme_of(file: str | None, made_with: str | None) -> Scheme | None:
     return Scheme.from_file(file)
 
 
-def settings_of(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Arguments of `CenterPointDetector` from a checkpoint; what it does not hold has its default.
+def settings_of(checkpoint: Mapping[str, Any], path: str | Path, accepted: Collection[str]) -> dict[str, Any]:
+    """Arguments of a detector from a checkpoint; what it does not hold has its default.
 
     Args:
         checkpoint: Its content.
         path: For messages.
+        accepted: Names of the detector's arguments.
 
     Raises:
         UserError: It holds a setting that this release does not know, or a value that it does not accept.
     """
     settings = dict(checkpoint.get(HYPER_PARAMETERS, {}))
+    if unknown := sorted(settings.keys() - set(accepted)):
+        raise UserError(
+            f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}: {', '.join(unknown)} unknown; "
+            f"accepted: {', '.join(accepted)}"
+        )
     for name, kind in _CLASSES.items():
         if settings.get(name) is not None:
             try:

@@ -123,6 +123,11 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "more.ckpt")
     with pytest.raises(UserError, match=r"hyper_parameters.ranges: .*'decay'"):
         CenterPointDetector.load_from_checkpoint(tmp_path / "more.ckpt")
+    del content["hyper_parameters"]["ranges"]["decay"]
+    content["hyper_parameters"]["tempo"] = 2
+    torch.save(content, tmp_path / "more.ckpt")
+    with pytest.raises(UserError, match=r"hyper_parameters: tempo unknown; accepted: network, weights, arm"):
+        CenterPointDetector.load_from_checkpoint(tmp_path / "more.ckpt")
 
 
 def test_settings_given_take_the_place_of_the_checkpoints() -> None:
