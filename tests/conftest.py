@@ -1,6 +1,7 @@
 """Fixtures that every room's tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,17 @@ def mini_rows(mini_index: NuScenesIndex) -> NDArray[np.int64]:
 @pytest.fixture(scope="session")
 def mini_gt(mini_index: NuScenesIndex, mini_rows: NDArray[np.int64]) -> GroundTruth:
     return ground_truth(mini_index, mini_rows)
+
+
+@pytest.fixture
+def ddp_leaves_nothing() -> Iterator[None]:
+    """DDP in this process, though on one rank, would leave its process group and variables to later tests."""
+    environment = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from cpq_train.common.files import write_whole
 NETWORK_PREFIX = "network."
 """The detector keeps its network under this name."""
 
+NUM_KEYS_SHOWN = 8
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project on the CPU, with `weights_only=True`.
@@ -32,12 +34,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = read_plain(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
-        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(
-            f"checkpoint {str(path)!r} is none of this project's: it holds {keys}; "
+            f"checkpoint {str(path)!r} is none of this project's: it holds {_content(checkpoint)}; "
             "expected state_dict and quantization"
         )
     return checkpoint
+
+
+def _content(checkpoint: Any) -> str:
+    if not isinstance(checkpoint, dict):
+        return f"a {type(checkpoint).__name__}"
+    names = list(map(str, checkpoint))
+    more = f" and {len(names) - NUM_KEYS_SHOWN} more keys" if len(names) > NUM_KEYS_SHOWN else ""
+    return (", ".join(names[:NUM_KEYS_SHOWN]) or "nothing") + more
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

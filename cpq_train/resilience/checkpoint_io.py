@@ -9,7 +9,7 @@ import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import read_checkpoint, write_checkpoint
+from cpq_train.common.checkpoint import read_plain, write_checkpoint
 from cpq_train.common.errors import UserError
 
 NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
@@ -17,7 +17,7 @@ NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightn
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, has it put on the disk, and moves it there; reads ours only."""
+    """Writes a checkpoint beside its place, has it put on the disk, and moves it there; reads no code."""
 
     @override
     def load_checkpoint(
@@ -26,9 +26,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """See CheckpointIO; tensors and plain values on the CPU, whatever `weights_only`.
 
         Raises:
-            UserError: The file is missing, damaged, holds code, or is no checkpoint of this project.
+            UserError: The file is missing, damaged, or holds code.
         """
-        return {**NOT_TRAINED, **read_checkpoint(path)}
+        content: dict[str, Any] = read_plain(path)
+        # Lightning also passes bare weights from a forked process to its parent in this way.
+        return {**NOT_TRAINED, **content} if "state_dict" in content else content
 
     @override
     def save_checkpoint(

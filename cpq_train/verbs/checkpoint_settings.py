@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from cpq_train.common.checkpoint import read_plain
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.data.settings import DataSettings
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
@@ -80,8 +80,7 @@ def take_data_settings(config: Namespace, given: Given) -> Iterator[str]:
     path = _checkpoint_of(config)
     if path is None:
         return
-    content = read_plain(path, mmap=True)
-    stated = DataSettings.of(content, path) if isinstance(content, dict) else None
+    stated = DataSettings.of(read_checkpoint(path), path)
     if stated is None:
         yield from _assumed(path, config, given)
         return

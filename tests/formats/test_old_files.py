@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import pytest
 import torch
 import yaml
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
-from torch import distributed
 
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
+
+pytestmark = pytest.mark.usefixtures("ddp_leaves_nothing")
 
 RUNS = ("float", "float_tuned", "ptq", "qat")
 
@@ -50,14 +50,6 @@ def test_runs_compare(tmp_path: Path) -> None:
             assert now[key] == then[key], (now["name"], key)
     assert new["schema"] == old["schema"]
     assert new["postprocessing_sha256"] == old["postprocessing_sha256"]
-
-
-@pytest.fixture(autouse=True)
-def _group_of_its_own() -> Iterator[None]:
-    """DDP leaves its process group, though it be of one rank, to the rest of the process."""
-    yield
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def test_a_run_goes_on(simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

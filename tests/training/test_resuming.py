@@ -1,7 +1,6 @@
 """A run goes on as it began: what differs is refused before anything is done, and nothing else is needed."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,17 @@ import pytest
 import torch
 import yaml
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
-from torch import distributed
 
 from cpq_train.verbs.cli import main
 
+pytestmark = pytest.mark.usefixtures("ddp_leaves_nothing")
+
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Path]:
+def run(tmp_path: Path) -> Path:
     """A qat run to go on with."""
     shutil.copytree(SCHEMA_1 / "qat", tmp_path / "qat")
-    yield tmp_path / "qat"
-    if distributed.is_initialized():  # by the strategy that the run's configuration names
-        distributed.destroy_process_group()
+    return tmp_path / "qat"
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
