@@ -16,7 +16,7 @@ from cpq_train.arms.loading import load
 from cpq_train.arms.state import check_finite
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
-from cpq_train.common.checkpoint import NETWORK_PREFIX, network_state, read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
@@ -66,9 +66,8 @@ def convert(
     output.parent.mkdir(parents=True, exist_ok=True)
     console = table_console()
     if source is None:
-        ours = read_checkpoint(input)
-        check_finite(network_state(ours), f"checkpoint {str(input)!r}")
-        content = openpcdet_content(ours, input)
+        content = openpcdet_content(read_checkpoint(input), input)
+        check_finite(content["model_state"], f"checkpoint {str(input)!r}")
         with replacing(output) as part:
             # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
             torch.save(content, part, _use_new_zipfile_serialization=False)
