@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from cpq_train.common.errors import UserError
 
 AMAX_DRIFT_FILE = "amax_drift.csv"
 AMAX_DRIFT_PICTURE = "amax_drift.png"
+LEAST_LIMIT = 0.01
+"""Of a scale of colours: what moved by less than 0.7 % looks unchanged."""
+
 _COLUMNS = ("step", "quantizer", "amax", "start_amax", "clipped_share", "sqnr_db")
 
 
@@ -76,6 +80,41 @@ def most_moved(history: History, at_most: int) -> list[str]:
     }
     kept = set(sorted(reach, key=lambda name: -reach[name])[:at_most])
     return [name for name in history if name in kept]
+
+
+@dataclass(frozen=True)
+class DriftMap:
+    """What a heat map of moved ranges shows: a row per quantizer, a column per step.
+
+    Attributes:
+        names: Quantizers.
+        steps: Steps at which any of them was measured.
+        drifts: See `Reading`; a list for each quantizer.
+        limit: The absolute drift of full colour.
+    """
+
+    names: list[str]
+    steps: list[int]
+    drifts: list[list[float | None]]
+    limit: float
+
+
+def drift_map(history: History, names: Sequence[str], max_steps: int | None = None) -> DriftMap | None:
+    """The map of some quantizers; None where they were not measured.
+
+    Args:
+        history: See `read_amax_history`.
+        names: Quantizers, of whom those without a range at any step are left out.
+        max_steps: Of more steps every n-th is shown.
+    """
+    kept = [name for name in names if any(r.drift is not None for r in history[name].values())]
+    steps = sorted({step for name in kept for step in history[name]})
+    if not steps:
+        return None
+    steps = steps[:: -(-len(steps) // (max_steps or len(steps)))]
+    drifts = [[r.drift if (r := history[name].get(step)) else None for step in steps] for name in kept]
+    largest = max((abs(drift) for line in drifts for drift in line if drift is not None), default=0.0)
+    return DriftMap(kept, steps, drifts, max(largest, LEAST_LIMIT))
 
 
 def last_of_most_moved(history: History, at_most: int) -> dict[str, dict[str, float | None]]:

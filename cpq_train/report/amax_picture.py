@@ -11,13 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cpq_train.report.amax_history import History
+from cpq_train.report.amax_history import History, drift_map
 
 NARROWER_COLOUR, UNCHANGED_COLOUR, WIDER_COLOUR = "#0072B2", "#F7F7F7", "#D55E00"
 UNKNOWN_COLOUR = "#9A9A9A"
-LEAST_LIMIT = 0.01
-"""Of the colour scale: what moved by less than 0.7 % looks unchanged."""
-
 _ROW_INCHES = 0.16
 _MAX_STEPS = 12
 """Steps that are named below the map."""
@@ -36,12 +33,11 @@ def draw_amax_drift(path: Path, history: History) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    names = [name for name, of_name in history.items() if any(r.drift is not None for r in of_name.values())]
-    if not names:
+    found = drift_map(history, list(history))
+    if found is None:
         return
-    steps = sorted({step for name in names for step in history[name]})
-    drifts = np.array([[_drift(history, name, step) for step in steps] for name in names])
-    limit = max(float(np.nanmax(np.abs(drifts))), LEAST_LIMIT)
+    names, steps, limit = found.names, found.steps, found.limit
+    drifts = np.array(found.drifts, dtype=np.float64)  # None becomes NaN
     scale = LinearSegmentedColormap.from_list("drift", [NARROWER_COLOUR, UNCHANGED_COLOUR, WIDER_COLOUR])
     colours = scale.with_extremes(bad=UNKNOWN_COLOUR)
     figure = Figure(figsize=(14, 2 + _ROW_INCHES * len(names)), dpi=100, layout="constrained")
@@ -57,8 +53,3 @@ def draw_amax_drift(path: Path, history: History) -> None:
     bar.set_label("log2(amax / start): 1 is twice as wide, -1 half", fontsize=13)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _drift(history: History, name: str, step: int) -> float:
-    reading = history[name].get(step)
-    return math.nan if reading is None or reading.drift is None else reading.drift

@@ -20,6 +20,7 @@ from cpq_train.report import charts
 from cpq_train.report.amax_history import (
     AMAX_DRIFT_FILE,
     AMAX_DRIFT_PICTURE,
+    drift_map,
     most_moved,
     read_amax_history,
 )
@@ -211,19 +212,14 @@ def _drift_figures(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
         if not (run.folder / AMAX_DRIFT_FILE).exists():
             continue
         history = read_amax_history(run.folder / AMAX_DRIFT_FILE)
-        names = most_moved(history, MAX_QUANTIZERS)
-        steps = sorted({step for name in names for step in history[name]})
-        steps = steps[:: -(-len(steps) // MAX_STEPS) or 1]
-        if not steps:
+        shown = drift_map(history, most_moved(history, MAX_QUANTIZERS), MAX_STEPS)
+        if shown is None:
             continue
-        drifts = [[r.drift if (r := history[name].get(step)) else None for step in steps] for name in names]
-        limit = (
-            max((abs(drift) for line in drifts for drift in line if drift is not None), default=0.0) or 1.0
-        )
-        svg = charts.heat_map(names, [str(step) for step in steps], drifts, limit, "log2(amax / its start)")
+        steps = list(map(str, shown.steps))
+        svg = charts.heat_map(shown.names, steps, shown.drifts, shown.limit, "log2(amax / its start)")
         caption = (
             f"{run.title}: how ranges moved from where calibration left them; 1 is twice as wide, -1 half. "
-            f"The {len(names)} of {len(history)} quantizers that moved furthest."
+            f"The {len(shown.names)} of {len(history)} quantizers that moved furthest."
         )
         yield _write(output, "quantizers", f"{run.file_name}_amax_drift", caption, svg)
 
