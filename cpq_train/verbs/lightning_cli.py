@@ -43,7 +43,22 @@ MOVED_MODULES = {"cpq_train.strategy": "cpq_train.training.strategy"}
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run directory: a fit always, other verbs where there is none."""
+    """Writes `config.yaml` into the run directory: a fit always, other verbs where there is none.
+
+    A fit writes it when its checkpoint is loaded and not before, so that one that is refused leaves the
+    folder of a run as it was.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See Callback."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See Callback."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See SaveConfigCallback; called on rank 0."""
