@@ -57,15 +57,22 @@ def check_finite(state: Mapping[str, Any], where: str) -> None:
 
 def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What tells the two apart; empty where nothing does."""
+    common = sorted(set(own) & set(state))
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(set(own) & set(state))
+        for name in common
         if state[name].shape != own[name].shape
+    ]
+    kinds = [
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
+        for name in common
+        if state[name].is_floating_point() != own[name].is_floating_point()
     ]
     parts = {
         "missing": sorted(set(own) - set(state)),
         "unexpected": sorted(set(state) - set(own)),
         "of another shape": shapes,
+        "of another kind": kinds,
     }
     return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
 

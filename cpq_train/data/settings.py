@@ -54,11 +54,25 @@ class DataSettings:
             raise UserError(
                 f"checkpoint {str(path)!r}, {DATA_KEY}: {have}; expected {', '.join(sorted(names))}"
             )
+        for name in names:
+            if not _is_alike(stated[name], getattr(cls, name)):
+                raise UserError(
+                    f"checkpoint {str(path)!r}, {DATA_KEY}.{name} is {stated[name]!r}; "
+                    f"expected something like {getattr(cls, name)}"
+                )
         return cls(**{name: _as_tuple(stated[name]) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)
+
+
+def _is_alike(value: Any, example: Any) -> bool:
+    """Whether a value is a whole number, or so many numbers, as the example."""
+    if isinstance(example, tuple):
+        is_right_length = isinstance(value, tuple | list) and len(value) == len(example)
+        return is_right_length and all(isinstance(one, int | float) for one in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _as_tuple(value: Any) -> Any:

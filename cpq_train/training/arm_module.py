@@ -6,9 +6,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from typing_extensions import Self, override
 
+from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_content, from_weights
 from cpq_train.arms.structure import build, set_range_policy
 from cpq_train.arms.subject import Subject
@@ -23,7 +25,7 @@ from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.resuming import check_optimizer_state, check_same_run
-from cpq_train.training.settings import HYPER_PARAMETERS, scheme_of, settings_of
+from cpq_train.training.settings import hyper_parameters, scheme_of, settings_of
 
 
 class ArmModule(LightningModule):
@@ -103,7 +105,7 @@ class ArmModule(LightningModule):
             hparams_file: Must be None: a checkpoint holds its settings.
             strict: Must not be False: every tensor is accounted for.
             weights_only: Any value: nothing but tensors and plain values is ever read.
-            settings: Take the place of the checkpoint's.
+            settings: Take the place of the checkpoint's; not arm, scheme and batchnorm, which it has.
 
         Raises:
             UserError: The checkpoint is unreadable or damaged, or an argument is none of these.
@@ -113,6 +115,10 @@ class ArmModule(LightningModule):
                 f"hparams_file is {hparams_file!r}, strict is {strict}: accepted: null and true, for a "
                 "checkpoint of this project describes itself"
             )
+        if not isinstance(map_location, str | torch.device | None):
+            raise UserError(f"map_location is {map_location!r}: accepted: a device")
+        if decided := {"arm", "scheme", "batchnorm"} & settings.keys():
+            raise UserError(f"{', '.join(sorted(decided))}: what the checkpoint is, it says itself")
         checkpoint = read_checkpoint(checkpoint_path)
         own = settings_of(checkpoint, checkpoint_path, inspect.signature(cls).parameters)
         detector = cls(**{**own, **settings})
@@ -142,8 +148,8 @@ class ArmModule(LightningModule):
         made_with = None
         if self.scheme_file is not None and self.weights is not None:
             content = read_checkpoint(self.weights)
-            if content["quantization"].get("scheme") is not None:
-                made_with = content.get(HYPER_PARAMETERS, {}).get("scheme")
+            if Description.of(content, self.weights).scheme is not None:
+                made_with = hyper_parameters(content, self.weights).get("scheme")
         return scheme_of(self.scheme_file, made_with)
 
     @property

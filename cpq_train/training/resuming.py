@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from cpq_train.arms.description import Description
 from cpq_train.arms.scheme_difference import scheme_difference
 from cpq_train.arms.state import check_finite
 from cpq_train.common.errors import UserError
-from cpq_train.training.settings import HYPER_PARAMETERS, scheme_of
+from cpq_train.models import NetworkConfig
+from cpq_train.quantization.ranges.policy import RangePolicy
+from cpq_train.training.settings import hyper_parameters, scheme_of
 
 
 def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -30,12 +33,13 @@ def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path
             f"checkpoint {str(path)!r} holds no state of training to go on from; "
             "a fit starts from it as model.weights"
         )
-    said, began = Description.of(checkpoint, path), checkpoint.get(HYPER_PARAMETERS, {})
+    said, began = Description.of(checkpoint, path), hyper_parameters(checkpoint, path)
+    ranges = began.get("ranges") if said.arm == "qat" else None
     lines = [
         *_differences("arm", said.arm, asked["arm"]),
         *_differences("batchnorm", said.batchnorm, asked["batchnorm"]),
-        *_differences("network", began.get("network"), asked["network"]),
-        *(_differences("ranges", began.get("ranges"), asked["ranges"]) if said.arm == "qat" else ()),
+        *_differences("network", _whole(NetworkConfig, began.get("network")), asked["network"]),
+        *_differences("ranges", _whole(RangePolicy, ranges), asked["ranges"]),
         *_scheme_differences(said, began.get("scheme"), asked["scheme"]),
     ]
     if lines:
@@ -44,6 +48,11 @@ def check_same_run(asked: Mapping[str, Any], checkpoint: Mapping[str, Any], path
             f"checkpoint {str(path)!r} belongs to a run with other settings, and a run goes on as it began; "
             f"to begin another one start from model.weights:\n{text}"
         )
+
+
+def _whole(kind: type[Any], settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Settings with the defaults of those that an older file does not hold."""
+    return None if settings is None else asdict(kind(**settings))
 
 
 def _differences(name: str, of_checkpoint: Any, asked: Any) -> Iterator[str]:

@@ -48,9 +48,27 @@ def scheme_of(file: str | None, made_with: str | None) -> Scheme | None:
     Raises:
         UserError: The file does not exist, or is no scheme.
     """
-    if file is None or (file == made_with and not Path(file).is_file()):
+    if file is None or (_is_named_in(file, made_with) and not Path(file).is_file()):
         return None
     return Scheme.from_file(file)
+
+
+def _is_named_in(file: str, made_with: str | None) -> bool:
+    """Whether a path is the end of another, as where a file was found beside its configuration."""
+    parts = Path(file).parts
+    return made_with is not None and Path(made_with).parts[-len(parts) :] == parts
+
+
+def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """A checkpoint's settings, plain values; none where it holds none.
+
+    Raises:
+        UserError: The entry is something else.
+    """
+    found = checkpoint.get(HYPER_PARAMETERS, {})
+    if not isinstance(found, Mapping):
+        raise UserError(f"checkpoint {str(path)!r}: {HYPER_PARAMETERS} is {found!r}; expected a mapping")
+    return dict(found)
 
 
 def settings_of(checkpoint: Mapping[str, Any], path: str | Path, accepted: Collection[str]) -> dict[str, Any]:
@@ -64,8 +82,8 @@ def settings_of(checkpoint: Mapping[str, Any], path: str | Path, accepted: Colle
     Raises:
         UserError: It holds a setting that this release does not know, or a value that it does not accept.
     """
-    settings = dict(checkpoint.get(HYPER_PARAMETERS, {}))
-    if unknown := sorted(settings.keys() - set(accepted)):
+    settings = hyper_parameters(checkpoint, path)
+    if unknown := sorted(map(str, settings.keys() - set(accepted))):
         raise UserError(
             f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}: {', '.join(unknown)} unknown; "
             f"accepted: {', '.join(accepted)}"

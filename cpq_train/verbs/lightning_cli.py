@@ -28,7 +28,8 @@ from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.checkpoint_settings import Given, find_scheme, keep_what_was_asked, take_data_settings
+from cpq_train.verbs.checkpoint_settings import find_scheme, keep_what_was_asked, take_data_settings
+from cpq_train.verbs.given import Given
 from cpq_train.verbs.trainer import QuantTrainer
 
 WEIGHTS_OF_VERB = {
@@ -37,6 +38,9 @@ WEIGHTS_OF_VERB = {
     "profile": "takes its network from model.weights",
 }
 
+
+NO_FILES = (None, "last", "best", "hpc", "registry")
+"""Values of `--ckpt_path` that name no file; of `last` the command line counts."""
 
 MOVED_MODULES = {"cpq_train.strategy": "cpq_train.training.strategy"}
 """Where modules went whose classes a saved config.yaml may name by their path."""
@@ -65,9 +69,9 @@ class SaveConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / self.config_filename
         if stage == "fit" or not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile
-            )
+            config = self.config.clone()
+            config.ckpt_path = None  # how this command went on is no setting of the run
+            self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class QuantCLI(HookedCLI):
@@ -136,10 +140,13 @@ class QuantCLI(HookedCLI):
     def take_settings_of_checkpoint(self) -> None:
         """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
         verb = self.config.subcommand
-        if verb in WEIGHTS_OF_VERB and self.config[verb].ckpt_path is not None:
-            raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
         asked = self.config[verb].clone()
-        if asked.get("ckpt_path") != "last":
+        if verb in WEIGHTS_OF_VERB:
+            if asked.ckpt_path is not None and self.given.on_command_line("ckpt_path"):
+                raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
+            self.config[verb].ckpt_path = None
+        elif asked.ckpt_path not in NO_FILES:
+            read_checkpoint(asked.ckpt_path)  # with our own errors
             super().take_settings_of_checkpoint()
         config = self.config[verb]
         if verb == "fit":
@@ -169,22 +176,12 @@ def _checkpoint_dir(default_root_dir: str) -> str:
     return str(Path(default_root_dir) / "checkpoints")
 
 
-def _check_resumed_checkpoint(args: list[str]) -> None:
-    """Read the file behind `--ckpt_path` with our own errors: LightningCLI loads it while it parses."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    path = parser.parse_known_args(args)[0].ckpt_path
-    if path not in (None, "last", "best", "hpc", "registry"):
-        read_checkpoint(path)
-
-
 def run(args: list[str]) -> None:
     """Parse the arguments and run the verb.
 
     Raises:
         UserError: What the user gave does not work out.
     """
-    _check_resumed_checkpoint(args)
     for old, new in MOVED_MODULES.items():
         sys.modules.setdefault(old, import_module(new))
     QuantCLI(

@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
+from cpq_train.arms.description import Description
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
@@ -107,6 +108,8 @@ def verify(
     for name, value in (("num_samples", num_samples), ("num_sweeps", num_sweeps)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: expected 1 or more")
+    if output is not None and output.is_dir():
+        raise UserError(f"output {str(output)!r} is a folder: expected a file")
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
     content = read_checkpoint(checkpoint)
@@ -158,10 +161,10 @@ def _check_verifiable(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: It has no integer layer, or does not hold its sizes.
     """
-    quantization = content["quantization"]
+    said, quantization = Description.of(content, path), content["quantization"]
     if not any(layer["arithmetic"] == "integer" for layer in quantization["layers"].values()):
         raise UserError(
-            f"checkpoint {str(path)!r}, arm {quantization['arm']!r}, has no integer layer: nothing to "
+            f"checkpoint {str(path)!r}, arm {said.arm!r}, has no integer layer: nothing to "
             "verify; calibrate makes a checkpoint that has"
         )
     if HYPER_PARAMETERS not in content:

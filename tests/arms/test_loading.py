@@ -133,8 +133,26 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
 def test_settings_given_take_the_place_of_the_checkpoints() -> None:
     detector = CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"], test_time_flip=True)
     assert detector.test_time_flip
-    with pytest.raises(UserError, match="strict is False: accepted: null and true"):
-        CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"], strict=False)
+    for name, value in {"strict": False, "arm": "float", "map_location": {"cpu": "cuda"}}.items():
+        with pytest.raises(UserError, match=name):
+            CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"], **{name: value})
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.complex64])
+def test_weights_are_real_numbers(kind: torch.dtype, tmp_path: Path) -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    content["state_dict"][BIAS] = content["state_dict"][BIAS].to(kind)
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=f"1 of another kind .*{kind} instead of torch.float32"):
+        load(_config("ptq"), tmp_path / "odd.ckpt")
+
+
+@pytest.mark.parametrize("value", [None, "x", [1]])
+def test_settings_that_are_no_mapping(value: object, tmp_path: Path) -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    torch.save({**content, "hyper_parameters": value}, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=r"hyper_parameters is .*; expected a mapping"):
+        CenterPointDetector.load_from_checkpoint(tmp_path / "odd.ckpt")
 
 
 def test_the_network_is_not_there_before_it_is_built() -> None:

@@ -124,3 +124,25 @@ def test_a_checkpoint_that_no_fit_wrote(
     assert (tmp_path / "run/metrics.json").is_file()
     error = _fails(["fit", *options], capsys)
     assert "holds no state of training to go on from; a fit starts from it as model.weights" in error
+
+
+def test_one_option_of_a_group_asks_for_no_other(simulated_root: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((SCHEMA_1 / "learned/config.yaml").read_text())
+    del content["model"]["ranges"], content["model"]["network"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    options = ["-c", str(tmp_path / "c.yaml"), *small_options(simulated_root, tmp_path / "again")[2:]]
+    options += ["--ckpt_path", str(CHECKPOINTS["learned"]), "--trainer.max_epochs", "3"]
+    more = ["--model.ranges.every_num_steps", "10", "--model.network.head_channels", "8"]
+    main(["fit", *options, *more])
+    content = torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["ranges"]["amax"] == "learned"
+
+
+def test_classes_in_another_order_are_another_network(
+    run: Path, simulated_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files from before `class_names` have the default."""
+    names = ["bicycle", "car", "motorcycle"]
+    options = [*small_options(simulated_root, run, "qat"), "--model.network.class_names", str(names)]
+    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    assert "model.network.class_names: checkpoint ('car', 'truck'" in error

@@ -12,8 +12,8 @@ from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.errors import UserError
 from cpq_train.data.settings import DataSettings
-from cpq_train.verbs.checkpoint_settings import Given
 from cpq_train.verbs.cli import main
+from cpq_train.verbs.given import Given
 
 DATA = {
     "num_sweeps": 2,
@@ -165,13 +165,89 @@ def test_shipped_configurations_work_from_anywhere(
     assert (tmp_path / "ptq.ckpt").is_file()
 
 
-def test_given(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump({"data": {"num_sweeps": 5, "augmentation": {"flip": True}}}))
-    given = Given(
-        ["fit", "--model.network.voxel_size=[1,1,1]", "--trainer", "t.yaml", "-c", str(file)], [file]
-    )
-    for name in ("data.num_sweeps", "data.augmentation", "model.network", "trainer.max_epochs"):
+def test_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump({"data": {"num_sweeps": 5, "augmentation": {"flip": True}}}))
+    Path("model.yaml").write_text(yaml.safe_dump({"scheme": "s.yaml"}))
+    args = ["fit", "--model.network.voxel_size=[1,1,1]", "--model", "model.yaml", "--data.max_points", "3"]
+    args += ["--model.ranges", '{"amax": "learned"}', "-c", "c.yaml", "--ckpt", "last"]
+    given = Given(args, [Path("c.yaml")])
+    for name in ("data.num_sweeps", "data.max_points_per_voxel", "model.ranges.amax", "model.scheme"):
         assert name in given, name
-    for name in ("data.num_workers", "data.num", "model.arm", "model.networks"):
+    for name in (
+        "data.num_workers",
+        "data.num",
+        "model.arm",
+        "model.ranges.lr",
+        "model.network.head_channels",
+    ):
         assert name not in given, name
+    assert given.on_command_line("ckpt_path")
+    assert not given.on_command_line("seed_everything")
+    assert given.file_that_says("model.scheme", "s.yaml") == Path("model.yaml")
+    assert given.file_that_says("data.num_sweeps", 5) == Path("c.yaml")
+    assert given.file_that_says("data.num_sweeps", 6) is None
+
+
+def test_a_group_from_a_file_leaves_the_rest_to_the_checkpoint(
+    simulated_root: Path, bare: Path, tmp_path: Path
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"root": str(simulated_root), "num_workers": 0}))
+    options = ["-c", str(bare), "--data", str(data), "--trainer.default_root_dir", str(run)]
+    main(["validate", *options, "--ckpt_path", str(_stating(tmp_path))])
+    assert _saved(run)["num_sweeps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_sweeps", "two"), ("max_num_voxels_eval", None), ("voxel_size", [1.0])]
+)
+def test_what_is_no_data_setting_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"data.{name} is .*; expected something like"):
+        DataSettings.of({"data": {**DATA, name: value}}, "x.ckpt")
+
+
+def test_last_takes_the_data_of_the_run(simulated_root: Path, bare: Path, tmp_path: Path) -> None:
+    """Not of the weights that it began with, which may be gone or others by then."""
+    run, weights = tmp_path / "run", _stating(tmp_path, "float", num_sweeps=1)
+    options = ["fit", "-c", str(bare), "--data.root", str(simulated_root), "--data.num_workers", "0"]
+    options += ["--data.batch_size", "2", "--trainer.default_root_dir", str(run)]
+    options += ["--baselines.cache_dir", str(tmp_path / "b"), "--model.weights", str(weights)]
+    options += ["--ckpt_path", "last"]
+    main(options)
+    assert _saved(run)["num_sweeps"] == 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    weights.write_bytes(b"torn")
+    main([*options, "--trainer.max_epochs", "2"])
+    assert _saved(run)["num_sweeps"] == 1
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["data"]["num_sweeps"] == 1
+
+
+def test_a_scheme_found_beside_its_configuration_is_not_needed_again(
+    simulated_root: Path, tmp_path: Path
+) -> None:
+    shutil.copy("configs/schemes/int8.yaml", tmp_path / "mine.yaml")
+    (tmp_path / "qat.yaml").write_text(yaml.safe_dump({"model": {"scheme": "mine.yaml", "arm": "qat"}}))
+    options = ["fit", *small_options(simulated_root, tmp_path / "run"), "-c", str(tmp_path / "qat.yaml")]
+    options += ["--model.weights", str(CHECKPOINTS["ptq"]), "--ckpt_path", "last"]
+    main(options)
+    (tmp_path / "mine.yaml").unlink()
+    main([*options, "--trainer.max_epochs", "2"])
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize("content", [b"torn", None])
+def test_a_bad_checkpoint_in_a_configuration(
+    content: bytes | None, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.ckpt"
+    if content is None:
+        torch.save([1], file)
+    else:
+        file.write_bytes(content)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"ckpt_path": str(file)}))
+    options = [*small_options(simulated_root, tmp_path / "run"), "-c", str(tmp_path / "c.yaml")]
+    with pytest.raises(SystemExit) as exit_:
+        main(["validate", *options])
+    assert exit_.value.code == 2
+    assert "bad.ckpt" in capsys.readouterr().err
