@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpq_train.common.arm_names import ARMS, TUNED_ARMS, Arm
+from cpq_train.common.arm_names import ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.common.schema import check_schema
 from cpq_train.quantization.batchnorm import BatchNormPolicy
@@ -69,11 +69,6 @@ class Description:
             calibration=entry["calibration"],
             parents=dict(entry["parents"]),
         )
-
-    @property
-    def was_tuned(self) -> bool:
-        """Whether a checkpoint's weights are no longer those it was calibrated or folded with."""
-        return self.arm in TUNED_ARMS
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:
         """The `quantization` entry of the checkpoint (plain values only).

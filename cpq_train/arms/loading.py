@@ -97,5 +97,5 @@ def fold_checkpoint(config: NetworkConfig, path: str | Path, output: str | Path)
     subject = from_weights(config, path, batchnorm="folded")
     state = {NETWORK_PREFIX + name: tensor for name, tensor in subject.network.state_dict().items()}
     kept = ("epoch", "global_step", "hyper_parameters", "data", "pytorch-lightning_version")
-    checkpoint = {key: value for key, value in read_checkpoint(path).items() if key in kept}
+    checkpoint = {key: value for key, value in read_checkpoint(path, mmap=True).items() if key in kept}
     write_checkpoint({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)

@@ -48,11 +48,15 @@ def check_finite(state: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: A tensor holds NaN or infinite numbers; names the first ones.
     """
+    if unfit := not_finite(state):
+        raise UserError(f"{where}: {len(unfit)} tensors hold NaN or infinite numbers: {_some(unfit)}")
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that hold NaN or infinite numbers, each with how many of how many."""
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     counts = {name: int((~tensor.isfinite()).sum()) for name, tensor in tensors.items()}
-    unfit = [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
-    if unfit:
-        raise UserError(f"{where}: {len(unfit)} tensors hold NaN or infinite numbers: {_some(unfit)}")
+    return [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
 
 
 def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

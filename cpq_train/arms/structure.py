@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from cpq_train.arms.description import Description
 from cpq_train.arms.subject import Subject
-from cpq_train.common.arm_names import Arm
+from cpq_train.common.arm_names import TUNED_ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.topology import bev_levels, hidden_convolutions, names_of, residual_blocks
@@ -32,7 +32,7 @@ def build_described(config: NetworkConfig, said: Description) -> Subject:
     subject = build(config, said.arm, said.scheme, said.batchnorm)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
-    subject.is_tuned = said.was_tuned
+    subject.is_tuned = said.arm in TUNED_ARMS
     return subject
 
 

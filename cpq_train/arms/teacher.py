@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import FLOAT_ARMS, TUNED_ARMS
@@ -97,7 +98,7 @@ def find_teacher(
 
 
 def _float_checkpoint(path: str | None) -> str:
-    arm = None if path is None else read_checkpoint(path)["quantization"]["arm"]
+    arm = None if path is None else Description.of(read_checkpoint(path, mmap=True), path).arm
     if path is None or arm not in FLOAT_ARMS:
         raise UserError(
             f"model.distillation needs a float teacher, and {path!r} is {arm!r}: "

@@ -23,8 +23,12 @@ NETWORK_PREFIX = "network."
 NUM_KEYS_SHOWN = 8
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Load a checkpoint of this project on the CPU, with `weights_only=True`.
+
+    Args:
+        path: The file.
+        mmap: Leave the tensors on the disk until they are used: for what a checkpoint says.
 
     Returns:
         Lightning's dictionary, with at least `state_dict` and `quantization`.
@@ -32,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, corrupt, holds pickled code, or is no checkpoint of this project.
     """
-    checkpoint = read_plain(path)
+    checkpoint = read_plain(path, mmap)
     if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
         raise UserError(
             f"checkpoint {str(path)!r} is none of this project's: it holds {_content(checkpoint)}; "
@@ -84,7 +88,7 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
 
     Args:
         path: The file.
-        mmap: Leave the tensors on the disk until they are used.
+        mmap: Leave the tensors on the disk until they are used, where the format has it (a zip archive).
 
     Raises:
         UserError: The file is missing, corrupt, or holds pickled code.
@@ -93,7 +97,8 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        is_mapped = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise UserError(

@@ -60,7 +60,7 @@ class DataSettings:
                     f"checkpoint {str(path)!r}, {DATA_KEY}.{name} is {stated[name]!r}; "
                     f"expected something like {getattr(cls, name)}"
                 )
-        return cls(**{name: _as_tuple(stated[name]) for name in names})
+        return cls(**{name: as_tuple(stated[name]) for name in names})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -75,5 +75,6 @@ def _is_alike(value: Any, example: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple: files and configurations differ in that."""
     return tuple(value) if isinstance(value, list) else value

@@ -145,9 +145,10 @@ class ArmModule(LightningModule):
             checkpoint[DATA_KEY] = data.settings.to_dict()
 
     def _scheme(self) -> Scheme | None:
+        """The scheme that is asked for; None where that of `weights` is meant, whose file may be gone."""
         made_with = None
-        if self.scheme_file is not None and self.weights is not None:
-            content = read_checkpoint(self.weights)
+        if self.scheme_file and self.weights and not Path(self.scheme_file).is_file():
+            content = read_checkpoint(self.weights, mmap=True)
             if Description.of(content, self.weights).scheme is not None:
                 made_with = hyper_parameters(content, self.weights).get("scheme")
         return scheme_of(self.scheme_file, made_with)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
 from cpq_train.common.checkpoint import read_checkpoint
-from cpq_train.data.settings import DataSettings
+from cpq_train.data.settings import DataSettings, as_tuple
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.verbs.given import Given
 
@@ -46,24 +44,25 @@ def find_scheme(config: Namespace, given: Given) -> None:
         config.model.scheme = str(file.parent / scheme)
 
 
-def take_data_settings(config: Namespace, given: Given) -> Iterator[str]:
+def take_data_settings(config: Namespace, given: Given) -> list[str]:
     """Let the data be as they were for the checkpoint, where nothing else is given.
 
-    Yields:
+    Returns:
         A sentence for each thing that a person should know: settings that differ, or that nobody states.
     """
     path = _checkpoint_of(config)
-    if path is None:
-        return
-    stated = DataSettings.of(read_checkpoint(path), path)
-    if stated is None:
-        yield from _assumed(path, config, given)
-        return
+    stated = None if path is None else DataSettings.of(read_checkpoint(path, mmap=True), path)
+    if path is None or stated is None:
+        return [] if path is None else _assumed(path, config, given)
+    differences = []
     for name, value in stated.to_dict().items():
         if name not in GRID and f"data.{name}" not in given:
             config.data[name] = value
-        elif as_tuple(config.data[name]) != as_tuple(value):
-            yield f"data.{name} is {config.data[name]}; checkpoint {str(path)!r} was made with {value}"
+        elif as_tuple(config.data[name]) != value:
+            differences.append(
+                f"data.{name} is {config.data[name]}; checkpoint {str(path)!r} was made with {value}"
+            )
+    return differences
 
 
 def _checkpoint_of(config: Namespace) -> Path | None:
@@ -76,13 +75,8 @@ def _checkpoint_of(config: Namespace) -> Path | None:
     return next((Path(one) for one in (named, config.model.weights) if one and Path(one).is_file()), None)
 
 
-def _assumed(path: Path, config: Namespace, given: Given) -> Iterator[str]:
+def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:
     names = [name for name in DataSettings().to_dict() if name not in GRID and f"data.{name}" not in given]
-    if names:
-        taken = ", ".join(f"data.{name} {config.data[name]}" for name in names)
-        yield f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}"
-
-
-def as_tuple(value: Any) -> Any:
-    """A list as a tuple: a configuration and a checkpoint differ in that."""
-    return tuple(value) if isinstance(value, list) else value
+    taken = ", ".join(f"data.{name} {config.data[name]}" for name in names)
+    said = f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}"
+    return [said] if names else []

@@ -27,7 +27,7 @@ from cpq_train.interop.openpcdet_file import openpcdet_content
 from cpq_train.interop.sparse_layouts import SparseLayout
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import BOX_BRANCHES
-from cpq_train.training.settings import plain
+from cpq_train.training.settings import HYPER_PARAMETERS, plain
 
 Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
 
@@ -150,7 +150,7 @@ def _checkpoint(
 ) -> dict[str, Any]:
     return {
         "state_dict": {NETWORK_PREFIX + name: tensor for name, tensor in converted.state.items()},
-        "hyper_parameters": plain({"network": subject.network.config}),
+        HYPER_PARAMETERS: plain({"network": subject.network.config}),
         "quantization": subject.describe(),
         "conversion": {
             "source": convention.project,

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from cpq_train.arms.description import Description
+from cpq_train.arms.state import not_finite
 from cpq_train.common.checkpoint import network_state, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.data.settings import DataSettings
@@ -39,7 +40,7 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
         "batchnorm": said.batchnorm,
         "ranges": said.amax if said.scheme else "none",
         "data": data.to_dict() if data else "not stated",
-        "not finite": ", ".join(_not_finite(content)) or "none",
+        "not finite": ", ".join(not_finite(network_state(content))) or "none",
         "numbers": f"{sum(t.numel() for t in network_state(content).values()):,}",
         "epoch, step": f"{content.get('epoch')}, {content.get('global_step')}",
         "calibration": said.calibration or "none",
@@ -49,11 +50,6 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
     for key, value in rows.items():
         table.add_row(key, str(value))
     return table
-
-
-def _not_finite(content: dict[str, Any]) -> list[str]:
-    """Names of the tensors that hold NaN or infinite numbers."""
-    return [name for name, tensor in network_state(content).items() if not tensor.isfinite().all()]
 
 
 def _layers(layers: dict[str, Any]) -> Table:

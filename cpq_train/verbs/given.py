@@ -1,4 +1,8 @@
-"""The options that a command line and its configuration files set; all others have their defaults."""
+"""The options that a command line and its configuration files set; all others have their defaults.
+
+jsonargparse tells them by itself (`parse_args(defaults=False)`), but not where the source of a link has its
+default: then it refuses to parse.
+"""
 
 from __future__ import annotations
 

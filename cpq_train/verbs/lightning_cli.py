@@ -146,7 +146,7 @@ class QuantCLI(HookedCLI):
                 raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
             self.config[verb].ckpt_path = None
         elif asked.ckpt_path not in NO_FILES:
-            read_checkpoint(asked.ckpt_path)  # with our own errors
+            read_checkpoint(asked.ckpt_path, mmap=True)  # with our own errors
             super().take_settings_of_checkpoint()
         config = self.config[verb]
         if verb == "fit":

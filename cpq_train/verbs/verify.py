@@ -112,7 +112,7 @@ def verify(
         raise UserError(f"output {str(output)!r} is a folder: expected a file")
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
-    content = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint, mmap=True)
     _check_verifiable(content, checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     data = _data_settings(content, checkpoint, detector.network_config, num_sweeps)

@@ -158,3 +158,8 @@ def test_settings_that_are_no_mapping(value: object, tmp_path: Path) -> None:
 def test_the_network_is_not_there_before_it_is_built() -> None:
     with pytest.raises(RuntimeError, match="built by configure_model, or by loading a checkpoint"):
         CenterPointDetector().subject  # noqa: B018
+
+
+def test_describe_names_what_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["describe", str(_damaged("qat", tmp_path, BIAS, torch.nan))])
+    assert f"{BIAS.removeprefix('network.')} (1 of 1)" in capsys.readouterr().out
