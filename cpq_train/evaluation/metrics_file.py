@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cpq_train.common.arm_names import ARMS
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
-from cpq_train.common.schema import check_schema
+from cpq_train.common.schema import MAPPING, NUMBER, TEXT, Check, check_document, is_number
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
@@ -134,16 +133,9 @@ def read_metrics(path: Path) -> Document:
     return dict(document)
 
 
-_Check = tuple[Callable[[Any], bool], str]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_interval(value: Any) -> bool:
     return (
-        isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
     )
 
 
@@ -151,45 +143,42 @@ def _is_coverage(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(count, int) for count in value)
 
 
-_NUMBER: _Check = (_is_number, "a finite number")
-_TEXT: _Check = (lambda value: isinstance(value, str), "a text")
-_MAPPING: _Check = (lambda value: isinstance(value, dict), "a mapping")
-_ERROR: _Check = (lambda value: value is None or _is_number(value), "a finite number or null")
-_INTERVAL: _Check = (lambda value: value is None or _is_interval(value), "null or [lower, upper]")
+_ERROR: Check = (lambda value: value is None or is_number(value), "a finite number or null")
+_INTERVAL: Check = (lambda value: value is None or _is_interval(value), "null or [lower, upper]")
 
 _KEYS: dict[str, Any] = {
     "arm": (lambda value: value in ARMS, ", ".join(ARMS)),
-    "checkpoint": {"path": _TEXT, "sha256": _TEXT},
+    "checkpoint": {"path": TEXT, "sha256": TEXT},
     "dataset": {
-        "root_name": _TEXT,
-        "version": _TEXT,
-        "split": _TEXT,
+        "root_name": TEXT,
+        "version": TEXT,
+        "split": TEXT,
         "num_samples": (lambda value: isinstance(value, int) and value > 0, "a count above 0"),
-        "fingerprint": _TEXT,
+        "fingerprint": TEXT,
     },
-    "metrics": dict.fromkeys(METRICS, _NUMBER),
+    "metrics": dict.fromkeys(METRICS, NUMBER),
     "per_class": {
         name: {
-            "AP": dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], _NUMBER),
+            "AP": dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], NUMBER),
             **dict.fromkeys(TP_ERRORS, _ERROR),
         }
         for name in DETECTION_CLASSES
     },
     "per_range": {
         f"{lower:g}-{upper:g}": dict.fromkeys(
-            ["mAP", *(name for name in DETECTION_CLASSES if CLASS_RANGE_M[name] >= upper)], _NUMBER
+            ["mAP", *(name for name in DETECTION_CLASSES if CLASS_RANGE_M[name] >= upper)], NUMBER
         )
         for lower, upper in RANGE_BINS_M
     },
-    "confidence": {"mAP": _INTERVAL, "NDS": _INTERVAL, "method": _TEXT},
-    "postprocessing_sha256": _TEXT,
-    "parents": _MAPPING,
+    "confidence": {"mAP": _INTERVAL, "NDS": _INTERVAL, "method": TEXT},
+    "postprocessing_sha256": TEXT,
+    "parents": MAPPING,
     "coverage": (
         lambda value: isinstance(value, dict) and all(map(_is_coverage, value.values())),
         "a mapping of kind to [quantized, all]",
     ),
-    "profile": _MAPPING,
-    "config": _MAPPING,
+    "profile": MAPPING,
+    "config": MAPPING,
 }
 
 
@@ -203,19 +192,5 @@ def check_metrics(document: Any, where: str) -> None:
     Raises:
         UserError: A key is missing or its value is not of the kind accepted; the message names both.
     """
-    if isinstance(document, dict):
-        check_schema(document.get("schema"), SCHEMA, where)
-    _check(document, _KEYS, where)
+    check_document(document, SCHEMA, _KEYS, where)
 
-
-def _check(value: Any, accepted: Any, where: str) -> None:
-    if isinstance(accepted, dict):
-        if not isinstance(value, dict) or not accepted.keys() <= value.keys():
-            have = sorted(value) if isinstance(value, dict) else repr(value)
-            raise UserError(f"{where}: keys {have}; accepted: all of {list(accepted)}")
-        for key, check in accepted.items():
-            _check(value[key], check, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
-        return
-    is_good, description = accepted
-    if not is_good(value):
-        raise UserError(f"{where} is {value!r}; accepted: {description}")

@@ -1,0 +1,114 @@
+"""The JSON file beside a deployment file: where it comes from, what goes in and out, and what to do with it.
+
+It holds what an engine's host needs and the network does not compute: how points become voxels, how heads
+become boxes, what the classes are called. Its hash of the deployment file ties the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import write_whole
+from cpq_train.common.schema import MAPPING, TEXT, Check, check_document
+
+SCHEMA = 1
+
+_LIST: Check = (lambda value: isinstance(value, list), "a list")
+_COUNT: Check = (lambda value: isinstance(value, int) and value >= 0, "a count")
+_MAPPINGS: Check = (
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value),
+    "a list of mappings with a name",
+)
+_KEYS: dict[str, Any] = {
+    "target": TEXT,
+    "file": {"name": TEXT, "sha256": TEXT, "num_bytes": _COUNT},
+    "checkpoint": {"path": TEXT, "sha256": TEXT, "arm": TEXT, "parents": MAPPING},
+    "scheme": MAPPING,
+    "coverage": MAPPING,
+    "versions": MAPPING,
+    "inputs": _MAPPINGS,
+    "outputs": _MAPPINGS,
+    "class_names": _LIST,
+    "head_map": {"stride": _COUNT, "width": _COUNT, "height": _COUNT},
+    "network": MAPPING,
+    "data": MAPPING,
+    "post_processing": MAPPING,
+}
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What lies beside a deployment file.
+
+    Attributes:
+        target: The writer, such as "portable".
+        file: "name", "sha256", "num_bytes" of the deployment file.
+        checkpoint: "path", "sha256", "arm", "parents" of what was exported.
+        scheme: How it is quantized, whole.
+        coverage: Kind of layer -> [quantized, all].
+        versions: Package -> version, and "opset".
+        inputs: "name", "dtype", "shape" (letters are free) and "meaning" of each.
+        outputs: The same, with "head" (index into the class groups) and "branch".
+        class_names: Names by class id.
+        head_map: "stride" in voxels, "width" and "height" in cells, of the map that the outputs lie on.
+        network: Settings of `NetworkConfig`.
+        data: Settings of `DataSettings`.
+        post_processing: Settings of `PostProcessing`, thresholds of scores among them.
+    """
+
+    target: str
+    file: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
+    scheme: Mapping[str, Any]
+    coverage: Mapping[str, Any]
+    versions: Mapping[str, Any]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    class_names: list[str]
+    head_map: Mapping[str, int]
+    network: Mapping[str, Any]
+    data: Mapping[str, Any]
+    post_processing: Mapping[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        write_whole(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
+
+
+def sidecar_path(engine_file: Path) -> Path:
+    """Where the sidecar of a deployment file lies."""
+    return engine_file.with_suffix(".json")
+
+
+def read_sidecar(engine_file: Path) -> Sidecar:
+    """The sidecar of a deployment file, which is the very file that it was written with.
+
+    Raises:
+        UserError: One of the two is missing or damaged, or they do not belong together.
+    """
+    path = sidecar_path(engine_file)
+    if not engine_file.is_file():
+        raise UserError(f"engine file {str(engine_file)!r} does not exist")
+    if not path.is_file():
+        raise UserError(
+            f"engine file {str(engine_file)!r} has no {path.name} beside it: export writes both, keep them "
+            "together"
+        )
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable sidecar ({error})") from error
+    check_document(document, SCHEMA, _KEYS, str(path))
+    found, expected = sha256_of(engine_file), document["file"]["sha256"]
+    if found != expected:
+        raise UserError(
+            f"engine file {str(engine_file)!r} is not the one that {path.name} was written with: its SHA-256 "
+            f"is {found[:12]}…, expected {expected[:12]}… (damaged, or exchanged)"
+        )
+    return Sidecar(**{name: document[name] for name in _KEYS})
