@@ -134,9 +134,7 @@ def read_metrics(path: Path) -> Document:
 
 
 def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
-    )
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
 
 
 def _is_coverage(value: Any) -> bool:
@@ -193,4 +191,3 @@ def check_metrics(document: Any, where: str) -> None:
         UserError: A key is missing or its value is not of the kind accepted; the message names both.
     """
     check_document(document, SCHEMA, _KEYS, where)
-
