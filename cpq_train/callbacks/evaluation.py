@@ -18,6 +18,7 @@ from cpq_train.data.sweeps import load_sweeps
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
+from cpq_train.export.engine import Engine
 from cpq_train.models.decode import PostProcessing
 from cpq_train.profiling.report import size_summary
 from cpq_train.profiling.storage import storage_rows
@@ -103,21 +104,25 @@ class Evaluation(Callback):
 
 
 def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
-    """The checkpoint that a verb runs.
+    """The checkpoint that a verb runs, or that the deployment file it runs was made of.
 
     Raises:
         UserError: None was given.
     """
     assert isinstance(module, CenterPointDetector)
+    if module.engine is not None:
+        return Path(module.engine.sidecar.checkpoint["path"])
     path = trainer.ckpt_path or module.weights
     if path is None:
         assert trainer.state.fn is not None
-        raise UserError(f"{trainer.state.fn.value} needs a checkpoint: model.weights or --ckpt_path")
+        raise UserError(f"{trainer.state.fn.value} needs model.weights, --ckpt_path or model.engine_file")
     return Path(path)
 
 
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
     """What `metrics.json` says of a run beside its scores."""
+    if module.engine is not None:
+        return _run_info_of_engine(module, module.engine, data)
     subject = module.subject
     return RunInfo(
         arm=subject.arm,
@@ -130,6 +135,24 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
         coverage=coverage(subject.prepared),
         profile=size_summary(storage_rows(module.network)),
         config=dict(module.hparams),
+    )
+
+
+def _run_info_of_engine(module: CenterPointDetector, engine: Engine, data: NuScenesDataModule) -> RunInfo:
+    said = engine.sidecar
+    source = said.checkpoint
+    return RunInfo(
+        arm=module.row,
+        checkpoint_path=source["path"],
+        checkpoint_sha256=source["sha256"],
+        dataset=data.index.dataset_info(),
+        split=data.val_split,
+        postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
+        parents={**source["parents"], source["arm"]: source["sha256"]},
+        coverage=said.coverage,
+        profile={"stored_bytes": said.file["num_bytes"]},
+        config=dict(module.hparams),
+        engine=engine.describe(),
     )
 
 

@@ -9,6 +9,11 @@ Arm = Literal["float", "float_tuned", "ptq", "qat"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 """In the order in which they are compared."""
 
+Row = Literal["float", "float_tuned", "ptq", "qat", "deployed"]
+
+ROWS: tuple[Row, ...] = get_args(Row)
+"""What a comparison has rows for: the arms, and `deployed`, an exported file that an engine runs."""
+
 FLOAT_ARMS: tuple[Arm, ...] = ("float", "float_tuned")
 QUANTIZED_ARMS: tuple[Arm, ...] = ("ptq", "qat")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.common.arm_names import ARMS
+from cpq_train.common.arm_names import ROWS
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -32,8 +32,8 @@ class RunInfo:
     """What `metrics.json` says beside the scores.
 
     Attributes:
-        arm: "float", "float_tuned", "ptq" or "qat".
-        checkpoint_path: the checkpoint scored.
+        arm: "float", "float_tuned", "ptq", "qat", or "deployed" for an exported file that an engine runs.
+        checkpoint_path: the checkpoint scored, or the one that the file was made of.
         checkpoint_sha256: its hash.
         dataset: "root_name", "version" and "fingerprint", as the index gives them.
         split: name of the split scored.
@@ -42,6 +42,8 @@ class RunInfo:
         coverage: kind of layer to [quantized, all].
         profile: measurements of size, latency and memory.
         config: the settings of the run.
+        engine: "name" and "version" of the engine, "file", "sha256" and "target" of what it ran; empty where
+            PyTorch ran a network.
     """
 
     arm: str
@@ -54,6 +56,7 @@ class RunInfo:
     coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     profile: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_metrics(run: RunInfo, scores: Scores, matches: Matches) -> Document:
@@ -73,6 +76,7 @@ def build_metrics(run: RunInfo, scores: Scores, matches: Matches) -> Document:
         "coverage": {kind: list(counts) for kind, counts in run.coverage.items()},
         "profile": dict(run.profile),
         "config": dict(run.config),
+        **({"engine": dict(run.engine)} if run.engine else {}),
     }
 
 
@@ -145,7 +149,7 @@ _ERROR: Check = (lambda value: value is None or is_number(value), "a finite numb
 _INTERVAL: Check = (lambda value: value is None or _is_interval(value), "null or [lower, upper]")
 
 _KEYS: dict[str, Any] = {
-    "arm": (lambda value: value in ARMS, ", ".join(ARMS)),
+    "arm": (lambda value: value in ROWS, ", ".join(ROWS)),
     "checkpoint": {"path": TEXT, "sha256": TEXT},
     "dataset": {
         "root_name": TEXT,

@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
@@ -65,23 +64,23 @@ class WandbRunLogger(LateWandbLogger):
         Raises:
             UserError: W&B has no login, or cannot be reached.
         """
-        subject = module.subject
         self.run_dir.mkdir(parents=True, exist_ok=True)
         group = self._group or self.run_dir.resolve().parent.name
-        scheme = [] if subject.scheme is None else [subject.scheme.name]
+        settings = arm_settings(module)
+        scheme = [] if settings["scheme"] is None else [settings["scheme"]]
         self.describe_run(
             str(self.run_dir),
-            id=run_id(self.run_dir, subject.arm),
-            name=f"{group}-{subject.arm}",
+            id=run_id(self.run_dir, module.row),
+            name=f"{group}-{module.row}",
             group=group,
-            job_type=subject.arm,
+            job_type=module.row,
             tags=[*self._tags, data.version, *scheme],
-            config={**arm_settings(subject), **self.run_config},
+            config={**settings, **self.run_config},
             allow_val_change=True,
         )
         self._trainer = trainer
         self._open()
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == "validate" and module.engine is None:
             num_steps = int(read_checkpoint(trainer.ckpt_path or str(module.weights))["global_step"])
             self._scored_step = max(num_steps - 1, 0)  # a fit logs at the number of its last step, from 0 on
         self._log_inputs(trainer, module)
@@ -148,8 +147,17 @@ def run_id(run_dir: Path, arm: str) -> str:
     return file.read_text()
 
 
-def arm_settings(subject: Subject) -> dict[str, Any]:
-    """What the configuration in W&B says of an arm; bits are those of the scheme's defaults."""
+def arm_settings(module: CenterPointDetector) -> dict[str, Any]:
+    """What the configuration in W&B says of a run; bits are those of the scheme's defaults."""
+    if module.engine is not None:
+        said = module.engine.sidecar
+        return {
+            "arm": module.row,
+            "scheme": said.scheme["name"],
+            "parents": {**said.checkpoint["parents"], said.checkpoint["arm"]: said.checkpoint["sha256"]},
+            "engine": module.engine.describe(),
+        }
+    subject = module.subject
     scheme = subject.scheme
     bits = {} if scheme is None else {"weight": scheme.weight, "input": scheme.input}
     return {

@@ -26,6 +26,11 @@ HEATMAP_PRIOR = -2.19
 """Initial logit of the heat map: probability 0.1, so that the first losses are not swamped by background."""
 
 
+def branches_of(num_classes: int) -> dict[str, int]:
+    """Channels of every branch of a class group, in the order of the network."""
+    return {**BOX_BRANCHES, "hm": num_classes}
+
+
 def box_codes(head: HeadOutput) -> Tensor:
     """The box branches as one map of box codes, (B, 10, H, W)."""
     return torch.cat([head[name] for name in BOX_BRANCHES], dim=1)
@@ -41,7 +46,7 @@ class SeparateHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.branches = {**BOX_BRANCHES, "hm": num_classes}
+        self.branches = branches_of(num_classes)
         for name, out_channels in self.branches.items():
             self.add_module(name, _branch(channels, out_channels))
         self.reset_parameters()

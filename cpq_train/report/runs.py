@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.common.arm_names import ARMS
+from cpq_train.common.arm_names import ROWS
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """float, float_tuned, ptq or qat."""
+        """float, float_tuned, ptq, qat or deployed."""
         return str(self.metrics["arm"])
 
     @property
@@ -90,7 +90,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         Run(name, folder, document, found, _resample(found))
         for name, folder, document, found in zip(names, folders, documents, matches, strict=True)
     ]
-    return sorted(runs, key=lambda run: ARMS.index(run.arm))
+    return sorted(runs, key=lambda run: ROWS.index(run.arm))
 
 
 def relative(run: Run, runs: Sequence[Run], arm: str) -> tuple[Run | None, str]:

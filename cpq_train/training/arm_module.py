@@ -14,12 +14,13 @@ from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_content, from_weights
 from cpq_train.arms.structure import build, set_range_policy
 from cpq_train.arms.subject import Subject
-from cpq_train.common.arm_names import Arm
+from cpq_train.common.arm_names import Arm, Row
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DATA_KEY
+from cpq_train.export.engine import Engine
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
@@ -39,6 +40,8 @@ class ArmModule(LightningModule):
         scheme_file: What to quantize how; None is as `weights` has it.
         batchnorm: What becomes of BatchNorm; None is as `weights` has it.
         ranges: What becomes of the ranges in training.
+        engine_file: Deployment file that is run in the network's place.
+        engine: What runs it; there is no network then.
     """
 
     network: CenterPoint
@@ -48,6 +51,8 @@ class ArmModule(LightningModule):
     scheme_file: str | None
     batchnorm: BatchNormPolicy | None
     ranges: RangePolicy
+    engine_file: str | None
+    engine: Engine | None = None
     _subject: Subject | None = None
 
     @property
@@ -57,11 +62,33 @@ class ArmModule(LightningModule):
             raise RuntimeError("the network is built by configure_model, or by loading a checkpoint")
         return self._subject
 
+    @property
+    def row(self) -> Row:
+        """What it is in a comparison: its arm, or deployed."""
+        return self.subject.arm if self.engine is None else "deployed"
+
     @override
     def configure_model(self) -> None:
         """Build the arm, once; a checkpoint that is resumed brings its own structure instead."""
-        if self._subject is None and not self.is_resuming:
+        if self.engine_file is not None:
+            self._start_engine(self.engine_file)
+        elif self._subject is None and not self.is_resuming:
             self.start_as(self.arm)
+
+    def _start_engine(self, file: str) -> None:
+        """Let an engine take the network's place.
+
+        Raises:
+            UserError: It was made from other weights than `weights`, or has other sizes.
+        """
+        if self.engine is not None:
+            return
+        if self.is_resuming:
+            raise UserError(f"model.engine_file {file!r} and a checkpoint to load: expected one of them")
+        engine = Engine(Path(file))
+        engine.check_source(self.weights)
+        engine.check_sizes(self.network_config)
+        self.engine = engine
 
     def start_as(self, arm: Arm | None) -> None:
         """Build an arm from `weights`.
@@ -72,6 +99,11 @@ class ArmModule(LightningModule):
         Raises:
             UserError: The weights are unfit for it, or there are none to start it from.
         """
+        if self.engine_file is not None:
+            raise UserError(
+                f"model.engine_file {self.engine_file!r} has no network to train or calibrate; accepted with "
+                "validate, test and predict"
+            )
         if self.weights is not None:
             self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
         elif arm in (None, "float"):

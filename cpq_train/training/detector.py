@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from cpq_train.arms.calibration import CalibrationSamples, calibrate
 from cpq_train.arms.coverage import coverage_table
@@ -21,6 +21,7 @@ from cpq_train.arms.starting_point import CalibrationConfig
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
+from cpq_train.export.sidecar import read_sidecar
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
@@ -66,6 +67,8 @@ class CenterPointDetector(ArmModule):
         optimizer: Learning rate and schedule.
         calibration: What calibration does beyond finding ranges.
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
+        engine_file: Deployment file of `export` that validate, test and predict run in the network's place;
+            `weights` may name the checkpoint that it has to come from.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class CenterPointDetector(ArmModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
+        engine_file: str | None = None,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -93,6 +97,7 @@ class CenterPointDetector(ArmModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
+        self.engine_file = engine_file
         self.post_processing, self.test_time_flip = post_processing, test_time_flip
         self.optimizer = optimizer
         self.calibration = calibration
@@ -100,10 +105,23 @@ class CenterPointDetector(ArmModule):
         self._teacher: Teacher | None = None
         self._moving_ranges = MovingRanges(ranges)
 
+    @classmethod
+    def of_engine(cls, file: Path) -> Self:
+        """The detector that runs a deployment file, with the settings of its sidecar.
+
+        Raises:
+            UserError: See `Engine`.
+        """
+        said = read_sidecar(file)
+        settings = NetworkConfig(**said.network), PostProcessing(**said.post_processing)
+        detector = cls(settings[0], post_processing=settings[1], engine_file=str(file))
+        detector.configure_model()
+        return detector
+
     @override
     def forward(self, batch: Batch) -> list[HeadOutput]:
         """Raw outputs of every head for a batch of voxels."""
-        return self._run(self.network, batch)
+        return self._run(self.engine or self.network, batch)
 
     def _run(self, network: Network | nn.Module, batch: Batch) -> list[HeadOutput]:
         batch = self.to_device(batch)
@@ -147,7 +165,8 @@ class CenterPointDetector(ArmModule):
         In fp32 whatever the trainer's precision: scores of all arms and baselines are comparable.
         """
         config = self.network_config
-        network = flip_averaged(self.network, config) if self.test_time_flip else self.network
+        plain: Network = self.engine or self.network
+        network = flip_averaged(plain, config) if self.test_time_flip else plain
         with torch.autocast(self.device.type, enabled=False):
             heads = self._run(network, batch)
             return decode(heads, config, self.post_processing)
@@ -205,6 +224,8 @@ class CenterPointDetector(ArmModule):
     @override
     def on_validation_start(self) -> None:
         """Refuse to score a network whose ranges were never found."""
+        if self.engine is not None:
+            return
         self._moving_ranges.move(self.network)  # between accumulated batches: validation is not observed
         if self.subject.needs_calibration:
             raise UserError(

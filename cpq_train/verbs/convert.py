@@ -26,7 +26,7 @@ from cpq_train.interop.foreign_file import foreign_state, read_foreign, stated_m
 from cpq_train.interop.openpcdet_file import openpcdet_content
 from cpq_train.interop.sparse_layouts import SparseLayout
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.models.center_head import BOX_BRANCHES
+from cpq_train.models.center_head import branches_of
 from cpq_train.training.settings import HYPER_PARAMETERS, plain
 
 Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
@@ -171,7 +171,7 @@ def _run(network: CenterPoint) -> int:
     features, coords = _random_voxels(network.config)
     heads = network.eval()(features, coords, 1)
     for group, head in zip(network.config.class_groups, heads, strict=True):
-        for branch, channels in {**BOX_BRANCHES, "hm": len(group)}.items():
+        for branch, channels in branches_of(len(group)).items():
             shape = tuple(head[branch].shape)
             is_finite = bool(head[branch].isfinite().all())
             if shape != (1, channels, geometry.height, geometry.width) or not is_finite:

@@ -1,0 +1,169 @@
+"""Writes a deployment file and its sidecar: neither appears unless the file, read again, is the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpq_train.arms.subject import Subject
+from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.errors import UserError
+from cpq_train.common.files import replacing
+from cpq_train.data.settings import DataSettings
+from cpq_train.export.graph import OPSET, onnx
+from cpq_train.export.plan import FEATURES, Plan, differences
+from cpq_train.export.planning import output_name, plan_of
+from cpq_train.export.portable import COORDS, portable_graph
+from cpq_train.export.readback import read_plan
+from cpq_train.export.sidecar import Sidecar, sidecar_path
+from cpq_train.models import NetworkConfig
+from cpq_train.models.center_head import branches_of
+from cpq_train.models.decode import PostProcessing
+from cpq_train.quantization.prepare import coverage
+
+BRANCH_MEANING = {
+    "center": "offset of the centre in its cell (x, y), cells",
+    "center_z": "height of the centre, m",
+    "dim": "logarithm of length, width, height in m",
+    "rot": "cosine, sine of the yaw",
+    "vel": "velocity (x, y), m/s",
+    "hm": "score of each class of the group before the sigmoid",
+}
+FEATURE_MEANING = "mean of the points of each voxel: x, y, z (m), intensity (0 to 255), time lag (s)"
+COORDS_MEANING = "cell of each voxel along z, y, x; each cell once, in any order"
+
+
+def write_portable(
+    subject: Subject,
+    post_processing: PostProcessing,
+    data: DataSettings,
+    checkpoint: Path,
+    output: Path,
+) -> Sidecar:
+    """Export a network as one ONNX file of standard operators.
+
+    Args:
+        subject: A quantized network.
+        post_processing: From heads to boxes, for the sidecar.
+        data: From points to voxels, for the sidecar.
+        checkpoint: Where the network comes from.
+        output: The file, which ends in .onnx; the sidecar lies beside it.
+
+    Returns:
+        The sidecar.
+
+    Raises:
+        UserError: A layer cannot be exported, the place is no good, or what was written is not the plan.
+    """
+    check_place(output)
+    if not subject.is_quantized:
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} is of arm {subject.arm!r}, whose layers are float ones; "
+            "accepted: ptq and qat"
+        )
+    plan = plan_of(subject.network)
+    about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {sha256_of(checkpoint)}"
+    model = portable_graph(plan).model("centerpoint", version("cpq_train"), about)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as partial:
+        onnx.save(model, str(partial))
+        check_written(partial, plan)
+    sidecar = _sidecar(subject, plan, post_processing, data, checkpoint, output)
+    sidecar.write(sidecar_path(output))
+    return sidecar
+
+
+def check_place(output: Path) -> None:
+    """Whether a deployment file may be written there.
+
+    Raises:
+        UserError: It does not end in .onnx, is a folder, or the place of its sidecar is taken by something
+            else.
+    """
+    if output.suffix != ".onnx" or output.is_dir():
+        raise UserError(f"output {str(output)!r}: expected a file that ends in .onnx")
+    beside = sidecar_path(output)
+    if not beside.exists():
+        return
+    try:
+        is_sidecar = {"target", "file", "checkpoint"} <= json.loads(beside.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        is_sidecar = False
+    if not is_sidecar:
+        raise UserError(
+            f"output {str(output)!r}: its sidecar would replace {str(beside)!r}, which is something else; "
+            "choose another name"
+        )
+
+
+def check_written(file: Path, plan: Plan) -> None:
+    """Read a file again and compare it with its plan, bit for bit.
+
+    Raises:
+        UserError: They differ.
+    """
+    if different := differences(plan, read_plan(file)):
+        raise UserError(f"{file}: what was written is not the plan:\n  " + "\n  ".join(different))
+
+
+def _sidecar(
+    subject: Subject,
+    plan: Plan,
+    post_processing: PostProcessing,
+    data: DataSettings,
+    checkpoint: Path,
+    output: Path,
+) -> Sidecar:
+    config, geometry = subject.network.config, subject.network.geometry
+    assert subject.scheme is not None
+    source_sha256 = sha256_of(checkpoint)
+    return Sidecar(
+        target="portable",
+        file={"name": output.name, "sha256": sha256_of(output), "num_bytes": output.stat().st_size},
+        checkpoint={
+            "path": str(checkpoint),
+            "sha256": source_sha256,
+            "arm": subject.arm,
+            "parents": dict(subject.parents),
+        },
+        scheme=subject.scheme.to_dict(),
+        coverage={kind: list(counts) for kind, counts in coverage(subject.prepared).items()},
+        versions={
+            "cpq_train": version("cpq_train"),
+            "torch": str(torch.__version__),
+            "onnx": version("onnx"),
+            "opset": OPSET,
+        },
+        inputs=[
+            _end(FEATURES, ["V", plan.num_features], FEATURE_MEANING),
+            _end(COORDS, ["V", 3], COORDS_MEANING, "int32"),
+        ],
+        outputs=_outputs(config, geometry.height, geometry.width),
+        class_names=list(config.class_names),
+        head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
+        network=asdict(config),
+        data=data.to_dict(),
+        post_processing=asdict(post_processing),
+    )
+
+
+def _outputs(config: NetworkConfig, height: int, width: int) -> list[dict[str, Any]]:
+    return [
+        {
+            **_end(output_name(head, branch), [1, channels, height, width], BRANCH_MEANING[branch]),
+            "head": head,
+            "branch": branch,
+        }
+        for head, group in enumerate(config.class_groups)
+        for branch, channels in branches_of(len(group)).items()
+    ]
+
+
+def _end(name: str, shape: Sequence[int | str], meaning: str, dtype: str = "float32") -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape), "meaning": meaning}
