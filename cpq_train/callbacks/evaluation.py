@@ -17,7 +17,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metrics_file import RunInfo
-from cpq_train.evaluation.run_files import Engine, ScoredSplit, write_run
+from cpq_train.evaluation.run_files import MetricEngine, ScoredSplit, write_run
 from cpq_train.export.engine import Engine
 from cpq_train.models.decode import PostProcessing
 from cpq_train.profiling.report import size_summary
@@ -39,8 +39,8 @@ class Evaluation(Callback):
             (nuscenes-devkit).
     """
 
-    def __init__(self, engine: Engine = "vectorised") -> None:
-        self.engine: Engine = engine
+    def __init__(self, engine: MetricEngine = "vectorised") -> None:
+        self.engine: MetricEngine = engine
         self.scored: ScoredSplit | None = None
         self._metric: NuScenesDetectionMetric | None = None
 

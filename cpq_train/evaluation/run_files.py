@@ -17,7 +17,7 @@ METRICS_FILE = "metrics.json"
 SUBMISSION_FILE = "results_nusc.json"
 MATCHES_FILE = "matches.npz"
 
-Engine = Literal["vectorised", "devkit"]
+MetricEngine = Literal["vectorised", "devkit"]
 """Who computes the scores: this package, or nuscenes-devkit, which is slow and agrees to 1e-9."""
 
 
@@ -44,7 +44,11 @@ class ScoredSplit:
 
 
 def write_run(
-    run_dir: Path, scored: ScoredSplit, run: RunInfo, index: NuScenesIndex, engine: Engine = "vectorised"
+    run_dir: Path,
+    scored: ScoredSplit,
+    run: RunInfo,
+    index: NuScenesIndex,
+    engine: MetricEngine = "vectorised",
 ) -> Document:
     """Write the files of a scored run; call it on one rank.
 
