@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
 from cpq_train.common.checkpoint import read_checkpoint
-from cpq_train.data.settings import DataSettings, as_tuple
+from cpq_train.common.console import table_console
+from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
+from cpq_train.export.sidecar import read_sidecar
+from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.verbs.given import Given
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
 """Settings of the model that a run cannot change when it is resumed: `training.resuming` compares them."""
+
+_STATED_NOWHERE_ELSE = ("num_sweeps", "max_points_per_voxel", "max_num_voxels_eval")
+"""Settings of the data that old checkpoints do not hold; the grid is among those of the network."""
 
 GRID = ("voxel_size", "point_cloud_range")
 """Settings that the data have from `model.network`."""
@@ -50,8 +59,8 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     Returns:
         A sentence for each thing that a person should know: settings that differ, or that nobody states.
     """
-    path = _checkpoint_of(config)
-    stated = None if path is None else DataSettings.of(read_checkpoint(path, mmap=True), path)
+    path = _file_of(config)
+    stated = None if path is None else _stated(path)
     if path is None or stated is None:
         return [] if path is None else _assumed(path, config, given)
     differences = []
@@ -65,14 +74,22 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     return differences
 
 
-def _checkpoint_of(config: Namespace) -> Path | None:
-    """The checkpoint that a command runs or goes on from."""
+def _stated(path: Path) -> DataSettings | None:
+    """What a checkpoint, or the sidecar of a deployment file, says of its data."""
+    if path.suffix == ".onnx":
+        return DataSettings.of({DATA_KEY: read_sidecar(path).data}, path)
+    return DataSettings.of(read_checkpoint(path, mmap=True), path)
+
+
+def _file_of(config: Namespace) -> Path | None:
+    """The checkpoint that a command runs or goes on from, or the deployment file that it runs."""
     named = config.get("ckpt_path")
     if named == "last":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the run chooses
             named = newest_checkpoint(Path(config.trainer.default_root_dir) / "checkpoints")
-    return next((Path(one) for one in (named, config.model.weights) if one and Path(one).is_file()), None)
+    files = (config.model.engine_file, named, config.model.weights)
+    return next((Path(one) for one in files if one and Path(one).is_file()), None)
 
 
 def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:
@@ -80,3 +97,24 @@ def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:
     taken = ", ".join(f"data.{name} {config.data[name]}" for name in names)
     said = f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}"
     return [said] if names else []
+
+
+def data_settings_of(content: Mapping[str, Any], path: Path, network: NetworkConfig) -> DataSettings:
+    """What a checkpoint was made with, on its network's grid, for verbs without a configuration of the data.
+
+    A checkpoint that says nothing of its data gets the defaults, and the console says so.
+
+    Args:
+        content: Of the checkpoint.
+        path: For messages.
+        network: Its sizes.
+    """
+    stated = DataSettings.of(content, path)
+    if stated is None:
+        stated = DataSettings()
+        taken = ", ".join(f"{name} {getattr(stated, name)}" for name in _STATED_NOWHERE_ELSE)
+        table_console().print(
+            f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}",
+            style="yellow",
+        )
+    return replace(stated, voxel_size=network.voxel_size, point_cloud_range=network.point_cloud_range)

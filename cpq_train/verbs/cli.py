@@ -37,6 +37,7 @@ PLAIN_VERBS: Final = {
     "compare": Verb("cpq_train.report.compare", "compare", "run_dirs"),
     "describe": Verb("cpq_train.verbs.describe", "describe", "checkpoint"),
     "verify": Verb("cpq_train.verbs.verify", "verify", "checkpoint"),
+    "export": Verb("cpq_train.verbs.export", "export", "checkpoint"),
     "convert": Verb("cpq_train.verbs.convert", "convert"),
 }
 DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."

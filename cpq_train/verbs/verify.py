@@ -24,19 +24,16 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import Detections, decode
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, Flips, verify_end_to_end
 from cpq_train.quantization.verification.layers import LayerReport, verify_layers
 from cpq_train.simulator import simulate
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.settings import HYPER_PARAMETERS
+from cpq_train.verbs.checkpoint_settings import data_settings_of
 
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
-
-_STATED_NOWHERE_ELSE = ("num_sweeps", "max_points_per_voxel", "max_num_voxels_eval")
-"""Settings of the data that old checkpoints do not hold; the grid is among those of the network."""
 
 
 @dataclass
@@ -115,7 +112,8 @@ def verify(
     content = read_checkpoint(checkpoint, mmap=True)
     _check_verifiable(content, checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
-    data = _data_settings(content, checkpoint, detector.network_config, num_sweeps)
+    data = data_settings_of(content, checkpoint, detector.network_config)
+    data = replace(data, num_sweeps=num_sweeps or data.num_sweeps)
     findings = Findings()
     with _samples(data, cloud, root, version, num_samples) as samples:
         for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
@@ -129,30 +127,6 @@ def verify(
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
         )
-
-
-def _data_settings(
-    content: dict[str, Any], path: Path, network: NetworkConfig, num_sweeps: int | None
-) -> DataSettings:
-    """What the checkpoint was made with, on the network's grid, but for the sweeps that are asked for."""
-    made_with = DataSettings.of(content, path) or _assumed(path)
-    return replace(
-        made_with,
-        num_sweeps=num_sweeps or made_with.num_sweeps,
-        voxel_size=network.voxel_size,
-        point_cloud_range=network.point_cloud_range,
-    )
-
-
-def _assumed(path: Path) -> DataSettings:
-    """The defaults, for a checkpoint that says nothing of its data."""
-    settings = DataSettings()
-    taken = ", ".join(f"{name} {getattr(settings, name)}" for name in _STATED_NOWHERE_ELSE)
-    table_console().print(
-        f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}",
-        style="yellow",
-    )
-    return settings
 
 
 def _check_verifiable(content: dict[str, Any], path: Path) -> None:
