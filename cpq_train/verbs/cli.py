@@ -84,7 +84,7 @@ def _run_plain(name: str, args: list[str]) -> None:
 def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> ArgumentParser:
     """Options from a signature and a docstring; a YAML file may hold them, unless `config` is one of them."""
     from docstring_parser import parse
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ActionYesNo, ArgumentParser
 
     doc, types = parse(inspect.getdoc(function) or ""), get_type_hints(function)
     texts = {parameter.arg_name: parameter.description for parameter in doc.params}
@@ -93,6 +93,8 @@ def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> 
         # By itself jsonargparse would take a list in brackets only.
         item = _item_type(types[name])
         how: dict[str, Any] = {"type": types[name]} if item is None else {"type": item, "nargs": "+"}
+        if types[name] is bool:
+            how = {"action": ActionYesNo, "nargs": "?"}  # the name alone, or with true or false
         if parameter.default is not inspect.Parameter.empty:
             how["default"] = parameter.default
         elif name != positional:
