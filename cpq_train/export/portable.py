@@ -54,6 +54,20 @@ def portable_graph(plan: Plan) -> Graph:
     return _Writer(plan).write()
 
 
+def coords_name(plan: Plan, tensor: str) -> str:
+    """The tensor (V, 3) int64 z, y, x of the voxels that features belong to."""
+    return f"{_voxels_name(plan, tensor)}.coords"
+
+
+def _voxels_name(plan: Plan, tensor: str) -> str:
+    """The set of voxels of features: that of the file's input, or of the strided layer that made it."""
+    if tensor == FEATURES:
+        return "voxels"
+    made_by = plan[tensor]
+    is_strided = isinstance(made_by, Convolution) and made_by.kind == "SparseConv3d"
+    return f"{tensor}.voxels" if is_strided else _voxels_name(plan, made_by.sources[0])
+
+
 class _Writer:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.graph = plan, Graph()
@@ -66,8 +80,9 @@ class _Writer:
     def write(self) -> Graph:
         graph, plan = self.graph, self.plan
         graph.input(FEATURES, np.float32, ["V", plan.num_features])
-        coords = graph.cast(graph.input(COORDS, np.int32, ["V", 3]), np.int64, "voxels.coords")
-        self._add_voxels(FEATURES, "voxels", coords, plan.grid)
+        coords = graph.input(COORDS, np.int32, ["V", 3])
+        coords = graph.cast(coords, np.int64, coords_name(plan, FEATURES))
+        self._add_voxels(FEATURES, coords, plan.grid)
         self.sizes[FEATURES] = (plan.num_features,)
         for operation in plan.operations:
             match operation:
@@ -164,12 +179,11 @@ class _Writer:
                 name += f"d{'x'.join(map(str, layer.kernel.dilation))}"
             is_there = name in self.graph
             return name if is_there else table(self.graph, voxels, layer.kernel, voxels.coords, name)
-        outputs = f"{layer.name}.voxels"
-        coords, grid = strided_outputs(self.graph, voxels, layer.kernel, outputs)
-        self._add_voxels(layer.name, outputs, coords, grid)
+        coords, grid = strided_outputs(self.graph, voxels, layer.kernel, _voxels_name(self.plan, layer.name))
+        self._add_voxels(layer.name, coords, grid)
         return table(self.graph, voxels, layer.kernel, coords, f"{layer.name}.table")
 
-    def _add_voxels(self, tensor: str, name: str, coords: str, grid: Cells) -> None:
+    def _add_voxels(self, tensor: str, coords: str, grid: Cells) -> None:
         """The voxels of features, with a lookup for all that read them."""
         members, kernels = {tensor}, list[Kernel]()
         for operation in self.plan.operations:
@@ -180,7 +194,7 @@ class _Writer:
             elif not isinstance(operation, HeightMap):
                 members.add(operation.name)
                 kernels += [operation.kernel] if isinstance(operation, Convolution) else []
-        self.voxels[tensor] = new_voxels(self.graph, name, coords, grid, kernels)
+        self.voxels[tensor] = new_voxels(self.graph, _voxels_name(self.plan, tensor), coords, grid, kernels)
 
     def _sparse_integer(self, layer: Convolution, chosen: InputRange, found: str) -> None:
         graph, name = self.graph, layer.name

@@ -6,12 +6,11 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from rich.progress import track
 from rich.table import Table
 
@@ -24,48 +23,22 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.models.decode import Detections, decode
-from cpq_train.quantization.verification.end_to_end import FLIP_REASON, Flips, verify_end_to_end
-from cpq_train.quantization.verification.layers import LayerReport, verify_layers
+from cpq_train.export.engine import Engine
+from cpq_train.export.plan import differences
+from cpq_train.export.planning import plan_of
+from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
+from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.simulator import simulate
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.settings import HYPER_PARAMETERS
 from cpq_train.verbs.checkpoint_settings import data_settings_of
+from cpq_train.verbs.findings import EndToEnd, Findings
+
+if TYPE_CHECKING:
+    from cpq_train.export.comparison import Probe
 
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
-
-
-@dataclass
-class Findings:
-    """What was compared over all samples.
-
-    Args:
-        layers: Name -> report.
-        flips: Of codes and head outputs, end to end.
-        num_detections: Boxes that the network found.
-        num_other_detections: Boxes that differ between the network and the network on the reference.
-    """
-
-    layers: dict[str, LayerReport] = field(default_factory=dict)
-    flips: Flips = field(default_factory=Flips)
-    num_detections: int = 0
-    num_other_detections: int = 0
-
-    def failures(self, max_flipped_share: float) -> list[str]:
-        """What is above its bound, a line each."""
-        wrong = [r.name for r in self.layers.values() if r.num_mismatched]
-        unseen = [r.name for r in self.layers.values() if r.not_covered and r.arithmetic == "integer"]
-        flips = self.flips
-        checks = {
-            f"{len(wrong)} layers differ from the integer reference: {', '.join(wrong)}": bool(wrong),
-            f"{len(unseen)} integer layers were not compared: {', '.join(unseen)}": bool(unseen),
-            f"a share of {flips.flipped_share:.2g} of the codes flipped end to end; "
-            f"max_flipped_share is {max_flipped_share:g}": flips.flipped_share > max_flipped_share,
-            f"{flips.num_further} codes are more than one step apart end to end": flips.num_further > 0,
-            f"{self.num_other_detections} detections differ": self.num_other_detections > 0,
-        }
-        return [text for text, failed in checks.items() if failed]
 
 
 def verify(
@@ -76,6 +49,7 @@ def verify(
     num_samples: int = 1,
     num_sweeps: int | None = None,
     max_flipped_share: float = 1e-4,
+    engine: Path | None = None,
     output: Path | None = None,
 ) -> None:
     """Prove that a quantized checkpoint computes what an integer engine would.
@@ -95,6 +69,8 @@ def verify(
         max_flipped_share: Largest share of codes that may be one step apart end to end. Float operations in
             between may differ by some 1e-6 of a value; that moves an 8-bit code, at most 127, across a tie in
             1e-4 of the cases. Codes further apart, and differences inside a layer, are never accepted.
+        engine: Deployment file of this checkpoint: its engine has to have the codes of every layer, the heads
+            and the detections that the checkpoint has.
         output: JSON file to write.
 
     Raises:
@@ -115,9 +91,10 @@ def verify(
     data = data_settings_of(content, checkpoint, detector.network_config)
     data = replace(data, num_sweeps=num_sweeps or data.num_sweeps)
     findings = Findings()
+    probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
     with _samples(data, cloud, root, version, num_samples) as samples:
         for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
-            _verify_one(detector, batch, findings)
+            _verify_one(detector, batch, findings, probe)
     failures = findings.failures(max_flipped_share)
     _print(findings)
     if output is not None:
@@ -185,23 +162,33 @@ def _batch_of(path: Path, settings: DataSettings) -> Batch:
     return batch_of_clouds([read_cloud(path)], sample, [path.name])
 
 
-def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings) -> None:
+def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings: Findings) -> Probe:
+    """A look into the engine of a deployment file.
+
+    Raises:
+        UserError: It was exported from another checkpoint.
+    """
+    from cpq_train.export.comparison import Probe  # needs onnx
+
+    engine = Engine(file)
+    engine.check_source(checkpoint)
+    probe = Probe(engine)
+    findings.engine = EndToEnd(f"{engine.name} {engine.version}")
+    findings.other_numbers = differences(plan_of(detector.network), probe.plan)
+    return probe
+
+
+def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings, probe: Probe | None) -> None:
     inputs = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
     for report in verify_layers(detector.network, inputs):
         known = findings.layers.get(report.name)
         findings.layers[report.name] = report if known is None else known + report
-    outputs = verify_end_to_end(detector.network, inputs, findings.flips)
-    ours, theirs = (decode(heads, detector.network_config, detector.post_processing)[0] for heads in outputs)
-    findings.num_detections += len(ours.scores)
-    findings.num_other_detections += num_different(ours, theirs)
-
-
-def num_different(a: Detections, b: Detections) -> int:
-    """Rows of the longer list that differ in box, score or label, or have no counterpart."""
-    rows_a, rows_b = (torch.cat([d.boxes, d.scores[:, None], d.labels[:, None]], 1) for d in (a, b))
-    num_common = min(len(rows_a), len(rows_b))
-    num_unequal = int((rows_a[:num_common] != rows_b[:num_common]).any(1).sum())
-    return num_unequal + max(len(rows_a), len(rows_b)) - num_common
+    how = detector.network_config, detector.post_processing
+    outputs = verify_end_to_end(detector.network, inputs, findings.reference.flips)
+    findings.reference.count_detections(*outputs, *how)
+    if probe is not None and findings.engine is not None:
+        pair = probe.compare(detector.network, inputs, findings.engine.flips)
+        findings.engine.count_detections(*pair, *how)
 
 
 def _print(findings: Findings) -> None:
@@ -219,16 +206,12 @@ def _print(findings: Findings) -> None:
         table.add_row(r.name, r.kind, r.arithmetic, *numbers, where)
     console = table_console()
     console.print(table)
-    flips = findings.flips
-    console.print(
-        f"end to end: of {flips.num_codes:,} codes {flips.num_flipped:,} differ by one step and "
-        f"{flips.num_further:,} by more; of {flips.num_outputs:,} head outputs {flips.mismatched_outputs:,} "
-        f"differ, by up to {flips.largest_difference:g}; of {findings.num_detections:,} detections "
-        f"{findings.num_other_detections:,} differ"
-    )
-    if flips.by_layer:
-        first, count = next(iter(flips.by_layer.items()))
-        console.print(f"codes first differ at {first} ({count:,}): {FLIP_REASON}")
+    for end_to_end in filter(None, (findings.reference, findings.engine)):
+        console.print(end_to_end.sentence(), highlight=False)
+        by_layer = end_to_end.flips.by_layer
+        if by_layer:
+            first, count = next(iter(by_layer.items()))
+            console.print(f"codes first differ at {first} ({count:,}): {FLIP_REASON}")
 
 
 def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict[str, Any]:
@@ -236,8 +219,7 @@ def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict
         "schema": 1,
         "checkpoint": {"path": str(checkpoint), "sha256": sha256_of(checkpoint)},
         "layers": [asdict(report) for report in findings.layers.values()],
-        "end_to_end": asdict(findings.flips),
-        "num_detections": findings.num_detections,
-        "num_other_detections": findings.num_other_detections,
+        **findings.reference.document(),
+        "engine": None if findings.engine is None else findings.engine.document(),
         "failures": failures,
     }

@@ -1,0 +1,146 @@
+"""An engine against the network that its file was made of: codes of every layer, and outputs.
+
+Numbers are compared for equality, with no tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cpq_train.export.engine import Engine, new_session, run_sample
+from cpq_train.export.graph import onnx
+from cpq_train.export.plan import Addition, Convolution, InputRange
+from cpq_train.export.portable import coords_name
+from cpq_train.export.readback import read_plan
+from cpq_train.models import HeadOutput
+from cpq_train.quantization.reference.rulebook import RowOf
+from cpq_train.quantization.switches import quantized_layers
+from cpq_train.quantization.verification.end_to_end import Flips
+from cpq_train.quantization.verification.observation import Observed, observing, run
+from cpq_train.sparse import SparseConvTensor
+
+Array = NDArray[Any]
+
+LOST = 2**15
+"""Distance of a code to that of a voxel which only one of the two has."""
+
+
+class Seen(NamedTuple):
+    """Codes that a layer of the network read.
+
+    Attributes:
+        codes: One array for each tensor that it reads.
+        positions: (V, 4) batch, z, y, x of their rows; None where they are maps.
+        grid: Of these positions.
+    """
+
+    codes: tuple[Array, ...]
+    positions: Array | None = None
+    grid: tuple[int, ...] = ()
+
+
+class Probe:
+    """A deployment file with the codes of every layer as further outputs.
+
+    Args:
+        engine: What runs the file itself.
+
+    Raises:
+        UserError: The file does not have the form that `export` writes.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.plan = engine, read_plan(engine.file)
+        self.code_names = self.plan.code_tensors()
+        model = onnx.load(str(engine.file))
+        sparse = [o for o in self.plan.operations if isinstance(o, Addition | Convolution)]
+        coords = {coords_name(self.plan, o.sources[0]) for o in sparse if self._is_sparse(o)}
+        for name in (*self.code_names.values(), *sorted(coords)):
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        self._session = new_session(model.SerializeToString(), str(engine.file))
+
+    def compare(self, network: nn.Module, inputs: tuple[Tensor, Tensor, int], flips: Flips) -> _Pair:
+        """Run one sample through both.
+
+        Args:
+            network: The network that the file was made of.
+            inputs: Features, coordinates and 1.
+            flips: The differences are added here.
+
+        Returns:
+            Outputs of the network and of the engine.
+        """
+        features, coords, _ = inputs
+        ours, seen = _observe(network, inputs)
+        theirs = self.engine(*inputs)
+        values = run_sample(self._session, features, coords[:, 1:])
+        for operation in self.plan.operations:
+            if operation.name in seen and isinstance(operation, Addition | Convolution):
+                self._count(operation, seen[operation.name], values, flips)
+        for head, other in zip(ours, theirs, strict=True):
+            for branch, tensor in head.items():
+                flips.count_outputs(tensor, other[branch])
+        return ours, theirs
+
+    def _count(
+        self, operation: Addition | Convolution, seen: Seen, values: Mapping[str, Array], flips: Flips
+    ) -> None:
+        for codes, source, chosen in zip(seen.codes, operation.sources, _ranges(operation), strict=True):
+            theirs = values[self.code_names[source, chosen]]
+            if seen.positions is None:
+                flips.count_codes(operation.name, np.abs(codes - _padded(theirs, codes.shape)))
+                continue
+            zyx = values[coords_name(self.plan, source)]
+            rows = RowOf(np.insert(zyx, 0, 0, axis=1), seen.grid)(seen.positions)
+            steps = np.abs(codes - theirs[rows]) if len(zyx) else np.zeros_like(codes)
+            steps[rows < 0] = LOST
+            num_more = len(zyx) - int((rows >= 0).sum())
+            more = np.full((num_more, codes.shape[1]), LOST)
+            flips.count_codes(operation.name, np.concatenate([steps, more]))
+
+    @staticmethod
+    def _is_sparse(operation: Addition | Convolution) -> bool:
+        return isinstance(operation, Addition) or operation.kind in ("SubMConv3d", "SparseConv3d")
+
+
+_Pair = tuple[list[HeadOutput], list[HeadOutput]]
+
+
+def _padded(codes: Array, shape: tuple[int, ...]) -> Array:
+    """Codes of a map with the zeros around it that some layers of the network pad it with beforehand."""
+    widths = [(a - b) // 2 for a, b in zip(shape, codes.shape, strict=True)]
+    return np.pad(codes, [(width, width) for width in widths])
+
+
+def _ranges(operation: Addition | Convolution) -> Sequence[InputRange]:
+    if isinstance(operation, Addition):
+        return operation.ranges or ()
+    return () if operation.input_range is None else (operation.input_range,)
+
+
+def _observe(
+    network: nn.Module, inputs: tuple[Tensor, Tensor, int]
+) -> tuple[list[HeadOutput], dict[str, Seen]]:
+    """The outputs of a network, and what its quantized layers read."""
+    seen: dict[str, Seen] = {}
+    place: list[Observed] = []
+
+    def take(name: str, layer: nn.Module, arguments: tuple[Any, ...], observed: Observed) -> None:
+        x = arguments[0]
+        if isinstance(x, SparseConvTensor):
+            place[:] = [observed]
+            positions = x.indices.cpu().numpy().astype(np.int64)
+            seen[name] = Seen((observed.codes,), positions, tuple(x.spatial_shape))
+        elif x.dim() == 2:  # an add reads what the convolution before it made, on the same voxels
+            seen[name] = Seen(tuple(observed.codes), place[0].positions, place[0].shape)
+        else:
+            seen[name] = Seen((observed.codes,))
+
+    with observing(quantized_layers(network), take):
+        outputs: list[HeadOutput] = run(network, inputs)
+    return outputs, seen
