@@ -81,13 +81,10 @@ def put_together(graph: Graph, sums: Sequence[str], places: Sequence[int], name:
 
     Args:
         graph: Where to.
-        sums: Tensors of whole numbers, one for each digit.
+        sums: Tensors of whole numbers, one for each of several digits.
         places: Of the digits.
         name: Of the result.
     """
-    if len(sums) == 1:
-        # Through int32 even from fp32: no optimizer folds what follows into the convolution.
-        return graph.cast(graph.cast(sums[0], np.int32, f"{name}.whole"), np.float32, name)
     total = ""
     for number, (part, place) in enumerate(zip(sums, places, strict=True)):
         whole = graph.cast(part, np.int64, f"{name}.whole{number}")

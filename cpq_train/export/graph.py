@@ -18,6 +18,9 @@ OPSET = 19
 IR_VERSION = 9
 """Of the file format, the one that belongs to the opset."""
 
+NAMED = ("Conv", "MatMul", "MatMulInteger")
+"""Operators whose nodes have names."""
+
 
 class Graph:
     """Nodes, initializers, inputs and outputs of a file in the making."""
@@ -36,10 +39,11 @@ class Graph:
         """Append a node.
 
         Returns:
-            The name of its output, which is that of the node too.
+            The name of its output; only nodes that multiply have names of their own, for a runtime's profile.
         """
         assert output not in self._nodes, f"two nodes make {output}"
-        self._nodes[output] = onnx.helper.make_node(operator, inputs, [output], name=output, **attributes)
+        name = output if operator in NAMED else None
+        self._nodes[output] = onnx.helper.make_node(operator, inputs, [output], name=name, **attributes)
         return output
 
     def cast(self, tensor: str, dtype: type[np.generic], output: str) -> str:

@@ -6,7 +6,7 @@ rounded to fp32 once. So the order of summation does not matter, and the fastest
 * sparse layers gather their neighbours by a table (`rulebooks.py`) and multiply with MatMulInteger;
 * dense layers use Conv on whole numbers held in fp32, which are exact below 2^24. (In onnxruntime ConvInteger
   takes six times as long.) A transposed convolution whose kernel is its stride is a 1x1 convolution and
-  DepthToSpace. Two casts behind it keep optimizers from folding the scale into the weights;
+  DepthToSpace;
 * where sums could pass a limit, or codes what 8-bit kernels add exactly, codes are split into digits.
 
 Float layers are sums of fp32 products, whose order matters: they follow spconv's on the CPU, the centre cell
@@ -151,7 +151,10 @@ class _Writer:
             graph.node("Conv", [part.tensor, values], f"{name}.sum{number}", **attributes)
             for number, part in enumerate(parts)
         ]
-        total = put_together(graph, sums, [part.place for part in parts], f"{name}.sum")
+        if len(sums) == 1:  # whole already: this keeps optimizers from folding the scale into the weights
+            total = graph.node("Round", sums, f"{name}.sum")
+        else:
+            total = put_together(graph, sums, [part.place for part in parts], f"{name}.sum")
         if is_transposed:
             size = kernel.size[0]
             total = graph.node("DepthToSpace", [total], f"{name}.upsampled", blocksize=size, mode="CRD")
@@ -208,7 +211,11 @@ class _Writer:
             rows = graph.node("Reshape", [met, row], f"{name}.rows{number}")
             sums.append(graph.node("MatMulInteger", [rows, weight], f"{name}.sum{number}"))
             places.append(digit.place)
-        self._rescale(layer, put_together(graph, sums, places, f"{name}.sum"), (-1,))
+        if len(sums) == 1:
+            total = graph.cast(sums[0], np.float32, f"{name}.sum")
+        else:
+            total = put_together(graph, sums, places, f"{name}.sum")
+        self._rescale(layer, total, (-1,))
 
     def _sparse_float(self, layer: Convolution, found: str) -> None:
         """Sums in the order of spconv's Native algorithm; a cell without a voxel adds 0."""

@@ -111,7 +111,7 @@ class _Reader:
 
     def addition(self, name: str, node: Any, relu: bool) -> Addition:
         terms = [self.makers.get(one) for one in self.maker(node.output[0], "Add").input]
-        if [term and term.name for term in terms] != [f"{name}.term{row}" for row in range(2)]:
+        if [term and term.output[0] for term in terms] != [f"{name}.term{row}" for row in range(2)]:
             branch, identity = map(self.read, node.input)
             return Addition(name, (branch, identity), None, relu)
         (a, range_a), (b, range_b) = (self.rounded(self.maker(one).input[0]) for one in node.input)
@@ -174,7 +174,7 @@ class _Reader:
             return "ConvTranspose2d", weight, Kernel(size, size, (0, 0), (1, 1))
         kernel = _kernel_of(node)
         if kernel is None:
-            raise UserError(f"{self.where}: {node.name!r} is not padded alike on both sides")
+            raise UserError(f"{self.where}: {node.output[0]!r} is not padded alike on both sides")
         return "Conv2d", weight, kernel
 
     # Rulebooks
@@ -215,7 +215,7 @@ class _Reader:
         occupied = self.maker(volume.input[0], "ScatterElements")
         taken = self.maker(self.maker(occupied.input[1], "ReduceSum").input[0], "Mul").input[0]
         if _kernel_of(pool) != kernel or taken != coords:
-            raise UserError(f"{self.where}: {pool.name!r} finds other output voxels than its layer has")
+            raise UserError(f"{self.where}: {pool.output[0]!r} finds other output voxels than its layer has")
         if self.maker(coords).op_type == "Cast":
             z, y, x = map(int, self.array(volume.input[1])[2:])
             self.grid = (z, y, x)
