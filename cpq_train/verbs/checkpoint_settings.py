@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.data.settings import DataSettings, as_tuple
+from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.settings import settings_of
 from cpq_train.verbs.given import Given
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
@@ -50,10 +54,13 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     Returns:
         A sentence for each thing that a person should know: settings that differ, or that nobody states.
     """
-    path = _checkpoint_of(config)
-    stated = None if path is None else DataSettings.of(read_checkpoint(path, mmap=True), path)
-    if path is None or stated is None:
-        return [] if path is None else _assumed(path, config, given)
+    paths = _checkpoints_of(config)
+    if config.get("checkpoints"):
+        _take_grid(config, paths[0])
+    of_paths = [(path, DataSettings.of(read_checkpoint(path, mmap=True), path)) for path in paths]
+    path, stated = next((one for one in of_paths if one[1] is not None), (None, None))
+    if stated is None:
+        return _assumed(paths[0], config, given) if paths else []
     differences = []
     for name, value in stated.to_dict().items():
         if name not in GRID and f"data.{name}" not in given:
@@ -65,14 +72,25 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     return differences
 
 
-def _checkpoint_of(config: Namespace) -> Path | None:
-    """The checkpoint that a command runs or goes on from."""
+def _checkpoints_of(config: Namespace) -> list[Path]:
+    """The checkpoint that a command runs or goes on from; those that `profile` puts side by side."""
+    if side_by_side := config.get("checkpoints"):
+        return list(side_by_side)
     named = config.get("ckpt_path")
     if named == "last":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the run chooses
             named = newest_checkpoint(Path(config.trainer.default_root_dir) / "checkpoints")
-    return next((Path(one) for one in (named, config.model.weights) if one and Path(one).is_file()), None)
+    return [Path(one) for one in (named, config.model.weights) if one and Path(one).is_file()][:1]
+
+
+def _take_grid(config: Namespace, path: Path) -> None:
+    """The grid of a checkpoint that is measured as it is: `model.network` has no part in it then."""
+    content = read_checkpoint(path, mmap=True)
+    own = settings_of(content, path, signature(CenterPointDetector).parameters)
+    network = own.get("network") or NetworkConfig()
+    for name in GRID:
+        config.data[name] = getattr(network, name)
 
 
 def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:
