@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_files import CHECKPOINTS, small_options
+from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
@@ -75,6 +75,17 @@ def test_checkpoints_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rows[1]["summary"]["stored_bytes"] < rows[0]["summary"]["stored_bytes"]
     assert "measured in turn in one process" in out
     assert "Latency by layer" not in out
+
+
+def test_compare_takes_the_file(tmp_path: Path) -> None:
+    output, report = tmp_path / "profile", tmp_path / "report"
+    main(["profile", FLOAT, QAT, *_options(tmp_path), "--output", str(output)])
+    runs = [str(SCHEMA_1 / name) for name in ("float", "qat")]
+    main(["compare", *runs, "--output", str(report), "--latency", str(output / "latency.json")])
+    rows = read_latency(output / "latency.json")["rows"]
+    found = json.loads((report / "report.json").read_text())["runs"]
+    assert found[1]["latency"]["ratio_to_float"] == rows[1]["ms"] / rows[0]["ms"]
+    assert "| qat | PyTorch, fake quantization |" in (report / "report.md").read_text()
 
 
 def test_checkpoints_describe_themselves(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
