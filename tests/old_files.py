@@ -1,7 +1,7 @@
 """Files that earlier releases wrote, and what runs on them: runs of a small network with two class groups.
 
 They were made on the data set of the fixture `simulated_root`, by the last commit before `data` was a key of
-checkpoints.
+checkpoints. `latency.json` came with its format: it is of three of these checkpoints.
 """
 
 from pathlib import Path

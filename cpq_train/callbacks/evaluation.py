@@ -150,7 +150,7 @@ def _run_info_of_engine(module: CenterPointDetector, engine: Engine, data: NuSce
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
         parents={**source["parents"], source["arm"]: source["sha256"]},
         coverage=said.coverage,
-        profile={"stored_bytes": said.file["num_bytes"]},
+        profile={"engine_file_bytes": said.file["num_bytes"]},
         config=dict(module.hparams),
         engine=engine.describe(),
     )

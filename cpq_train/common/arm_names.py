@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 Arm = Literal["float", "float_tuned", "ptq", "qat"]
 
@@ -11,8 +11,11 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 
 Row = Literal["float", "float_tuned", "ptq", "qat", "deployed"]
 
+DEPLOYED: Final = "deployed"
+"""The row of an exported file that an engine runs."""
+
 ROWS: tuple[Row, ...] = get_args(Row)
-"""What a comparison has rows for: the arms, and `deployed`, an exported file that an engine runs."""
+"""What a comparison has rows for, in its order."""
 
 FLOAT_ARMS: tuple[Arm, ...] = ("float", "float_tuned")
 QUANTIZED_ARMS: tuple[Arm, ...] = ("ptq", "qat")

@@ -50,7 +50,8 @@ def check_document(document: Any, newest: int, accepted: dict[str, Any], where: 
     Args:
         document: The contents.
         newest: The schema that is written here.
-        accepted: Key -> a check, or a mapping of the same form for what lies below.
+        accepted: Key -> a check, or a mapping of the same form for what lies below; a list of one of these
+            accepts a list whose members are all so.
         where: What to call the file in the message.
 
     Raises:
@@ -69,6 +70,12 @@ def _check(value: Any, accepted: Any, where: str) -> None:
             raise UserError(f"{where}: keys {have}; accepted: all of {list(accepted)}")
         for key, check in accepted.items():
             _check(value[key], check, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
+        return
+    if isinstance(accepted, list):
+        if not isinstance(value, list):
+            raise UserError(f"{where} is {value!r}; accepted: a list")
+        for number, one in enumerate(value):
+            _check(one, accepted[0], f"{where}[{number}]")
         return
     is_good, description = accepted
     if not is_good(value):

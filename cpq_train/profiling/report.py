@@ -57,6 +57,12 @@ class Profile:
             **self.context,
             "latency_ms": self.latency.plain.ms,
             "latency_range_ms": [self.latency.plain.min_ms, self.latency.plain.max_ms],
+            **self.costs(),
+        }
+
+    def costs(self) -> dict[str, Any]:
+        """Work, memory and size: what is the same whenever and beside whatever it is measured."""
+        return {
             "num_macs": sum(row.macs for row in self.latency.layers),
             "evaluation_peak_bytes": self.evaluation_peak_bytes,
             "training_peak_bytes": self.training_peak_bytes,
@@ -122,7 +128,20 @@ def print_profile(console: Console, profile: Profile) -> None:
     )
     for table in tables:
         console.print(table)
-    console.print(_last_line(profile), markup=False, highlight=False)
+    console.print(summary_line(profile), markup=False, highlight=False)
+
+
+def print_in_turn(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What a pass of each network takes: rows of `latency.json`."""
+    table = _table(
+        "Latency of one pass, measured in turn in one process",
+        ("network", "runs as"),
+        ("ms", "from - to", "CPU ms"),
+    )
+    for row in rows:
+        time = Spread(row["ms"], row["min_ms"], row["max_ms"])
+        table.add_row(row["name"], row["runs_as"], f"{time.ms:.2f}", _range(time), f"{row['cpu_ms']:.2f}")
+    console.print(table)
 
 
 def latency_table(latency: Latency) -> Table:
@@ -215,7 +234,8 @@ def _latency_record(row: LatencyRow) -> dict[str, Any]:
     return {**head, **asdict(row.time), "share": row.share, "macs": row.macs, "gflop_per_s": row.gflop_per_s}
 
 
-def _last_line(profile: Profile) -> str:
+def summary_line(profile: Profile) -> str:
+    """What was measured on what, and the memory of the whole."""
     context = ", ".join(f"{key} {value}" for key, value in profile.context.items())
     return (
         f"{context}\nmost allocated at once: {mib(profile.evaluation_peak_bytes)} MiB in an evaluation pass, "

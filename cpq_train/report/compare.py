@@ -18,7 +18,9 @@ from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_ch
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
 from cpq_train.evaluation.reliability import reliability
+from cpq_train.profiling.latency_file import read_latency
 from cpq_train.report.amax_history import AMAX_DRIFT_FILE, last_of_most_moved, read_amax_history
+from cpq_train.report.costs import describe_costs
 from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
 from cpq_train.report.runs import Run, load_runs, relative
@@ -30,7 +32,9 @@ LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
 
 
-def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Document:
+def compare(
+    run_dirs: list[Path], output: Path, wandb: str | None = None, latency: Path | None = None
+) -> Document:
     """Compare scored runs: print the tables, write the report.
 
     Writes `report.html` (one page with all pictures inside), `report.md` and its `pictures/`, `report.json`,
@@ -42,14 +46,18 @@ def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Doc
             `amax_drift.csv` and `sensitivity.json` with its picture what became of the quantizers.
         output: folder of the report.
         wandb: W&B project to log the report to; null logs nothing.
+        latency: `latency.json` of `profile`, for a table of times that were measured in turn. Its rows belong
+            to the runs that scored the same file.
 
     Returns:
         The contents of `report.json`.
 
     Raises:
-        UserError: A run is missing or damaged, or two runs differ in data, split or post-processing.
+        UserError: A run or the latency file is missing or damaged, or two runs differ in data, split or
+            post-processing.
     """
     runs = load_runs([Path(folder) for folder in run_dirs])
+    times = None if latency is None else read_latency(Path(latency))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     changed = _changes(runs)
@@ -58,7 +66,8 @@ def compare(run_dirs: list[Path], output: Path, wandb: str | None = None) -> Doc
         "dataset": runs[0].metrics["dataset"],
         "postprocessing_sha256": runs[0].metrics["postprocessing_sha256"],
         "interval_method": runs[0].metrics["confidence"]["method"],
-        "runs": [_describe(run, runs, changed.get(run.name)) for run in runs],
+        "latency": times,
+        "runs": [_describe(run, runs, changed.get(run.name), times) for run in runs],
         "pictures": draw_figures(runs, changed, output),
     }
     write_whole(output / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -91,14 +100,15 @@ def _write_lost_objects(path: Path, changed: dict[str, Changes]) -> None:
         write_changes(file, changed)
 
 
-def _describe(run: Run, runs: Sequence[Run], changed: Changes | None) -> Document:
-    kept = ("arm", "checkpoint", "metrics", "confidence", "per_class", "per_range", "coverage", "profile")
+def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: Document | None) -> Document:
+    kept = ("arm", "checkpoint", "metrics", "confidence", "per_class", "per_range", "coverage")
     baseline, no_baseline = relative(run, runs, "float")
     return {
         "name": run.name,
         "title": run.title,
         "folder": str(run.folder),
         **{key: run.metrics[key] for key in kept},
+        **describe_costs(run, baseline, latency),
         "errors_per_range": None if run.matches is None else errors_per_range(run.matches),
         "reliability": None if run.matches is None else reliability(run.matches).to_document(),
         "lost_objects": None if changed is None else counts(changed),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cpq_train.common.files import write_whole
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.report.sections import Section, Table, sections, subtitle
+from cpq_train.report.sections import Section, sections, subtitle
+from cpq_train.report.tables import Table
 
 _TITLE = "Comparison of arms"
 

@@ -50,6 +50,11 @@ class Run:
         return str(self.metrics["arm"])
 
     @property
+    def scored_sha256(self) -> str:
+        """Of the file that was scored: an engine's own, where one ran, and not that of its checkpoint."""
+        return str((self.metrics.get("engine") or self.metrics["checkpoint"])["sha256"])
+
+    @property
     def title(self) -> str:
         """The arm, and the run where its name says more."""
         return self.arm if self.arm == self.name else f"{self.arm} ({self.name})"

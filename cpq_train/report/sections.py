@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +11,8 @@ from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
-
-_NONE = "n/a"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts; the first column names the rows."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
+from cpq_train.report.costs import cost_notes, cost_tables
+from cpq_train.report.tables import NONE, Table, number
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,12 @@ def sections(report: Document) -> list[Section]:
         Section("scores", "Scores", "", [_scores(report)], is_headline=True),
         Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
         Section(
-            "cost", "Layers, size and speed", "", [_coverage(report), _profile(report)], is_headline=True
+            "cost",
+            "Layers, size and speed",
+            "",
+            cost_tables(report),
+            cost_notes(report),
+            is_headline=True,
         ),
         Section("bev", "From above", _BEV),
         Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
@@ -115,7 +110,7 @@ def _scores(report: Document) -> Table:
             run["title"],
             _with_interval(run["metrics"]["mAP"], run["confidence"]["mAP"]),
             _with_interval(run["metrics"]["NDS"], run["confidence"]["NDS"]),
-            *(_number(run["metrics"][error]) for error in errors),
+            *(number(run["metrics"][error]) for error in errors),
         ]
         for run in report["runs"]
     ]
@@ -127,7 +122,7 @@ def _gaps(report: Document) -> Table:
         [
             run["title"],
             *(_with_interval(gap["value"], gap["interval"], "+.4f") for gap in run["gap_to_float"].values()),
-            *(_number(share["value"], ".0%") for share in run["ptq_loss_won_back"].values()),
+            *(number(share["value"], ".0%") for share in run["ptq_loss_won_back"].values()),
         ]
         for run in report["runs"]
     ]
@@ -151,51 +146,9 @@ def _notes(report: Document) -> list[str]:
     ]
 
 
-def _coverage(report: Document) -> Table:
-    kinds = _keys(run["coverage"] for run in report["runs"])
-    rows = [
-        [run["title"], *("/".join(map(str, run["coverage"].get(kind, [_NONE]))) for kind in kinds)]
-        for run in report["runs"]
-    ]
-    return Table("Layers quantized, of all", ["arm", *kinds], rows)
-
-
-_COSTS = (
-    "num_parameters",
-    "float_bytes",
-    "stored_bytes",
-    "num_macs",
-    "latency_ms",
-    "evaluation_peak_bytes",
-    "training_peak_bytes",
-    "saved_bytes",
-)
-"""What a report shows of `profile` in metrics.json; names carry their units."""
-
-
-def _profile(report: Document) -> Table:
-    measured = {key for run in report["runs"] for key in run["profile"]}
-    keys = [key for key in _COSTS if key in measured]
-    rows = [
-        [run["title"], *(_measured(key, run["profile"].get(key)) for key in keys)] for run in report["runs"]
-    ]
-    header = [key.replace("_bytes", "_MiB").replace("_", " ") for key in keys]
-    return Table("Size, latency and memory", ["arm", *header], rows)
-
-
-def _measured(key: str, value: float | None) -> str:
-    if value is not None and key.endswith("_bytes"):
-        return f"{value / 2**20:.2f}"
-    return f"{value:,}" if isinstance(value, int) else _number(value, ".4g")
-
-
-def _keys(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
 def _per_class(report: Document) -> Table:
     rows = [
-        [name, *(_number(run["per_class"][name]["AP"]["mean"]) for run in report["runs"])]
+        [name, *(number(run["per_class"][name]["AP"]["mean"]) for run in report["runs"])]
         for name in DETECTION_CLASSES
     ]
     thresholds = ", ".join(f"{threshold:g}" for threshold in THRESHOLDS_M)
@@ -208,7 +161,7 @@ def _errors_per_class(report: Document) -> list[Table]:
             f"{error} per class",
             ["class", *_titles(report)],
             [
-                [name, *(_number(run["per_class"][name][error]) for run in report["runs"])]
+                [name, *(number(run["per_class"][name][error]) for run in report["runs"])]
                 for name in DETECTION_CLASSES
             ],
         )
@@ -221,7 +174,7 @@ _BINS = [bin_name(*limits) for limits in RANGE_BINS_M]
 
 def _per_range(report: Document) -> Table:
     rows = [
-        [run["title"], *(_number(run["per_range"][name]["mAP"]) for name in _BINS)] for run in report["runs"]
+        [run["title"], *(number(run["per_range"][name]["mAP"]) for name in _BINS)] for run in report["runs"]
     ]
     return Table("mAP per distance from the vehicle", ["arm", *(f"{name} m" for name in _BINS)], rows)
 
@@ -233,7 +186,7 @@ def _errors_per_range(report: Document) -> list[Table]:
             f"m{error} per distance from the vehicle",
             ["arm", *(f"{name} m" for name in _BINS)],
             [
-                [run["title"], *(_number(run["errors_per_range"][name][f"m{error}"]) for name in _BINS)]
+                [run["title"], *(number(run["errors_per_range"][name][f"m{error}"]) for name in _BINS)]
                 for run in known
             ],
         )
@@ -246,8 +199,8 @@ def _calibration(report: Document) -> Table:
     rows = [
         [
             run["title"],
-            _number(run["reliability"]["expected_error"]),
-            *(_number(value, ".2f") for value in run["reliability"]["precision"]),
+            number(run["reliability"]["expected_error"]),
+            *(number(value, ".2f") for value in run["reliability"]["precision"]),
         ]
         for run in report["runs"]
         if run["reliability"]
@@ -295,9 +248,9 @@ def _drifts(report: Document) -> list[Table]:
             [
                 [
                     f"`{name}`",
-                    _NONE if reading["drift"] is None else f"{2 ** reading['drift']:.3f}",
-                    _number(reading["clipped_share"], ".3%"),
-                    _number(reading["sqnr_db"], ".1f"),
+                    NONE if reading["drift"] is None else f"{2 ** reading['drift']:.3f}",
+                    number(reading["clipped_share"], ".3%"),
+                    number(reading["sqnr_db"], ".1f"),
                 ]
                 for name, reading in run["amax_drift"].items()
             ],
@@ -319,11 +272,7 @@ def _titles(report: Document) -> list[str]:
     return [run["title"] for run in report["runs"]]
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    return _NONE if value is None else format(value, form)
-
-
 def _with_interval(value: float | None, interval: Any, form: str = ".4f") -> str:
     if value is None or interval is None:
-        return _number(value, form)
+        return number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

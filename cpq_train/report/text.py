@@ -9,7 +9,8 @@ from rich.table import Table as RichTable
 from cpq_train.common.console import table_console
 from cpq_train.common.files import write_whole
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.report.sections import Section, Table, sections, subtitle
+from cpq_train.report.sections import Section, sections, subtitle
+from cpq_train.report.tables import Table
 
 
 def print_report(report: Document) -> None:

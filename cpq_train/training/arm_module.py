@@ -14,7 +14,7 @@ from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_content, from_weights
 from cpq_train.arms.structure import build, set_range_policy
 from cpq_train.arms.subject import Subject
-from cpq_train.common.arm_names import Arm, Row
+from cpq_train.common.arm_names import DEPLOYED, Arm, Row
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
@@ -65,7 +65,7 @@ class ArmModule(LightningModule):
     @property
     def row(self) -> Row:
         """What it is in a comparison: its arm, or deployed."""
-        return self.subject.arm if self.engine is None else "deployed"
+        return self.subject.arm if self.engine is None else DEPLOYED
 
     @override
     def configure_model(self) -> None:

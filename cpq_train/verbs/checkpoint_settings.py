@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
 from cpq_train.export.sidecar import read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.settings import settings_of
 from cpq_train.verbs.given import Given
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
@@ -59,18 +62,18 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     Returns:
         A sentence for each thing that a person should know: settings that differ, or that nobody states.
     """
-    path = _file_of(config)
-    stated = None if path is None else _stated(path)
-    if path is None or stated is None:
-        return [] if path is None else _assumed(path, config, given)
+    paths = _files_of(config)
+    if config.get("checkpoints"):
+        _take_grid(config, paths[0])
+    path, stated = next(((path, said) for path in paths if (said := _stated(path))), (None, None))
+    if stated is None:
+        return _assumed(paths[0], config, given) if paths else []
     differences = []
     for name, value in stated.to_dict().items():
         if name not in GRID and f"data.{name}" not in given:
             config.data[name] = value
         elif as_tuple(config.data[name]) != value:
-            differences.append(
-                f"data.{name} is {config.data[name]}; checkpoint {str(path)!r} was made with {value}"
-            )
+            differences.append(f"data.{name} is {config.data[name]}; {str(path)!r} was made with {value}")
     return differences
 
 
@@ -81,15 +84,26 @@ def _stated(path: Path) -> DataSettings | None:
     return DataSettings.of(read_checkpoint(path, mmap=True), path)
 
 
-def _file_of(config: Namespace) -> Path | None:
-    """The checkpoint that a command runs or goes on from, or the deployment file that it runs."""
+def _files_of(config: Namespace) -> list[Path]:
+    """What a command runs or goes on from: a checkpoint, a deployment file, or what `profile` compares."""
+    if side_by_side := config.get("checkpoints"):
+        return list(side_by_side)
     named = config.get("ckpt_path")
     if named == "last":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the run chooses
             named = newest_checkpoint(Path(config.trainer.default_root_dir) / "checkpoints")
     files = (config.model.engine_file, named, config.model.weights)
-    return next((Path(one) for one in files if one and Path(one).is_file()), None)
+    return [Path(one) for one in files if one and Path(one).is_file()][:1]
+
+
+def _take_grid(config: Namespace, path: Path) -> None:
+    """The grid of a checkpoint that is measured as it is: `model.network` has no part in it then."""
+    content = read_checkpoint(path, mmap=True)
+    own = settings_of(content, path, signature(CenterPointDetector).parameters)
+    network = own.get("network") or NetworkConfig()
+    for name in GRID:
+        config.data[name] = getattr(network, name)
 
 
 def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:

@@ -35,7 +35,7 @@ from cpq_train.verbs.trainer import QuantTrainer
 WEIGHTS_OF_VERB = {
     "calibrate": "starts from model.weights, a float checkpoint",
     "sensitivity": "starts from model.weights, a float checkpoint",
-    "profile": "takes its network from model.weights",
+    "profile": "takes its network from model.weights or a list of checkpoints",
 }
 
 
@@ -82,11 +82,12 @@ class QuantCLI(HookedCLI):
         """Verb -> the arguments that the CLI itself provides."""
         theirs = LightningCLI.subcommands()
         ours = {verb: {"model", "datamodule"} for verb in WEIGHTS_OF_VERB}
+        ours["profile"].add("checkpoints")
         return {**theirs, "predict": theirs["predict"] | {"return_predictions"}, **ours}
 
     @override
     def add_verb_arguments(self, parser: LightningArgumentParser, verb: str) -> None:
-        """The clouds of `predict`, and what a fit's configuration holds that our own verbs do not have."""
+        """Lists of files, and what a fit's configuration holds that our own verbs do not have."""
         if verb == "predict":
             # By itself jsonargparse would take a list in brackets only.
             parser.add_argument(
@@ -94,6 +95,13 @@ class QuantCLI(HookedCLI):
                 nargs="+",
                 type=Path,
                 help="float32 files as nuScenes has them, a sweep each, instead of samples of data.root",
+            )
+        if verb == "profile":
+            parser.add_argument(
+                "checkpoints",
+                nargs="*",
+                type=Path,
+                help="checkpoints to time in turn, side by side in this order, instead of model.weights",
             )
         if verb in WEIGHTS_OF_VERB:
             parser.add_argument("--ckpt_path", type=str | None, help=argparse.SUPPRESS)
@@ -104,6 +112,12 @@ class QuantCLI(HookedCLI):
         assert isinstance(self.datamodule, NuScenesDataModule)
         self.datamodule.clouds = self.config_init["predict"]["clouds"]
         self.trainer.predict(model, return_predictions=False, **arguments)
+
+    def profile(self, model: LightningModule, **arguments: Any) -> None:
+        """Profile the checkpoints that the command line names, if it names any."""
+        assert isinstance(self.trainer, QuantTrainer)
+        checkpoints = self.config_init["profile"]["checkpoints"] or ()
+        self.trainer.profile(model, checkpoints=checkpoints, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks every run has, and what the data shares with the network."""

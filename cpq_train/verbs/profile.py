@@ -5,7 +5,7 @@ Letters: P points, V voxels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import table_console
@@ -47,7 +48,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What to profile on; see `QuantTrainer.profile`.
+    """What to profile, and on what; see `QuantTrainer.profile`.
 
     Raises:
         UserError: They contradict one another.
@@ -58,6 +59,8 @@ class ProfileSettings:
     cloud: Path | None = None
     num_passes: int = 5
     trace: bool = False
+    checkpoints: Sequence[Path] = ()
+    engine_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.sample is not None and self.cloud is not None:
@@ -66,54 +69,103 @@ class ProfileSettings:
             raise UserError(f"--num_passes is {self.num_passes}: expected 1 or more")
         if self.trace and self.output is None:
             raise UserError("--trace needs --output, the folder that trace.json is written to")
+        if self.engine_file is not None and not self.checkpoints:
+            raise UserError(
+                f"--engine_file {self.engine_file} is measured beside checkpoints, and none is given: "
+                "accepted: profile CHECKPOINT... --engine_file FILE"
+            )
+        files = [path.resolve() for path in self.checkpoints]
+        if twice := [str(path) for path in self.checkpoints if files.count(path.resolve()) > 1]:
+            raise UserError(f"{' and '.join(twice)} are one checkpoint: accepted: each file once")
+
+
+@dataclass(frozen=True)
+class OneCloud:
+    """The voxels of a cloud on a device.
+
+    Attributes:
+        features_V5: Mean of the points of each voxel.
+        coords_V3: Its z, y, x.
+        num_points: P.
+        device: Where they are.
+    """
+
+    features_V5: Tensor
+    coords_V3: Tensor
+    num_points: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, data: NuScenesDataModule, settings: ProfileSettings, device: torch.device) -> Self:
+        """Of the cloud that is asked for.
+
+        Raises:
+            UserError: There is none.
+        """
+        points = _points(data, settings)
+        order = np.random.default_rng(_ORDER_SEED).permutation(len(points))
+        features_V5, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
+        return cls(features_V5.to(device), coords_V3.to(device), len(points), device)
+
+    def batch(self) -> dict[str, Any]:
+        """What a detector takes."""
+        batch_column = torch.zeros_like(self.coords_V3[:, :1])
+        return {
+            "voxel_features": self.features_V5,
+            "voxel_coords": torch.cat([batch_column, self.coords_V3], dim=1),
+            "batch_size": 1,
+        }
+
+    def context(self, settings: ProfileSettings) -> dict[str, Any]:
+        """What is measured on, as plain values."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "input": str(settings.cloud or settings.sample or "synthetic"),
+            "num_points": self.num_points,
+            "num_voxels": len(self.coords_V3),
+            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
+            "num_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "num_passes": settings.num_passes,
+        }
 
 
 class ProfiledDetector:
     """A detector and one cloud on a device, and the passes that are measured.
 
     Args:
-        model: The detector; built here, with fresh weights where it has none.
-        points: (P, 5).
-        data: Gives grid and limits of voxels.
-        device: Where to run.
+        model: The detector, built.
+        file: Where its weights are from; None where they are fresh.
+        cloud: What to run on, and where.
         precision: The context that the trainer runs forward passes in.
     """
 
     def __init__(
         self,
         model: CenterPointDetector,
-        points: Cloud,
-        data: NuScenesDataModule,
-        device: torch.device,
+        file: str | None,
+        cloud: OneCloud,
         precision: Context = nullcontext,
     ) -> None:
-        order = np.random.default_rng(_ORDER_SEED).permutation(len(points))
-        features_V5, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
-        self._features_V5, self._coords_V3 = features_V5.to(device), coords_V3.to(device)
-        self._precision = precision
-        self.device, self.num_points = device, len(points)
-        self.model = model.to(device).eval()
+        self._cloud, self._precision = cloud, precision
+        self.device, self.file = cloud.device, file
+        self.model = model.to(cloud.device).eval()
         self.network = model.network
         self.is_calibrated_here = model.subject.needs_calibration
         if self.is_calibrated_here:
             with collecting_ranges(self.network, lambda problems: None):
-                model(self._batch())
-
-    @property
-    def num_voxels(self) -> int:
-        """V."""
-        return len(self._coords_V3)
+                model(cloud.batch())
 
     @torch.inference_mode()
     def detect(self) -> None:
         """From voxels to boxes."""
         with self._precision():
-            self.model.detect(self._batch())
+            self.model.detect(self._cloud.batch())
 
     def train(self) -> list[dict[str, Tensor]]:
         """The forward pass of training, its outputs with all that backward needs."""
         with self._precision():
-            heads: list[dict[str, Tensor]] = self.model(self._batch())
+            heads: list[dict[str, Tensor]] = self.model(self._cloud.batch())
             return heads
 
     def profile(self, settings: ProfileSettings) -> Profile:
@@ -156,29 +208,14 @@ class ProfiledDetector:
             del outputs
         return observer
 
-    def _batch(self) -> dict[str, Any]:
-        batch_column = torch.zeros_like(self._coords_V3[:, :1])
-        return {
-            "voxel_features": self._features_V5,
-            "voxel_coords": torch.cat([batch_column, self._coords_V3], dim=1),
-            "batch_size": 1,
-        }
-
     def _context(self, settings: ProfileSettings) -> dict[str, Any]:
         subject = self.model.subject
-        on_cuda = self.device.type == "cuda"
         return {
             "arm": subject.arm,
             "scheme": None if subject.scheme is None else subject.scheme.name,
-            "weights": self.model.weights or "untrained",
+            "weights": self.file or "untrained",
             "ranges_from_this_input": self.is_calibrated_here,
-            "input": str(settings.cloud or settings.sample or "synthetic"),
-            "num_points": self.num_points,
-            "num_voxels": self.num_voxels,
-            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "num_passes": settings.num_passes,
+            **self._cloud.context(settings),
         }
 
 
@@ -194,12 +231,12 @@ def profile(
     Raises:
         UserError: The input or the checkpoint is no good.
     """
-    points = _points(data, settings)
+    cloud = OneCloud.of(data, settings, device)
     if model.weights is None:
         model.start_untrained()
     else:
         model.configure_model()
-    found = ProfiledDetector(model, points, data, device, precision).profile(settings)
+    found = ProfiledDetector(model, model.weights, cloud, precision).profile(settings)
     console = table_console()
     print_profile(console, found)
     if settings.output is not None:

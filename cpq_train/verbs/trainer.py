@@ -21,6 +21,7 @@ from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.strategy import QuantDDPStrategy
 from cpq_train.verbs.profile import ProfileSettings, profile
+from cpq_train.verbs.profile_several import profile_several
 from cpq_train.verbs.sensitivity import SensitivitySettings, analyse
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -175,11 +176,14 @@ class QuantTrainer(ResilientTrainer):
         cloud: Path | None = None,
         num_passes: int = 5,
         trace: bool = False,
+        checkpoints: Sequence[Path] = (),
+        engine_file: Path | None = None,
     ) -> None:
         """Measure time, memory and storage of every layer on one cloud, and print tables of them.
 
         Time is that of an evaluation pass with one sample, from voxels to boxes; memory is
         that of the forward pass of training. The cloud is made up unless `sample` or `cloud` names one.
+        Several checkpoints are also timed in turn: only such times can be compared.
 
         Args:
             model: The detector; without `model.weights` it has fresh weights, and a quantized one without
@@ -187,22 +191,33 @@ class QuantTrainer(ResilientTrainer):
             datamodule: Gives grid and limits of voxels, and the sample where one is asked for.
             output: Folder for profile.json, latency.csv, memory.csv, storage.csv and modules.txt. In the run
                 directory of a scored checkpoint its metrics.json gets the measurements too, for `compare`.
+                With `checkpoints` it gets latency.json for `compare`, and a folder of these for each.
             sample: Token of a sample of the data set, or `first` for the first validation sample.
             cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
             num_passes: Passes whose median is reported; as many run without hooks beside them.
             trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
+            checkpoints: Networks to measure instead of `model`; they say themselves what they are.
+            engine_file: Deployment file to time with them, as `export` writes it.
 
         Raises:
-            UserError: The cloud, the sample, the checkpoint or an argument is no good.
+            UserError: The cloud, the sample, a checkpoint or an argument is no good.
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
         if self.world_size != 1:
             raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
-        settings = ProfileSettings(output, sample, cloud, num_passes, trace)
-        self.accelerator.setup_device(self.strategy.root_device)
-        precision = self.precision_plugin.forward_context
-        profile(model, datamodule, settings, self.strategy.root_device, precision)
+        if checkpoints and model.weights is not None:
+            raise UserError(
+                f"checkpoints {', '.join(map(str, checkpoints))} and model.weights {model.weights} are both "
+                "given: accepted: one of the two"
+            )
+        settings = ProfileSettings(output, sample, cloud, num_passes, trace, checkpoints, engine_file)
+        device, precision = self.strategy.root_device, self.precision_plugin.forward_context
+        self.accelerator.setup_device(device)
+        if checkpoints:
+            profile_several(datamodule, settings, device, precision)
+        else:
+            profile(model, datamodule, settings, device, precision)
 
 
 def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from old_files import CHECKPOINTS, SCHEMA_1, small_options
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
+from cpq_train.profiling.latency_file import read_latency
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 
@@ -50,6 +51,22 @@ def test_runs_compare(tmp_path: Path) -> None:
             assert now[key] == then[key], (now["name"], key)
     assert new["schema"] == old["schema"]
     assert new["postprocessing_sha256"] == old["postprocessing_sha256"]
+
+
+def test_times_are_compared(tmp_path: Path) -> None:
+    """Those of the runs whose checkpoints were measured; what was measured beside them is shown too."""
+    latency = ["--latency", str(SCHEMA_1 / "latency.json")]
+    main(["compare", *(str(SCHEMA_1 / run) for run in RUNS), "--output", str(tmp_path), *latency])
+    report = json.loads((tmp_path / "report.json").read_text())
+    measured = {run["arm"]: run["latency"] for run in report["runs"]}
+    assert {arm: row and row["runs_as"] for arm, row in measured.items()} == {
+        "float": "PyTorch, float",
+        "float_tuned": None,
+        "ptq": "PyTorch, fake quantization",
+        "qat": "PyTorch, fake quantization",
+    }
+    assert measured["float"]["ratio_to_float"] == 1
+    assert [run["profile"].get("num_macs") for run in report["runs"]] == [23149236, None, 23149236, 23149236]
 
 
 def test_a_run_goes_on(simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +132,13 @@ def _newer_matches(folder: Path) -> None:
     read_matches(folder / "matches.npz")
 
 
-@pytest.mark.parametrize("read_newer", [_newer_checkpoint, _newer_metrics, _newer_matches])
+def _newer_latency(folder: Path) -> None:
+    document = json.loads((SCHEMA_1 / "latency.json").read_text())
+    (folder / "latency.json").write_text(json.dumps({**document, "schema": 2}))
+    read_latency(folder / "latency.json")
+
+
+@pytest.mark.parametrize("read_newer", [_newer_checkpoint, _newer_metrics, _newer_matches, _newer_latency])
 def test_a_newer_schema_is_refused(read_newer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="schema is 2; accepted: 1: a newer cpq_train wrote it"):
         read_newer(tmp_path)

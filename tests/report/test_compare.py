@@ -23,6 +23,7 @@ from cpq_train.evaluation.gaps import share_won_back
 from cpq_train.evaluation.matches import write_matches
 from cpq_train.evaluation.metric import Evaluation, evaluate
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
+from cpq_train.profiling.latency_file import read_latency, write_latency
 from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.report.compare import compare
 
@@ -185,9 +186,119 @@ def test_measurements_of_the_profile_are_shown(arms: dict[str, Path], tmp_path: 
     write_metrics(tmp_path / "profiled/metrics.json", document)
     compare([arms["float"], tmp_path / "profiled"], tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
-    assert "| arm | stored MiB | num macs | latency ms |" in text
-    assert "| qat (profiled) | 1.25 | 1,234,567 | 12.35 |" in text
-    assert "| float | n/a | n/a | n/a |" in text
+    assert "### Size and memory" in text
+    assert "| arm | stored MiB | num macs |\n" in text
+    assert "| qat (profiled) | 1.25 | 1,234,567 |" in text
+    assert "| float | n/a | n/a |" in text
+
+
+def test_times_of_separate_measurements_are_not_compared(arms: dict[str, Path], tmp_path: Path) -> None:
+    """They stay in the run's own file."""
+    for arm in ("float", "qat"):
+        shutil.copytree(arms[arm], tmp_path / arm)
+        document = read_metrics(arms[arm] / "metrics.json")
+        document["profile"] = {"stored_bytes": 2**20, "latency_ms": 12.345}
+        write_metrics(tmp_path / arm / "metrics.json", document)
+    report = compare([tmp_path / "float", tmp_path / "qat"], tmp_path / "report")
+    assert "atency" not in (tmp_path / "report/report.md").read_text()
+    assert "12.3" not in (tmp_path / "report/report.md").read_text()
+    assert report["latency"] is None
+    assert [run["latency"] for run in report["runs"]] == [None, None]
+
+
+def row(name: str, sha256: str, runs_as: str, ms: float, **summary: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "arm": name,
+        "file": f"{name}.file",
+        "sha256": sha256,
+        "runs_as": runs_as,
+        **{"ms": ms, "min_ms": ms - 1, "max_ms": ms + 2, "cpu_ms": 2 * ms},
+        "summary": summary,
+    }
+
+
+def write_times(path: Path, *rows: dict[str, Any]) -> Path:
+    measured_on = {"input": "first", "device": "cpu", "torch": "2.13.0"}
+    numbers = {"num_points": 90, "num_voxels": 5000, "num_threads": 1, "num_passes": 5}
+    write_latency(path, {**measured_on, **numbers, "rows": list(rows)})
+    return path
+
+
+FAKE = "PyTorch, fake quantization"
+
+
+def test_times_measured_in_turn(
+    arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine is known by its own hash, not by that of the checkpoint that it was made of."""
+    engine = tmp_path / "engine"
+    shutil.copytree(arms["qat"], engine)
+    document = read_metrics(engine / "metrics.json")
+    by = {"name": "onnxruntime", "version": "1.32.0", "file": "qat.onnx", "sha256": "of the engine"}
+    write_metrics(engine / "metrics.json", {**document, "engine": by})
+    times = write_times(
+        tmp_path / "latency.json",
+        row("float", "float", "PyTorch, float", 100.0, num_macs=7, training_peak_bytes=2**21),
+        row("qat", "qat", FAKE, 150.0, num_macs=7, training_peak_bytes=2**20),
+        row("deployed", "of the engine", "engine, onnxruntime 1.32.0", 40.0, engine_file_bytes=2**19),
+        row("ptq", "another ptq", FAKE, 151.0),
+    )
+    folders = [arms["float"], arms["float_tuned"], arms["qat"], engine]
+    report = compare(folders, tmp_path / "report", latency=times)
+    text = (tmp_path / "report/report.md").read_text()
+    table = text[text.index("### Latency of one pass, measured in turn in one process") :]
+    for line in (
+        "| arm | runs as | median ms | least-greatest ms | CPU ms | ratio to float |",
+        "| float | PyTorch, float | 100.00 | 99.00-102.00 | 200.00 | 1.00 |",
+        "| qat | PyTorch, fake quantization | 150.00 | 149.00-152.00 | 300.00 | 1.50 |",
+        "| qat (engine) | engine, onnxruntime 1.32.0 | 40.00 | 39.00-42.00 | 80.00 | 0.40 |",
+        "only rows that run as an engine are deployment figures",
+        "medians of 5 passes from voxels to boxes, 5,000 voxels of the cloud first, on cpu, threads: 1",
+        "- Without a measured latency: float_tuned.",
+        "- Measured, but of no run that is compared: ptq (ptq.file).",
+    ):
+        assert line.lower() in table.lower()
+    for line in (
+        "| arm | engine file MiB | num macs | training peak MiB |",
+        "| float | n/a | 7 | 2.00 |",
+        "| float_tuned | n/a | n/a | n/a |",
+        "| qat (engine) | 0.50 | n/a | n/a |",
+    ):
+        assert line in text
+    out = capsys.readouterr().out
+    assert "Only rows that run as an engine are deployment figures." in " ".join(out.split())
+    assert "onnxruntime 1.32.0" in (tmp_path / "report/report.html").read_text()
+    assert report["latency"] == read_latency(times)
+    assert json.loads((tmp_path / "report/report.json").read_text()) == report
+    assert report["runs"][2]["latency"]["ratio_to_float"] == 1.5
+    assert report["runs"][1]["latency"] is None
+
+
+def test_times_without_those_of_float(arms: dict[str, Path], tmp_path: Path) -> None:
+    times = write_times(tmp_path / "latency.json", row("qat", "qat", FAKE, 150.0))
+    compare([arms["float"], arms["qat"]], tmp_path / "report", latency=times)
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| qat | PyTorch, fake quantization | 150.00 | 149.00-152.00 | 300.00 | n/a |" in text
+    assert "- Without a measured latency: float." in text
+
+
+def test_times_of_none_of_the_runs(arms: dict[str, Path], tmp_path: Path) -> None:
+    """No table, but the section says why."""
+    times = write_times(tmp_path / "latency.json", row("qat", "another", FAKE, 150.0))
+    compare([arms["float"], arms["qat"]], tmp_path / "report", latency=times)
+    text = (tmp_path / "report/report.md").read_text()
+    assert "measured in turn" not in text
+    assert "deployment" not in text
+    assert "- Without a measured latency: float, qat." in text
+
+
+def test_refuses_what_is_no_latency_file(arms: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "latency.json").write_text("{}")
+    for file, message in (("latency.json", "schema is None; accepted: 1"), ("absent.json", "not a readable")):
+        with pytest.raises(UserError, match=message):
+            compare([arms["float"]], tmp_path / "report", latency=tmp_path / file)
+    assert not (tmp_path / "report").exists()
 
 
 DRIFT = "step,quantizer,amax,start_amax,clipped_share,sqnr_db\n"
