@@ -52,7 +52,7 @@ class ArmModule(LightningModule):
     batchnorm: BatchNormPolicy | None
     ranges: RangePolicy
     engine_file: str | None
-    engine: Engine | None = None
+    engine: Engine | None
     _subject: Subject | None = None
 
     @property

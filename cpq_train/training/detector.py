@@ -97,7 +97,7 @@ class CenterPointDetector(ArmModule):
         self.network_config = network
         self.weights, self.arm, self.scheme_file = weights, arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
-        self.engine_file = engine_file
+        self.engine_file, self.engine = engine_file, None
         self.post_processing, self.test_time_flip = post_processing, test_time_flip
         self.optimizer = optimizer
         self.calibration = calibration
