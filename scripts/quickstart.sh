@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a float checkpoint to a QAT checkpoint with its nuScenes score, on simulated LiDAR, without a GPU:
-# installs, simulates data, scores float, calibrates (PTQ), fine-tunes (QAT and the float_tuned control), profiles, proves the result in integers, compares.
+# From a float checkpoint to a QAT checkpoint, deployed and scored in onnxruntime, on simulated LiDAR, without a GPU: installs, simulates data, scores float,
+# calibrates (PTQ), fine-tunes (QAT and the float_tuned control) at 8 bits and at 4-bit weights, exports, scores the engine, proves it, profiles, compares.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
@@ -13,25 +13,33 @@ data=data/quickstart
 runs=runs/quickstart
 float=checkpoints/quickstart_float.ckpt
 base=(-c configs/quickstart_float.yaml --data.root "$data")
-qat=(-c configs/quickstart_qat.yaml)
 
 # Another seed than that of the data the float checkpoint was trained on.
 cpq simulate --output "$data" --version v1.0-trainval --num_scenes 24 --num_val_scenes 10 --num_samples_per_scene 4 --seed 1
 
-cpq validate  "${base[@]}" --model.weights "$float" --trainer.default_root_dir "$runs/float"
-cpq calibrate "${base[@]}" "${qat[@]}" --model.weights "$float" --output "$runs/ptq/ptq.ckpt"
-cpq validate  "${base[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/ptq"
-cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$float" --model.arm float_tuned --trainer.default_root_dir "$runs/float_tuned"
-cpq fit       "${base[@]}" "${qat[@]}" --model.weights "$runs/ptq/ptq.ckpt" --trainer.default_root_dir "$runs/qat"
+cpq validate "${base[@]}" --model.weights "$float" --trainer.default_root_dir "$runs/float"
 
-# What each costs: time, memory and storage by layer.
-for arm in float ptq qat; do
-  checkpoint=$(case $arm in float) echo "$float" ;; ptq) echo "$runs/ptq/ptq.ckpt" ;; qat) echo "$runs/qat/checkpoints/last.ckpt" ;; esac)
-  cpq profile "${base[@]}" --model.weights "$checkpoint" --sample first --output "$runs/$arm"
-done
+# INT8, where nothing is lost on simulated data, and W4A8, where PTQ loses and QAT wins back. Each schedule has its control: the same training in float.
+arms() {
+  local name=$1 overlay=(-c "$2")
+  cpq calibrate "${base[@]}" "${overlay[@]}" --model.weights "$float" --output "$runs/${name}ptq/ptq.ckpt"
+  cpq validate "${base[@]}" --model.weights "$runs/${name}ptq/ptq.ckpt" --trainer.default_root_dir "$runs/${name}ptq"
+  cpq fit "${base[@]}" "${overlay[@]}" --model.weights "$float" --model.arm float_tuned --trainer.default_root_dir "$runs/${name}float_tuned"
+  cpq fit "${base[@]}" "${overlay[@]}" --model.weights "$runs/${name}ptq/ptq.ckpt" --trainer.default_root_dir "$runs/${name}qat"
+}
+arms "" configs/quickstart_qat.yaml
+arms w4a8_ configs/quickstart_qat_4bit.yaml
 
-cpq verify "$runs/qat/checkpoints/last.ckpt" --root "$data"
+# Deployed: one ONNX file, scored in onnxruntime on the same samples, and compared with its checkpoint code by code.
+qat=$runs/qat/checkpoints/last.ckpt
+engine=$runs/deployed/qat.onnx
+cpq export "$qat" --output "$engine" --with_runtime
+cpq validate "${base[@]}" --model.engine_file "$engine" --trainer.default_root_dir "$runs/deployed"
+cpq verify "$qat" --engine "$engine" --root "$data" --num_samples 40
 
-cpq compare "$runs/float" "$runs/float_tuned" "$runs/ptq" "$runs/qat" --output "$runs"
+# What each costs by layer, and what a pass takes, measured in turn in one process.
+cpq profile "${base[@]}" --trainer.accelerator cpu "$float" "$runs/ptq/ptq.ckpt" "$qat" --engine_file "$engine" --sample first --output "$runs"
+
+cpq compare "$runs"/{float,float_tuned,ptq,qat,w4a8_float_tuned,w4a8_ptq,w4a8_qat,deployed} --latency "$runs/latency.json" --output "$runs"
 echo
 echo "Report: $runs/report.html"
