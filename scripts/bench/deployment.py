@@ -69,9 +69,7 @@ def main(
     chosen = Scheme.from_file(str(REPOSITORY / f"configs/schemes/{scheme}.yaml"))
     table = _table("Network alone, CPU time of one thread", "network", "runs as", "ms", "to float", "differ")
     for name in networks:
-        _measure(
-            name, Scheme.from_file(str(REPOSITORY / f"configs/schemes/{scheme}.yaml")), num_rounds, table
-        )
+        _measure(name, chosen, num_rounds, table)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     if convolutions:
