@@ -18,6 +18,7 @@ from cpq_train.common.files import write_whole
 from cpq_train.common.schema import MAPPING, TEXT, Check, check_document
 
 SCHEMA = 1
+ENGINE_SUFFIX = ".onnx"
 
 _LIST: Check = (lambda value: isinstance(value, list), "a list")
 _COUNT: Check = (lambda value: isinstance(value, int) and value >= 0, "a count")
