@@ -73,14 +73,13 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
         if name not in GRID and f"data.{name}" not in given:
             config.data[name] = value
         elif as_tuple(config.data[name]) != value:
-            differences.append(
-                f"data.{name} is {config.data[name]}; {_kind(path)} {str(path)!r} was made with {value}"
-            )
+            differences.append(f"data.{name} is {config.data[name]}; {_named(path)} was made with {value}")
     return differences
 
 
-def _kind(path: Path) -> str:
-    return "engine file" if path.suffix == ENGINE_SUFFIX else "checkpoint"
+def _named(path: Path | None) -> str:
+    is_engine = path is not None and path.suffix == ENGINE_SUFFIX
+    return f"{'engine file' if is_engine else 'checkpoint'} {str(path)!r}"
 
 
 def _stated(path: Path) -> DataSettings | None:
