@@ -1,9 +1,7 @@
 """A deployment file in the verbs: it scores, predicts, is verified and timed as its network is."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,16 +200,6 @@ def test_predictions_of_clouds(simulated_root: Path, checkpoint: Path, engine: P
     found = _results(tmp_path / "engine/predictions.json")
     assert [len(found[cloud]) > 50 for cloud in clouds] == [True, True]
     assert len(list((tmp_path / "engine/bev").glob("*.png"))) == 2
-
-
-def test_two_ranks(scored: dict[str, Path], simulated_root: Path, engine: Path, tmp_path: Path) -> None:
-    options = [*small_options(simulated_root, tmp_path / "run"), *_engine(engine), "--data.batch_size", "1"]
-    ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    command = [sys.executable, "-m", "cpq_train", "validate", *options, *ranks]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
-    one, two = (scored["engine"] / "metrics.json", tmp_path / "run/metrics.json")
-    assert read_metrics(two)["metrics"] == read_metrics(one)["metrics"]
-    assert _results(tmp_path / "run/results_nusc.json") == _results(scored["engine"] / "results_nusc.json")
 
 
 # What goes with it
