@@ -1,4 +1,4 @@
-"""A plan as one ONNX file of standard operators, whose numbers are PyTorch's bit for bit in any runtime.
+"""A plan as one ONNX file of standard operators, whose numbers are PyTorch's bit for bit in onnxruntime.
 
 Everything between two float numbers is whole: codes enter, and a sum of products leaves as a whole number,
 rounded to fp32 once. So the order of summation does not matter, and the fastest operator may be taken:

@@ -20,6 +20,7 @@ from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 
 SCHEMA = 1
+ENGINE_SUFFIX = ".onnx"
 
 _LIST: Check = (lambda value: isinstance(value, list), "a list")
 _COUNT: Check = (lambda value: isinstance(value, int) and value >= 0, "a count")

@@ -21,7 +21,7 @@ from cpq_train.export.plan import FEATURES, Plan, differences
 from cpq_train.export.planning import output_name, plan_of
 from cpq_train.export.portable import COORDS, portable_graph
 from cpq_train.export.readback import read_plan
-from cpq_train.export.sidecar import Sidecar, sidecar_path
+from cpq_train.export.sidecar import ENGINE_SUFFIX, Sidecar, sidecar_path
 from cpq_train.models import NetworkConfig
 from cpq_train.models.center_head import branches_of
 from cpq_train.models.decode import PostProcessing
@@ -86,7 +86,7 @@ def check_place(output: Path) -> None:
         UserError: It does not end in .onnx, is a folder, or the place of its sidecar is taken by something
             else.
     """
-    if output.suffix != ".onnx" or output.is_dir():
+    if output.suffix != ENGINE_SUFFIX or output.is_dir():
         raise UserError(f"output {str(output)!r}: expected a file that ends in .onnx")
     beside = sidecar_path(output)
     if not beside.exists():

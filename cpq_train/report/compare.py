@@ -21,6 +21,7 @@ from cpq_train.evaluation.reliability import reliability
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.report.amax_history import AMAX_DRIFT_FILE, last_of_most_moved, read_amax_history
 from cpq_train.report.costs import describe_costs
+from cpq_train.report.deployed import describe_engine
 from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
 from cpq_train.report.runs import Run, load_runs, relative
@@ -109,6 +110,7 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: D
         "folder": str(run.folder),
         **{key: run.metrics[key] for key in kept},
         **describe_costs(run, baseline, latency),
+        "engine": describe_engine(run, runs),
         "errors_per_range": None if run.matches is None else errors_per_range(run.matches),
         "reliability": None if run.matches is None else reliability(run.matches).to_document(),
         "lost_objects": None if changed is None else counts(changed),

@@ -29,7 +29,8 @@ MIN_SCORE = 0.3
 
 _PANEL_INCHES = 8.0
 _DPI = 100
-_COLUMNS = 2
+_FEW = 4
+"""So many panels stand two in a row, more of them four: a page is wider than it is high."""
 _RINGS_M = (10.0, 20.0, 30.0, 40.0, 50.0)
 _NOSE_M = 0.8
 """How far the heading line reaches over a box's front, so that it shows on a pedestrian too."""
@@ -66,7 +67,7 @@ class BevPanel:
 
 
 def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
-    """Draw one sample from above, a panel of 800 x 800 pixels for each arm, two in a row.
+    """Draw one sample from above, a panel of 800 x 800 pixels for each arm, two or four in a row.
 
     The vehicle stands in the middle and looks up; a line from a box's centre over its front is the heading.
 
@@ -77,7 +78,7 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(panels))
+    columns = min(2 if len(panels) <= _FEW else 4, len(panels))
     rows = -(-len(panels) // columns)
     size = (_PANEL_INCHES * columns, _PANEL_INCHES * rows)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")

@@ -12,6 +12,7 @@ from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
 from cpq_train.report.costs import cost_notes, cost_tables
+from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
 from cpq_train.report.tables import NONE, Table, number
 
 
@@ -61,6 +62,7 @@ def sections(report: Document) -> list[Section]:
             cost_notes(report),
             is_headline=True,
         ),
+        Section("deployed", "Deployed", WHAT_IT_SHOWS, [engine_table(report)], is_headline=True),
         Section("bev", "From above", _BEV),
         Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
         Section(

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import table_console
 from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
-from cpq_train.export.sidecar import read_sidecar
+from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector
@@ -73,13 +73,19 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
         if name not in GRID and f"data.{name}" not in given:
             config.data[name] = value
         elif as_tuple(config.data[name]) != value:
-            differences.append(f"data.{name} is {config.data[name]}; {str(path)!r} was made with {value}")
+            differences.append(
+                f"data.{name} is {config.data[name]}; {_kind(path)} {str(path)!r} was made with {value}"
+            )
     return differences
+
+
+def _kind(path: Path) -> str:
+    return "engine file" if path.suffix == ENGINE_SUFFIX else "checkpoint"
 
 
 def _stated(path: Path) -> DataSettings | None:
     """What a checkpoint, or the sidecar of a deployment file, says of its data."""
-    if path.suffix == ".onnx":
+    if path.suffix == ENGINE_SUFFIX:
         return DataSettings.of({DATA_KEY: read_sidecar(path).data}, path)
     return DataSettings.of(read_checkpoint(path, mmap=True), path)
 

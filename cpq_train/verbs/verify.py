@@ -76,15 +76,7 @@ def verify(
     Raises:
         UserError: Something is above its bound, or the checkpoint, a cloud or an argument is no good.
     """
-    if not 0 <= max_flipped_share <= 1:
-        raise UserError(f"max_flipped_share is {max_flipped_share}: expected a number between 0 and 1")
-    for name, value in (("num_samples", num_samples), ("num_sweeps", num_sweeps)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: expected 1 or more")
-    if output is not None and output.is_dir():
-        raise UserError(f"output {str(output)!r} is a folder: expected a file")
-    if cloud and root is not None:
-        raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
+    _check_arguments(cloud, root, num_samples, num_sweeps, max_flipped_share, output)
     content = read_checkpoint(checkpoint, mmap=True)
     _check_verifiable(content, checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
@@ -104,6 +96,25 @@ def verify(
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
         )
+
+
+def _check_arguments(
+    cloud: list[Path] | None,
+    root: Path | None,
+    num_samples: int,
+    num_sweeps: int | None,
+    max_flipped_share: float,
+    output: Path | None,
+) -> None:
+    if not 0 <= max_flipped_share <= 1:
+        raise UserError(f"max_flipped_share is {max_flipped_share}: expected a number between 0 and 1")
+    for name, value in (("num_samples", num_samples), ("num_sweeps", num_sweeps)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: expected 1 or more")
+    if output is not None and output.is_dir():
+        raise UserError(f"output {str(output)!r} is a folder: expected a file")
+    if cloud and root is not None:
+        raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
 
 
 def _check_verifiable(content: dict[str, Any], path: Path) -> None:
@@ -220,6 +231,6 @@ def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict
         "checkpoint": {"path": str(checkpoint), "sha256": sha256_of(checkpoint)},
         "layers": [asdict(report) for report in findings.layers.values()],
         **findings.reference.document(),
-        "engine": None if findings.engine is None else findings.engine.document(),
+        **({} if findings.engine is None else {"engine": findings.engine.document()}),
         "failures": failures,
     }

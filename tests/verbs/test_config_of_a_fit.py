@@ -46,7 +46,7 @@ def test_refuses_a_checkpoint(
     verb: str, arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = _fails([*_options(verb, arms, tmp_path), "--ckpt_path", "best"], capsys)
-    origin = {"profile": "takes its network from model.weights"}
+    origin = {"profile": "takes its network from model.weights or a list of checkpoints"}
     says = origin.get(verb, "starts from model.weights, a float checkpoint")
     assert f"{verb} {says}, not from --ckpt_path" in error
     assert not (tmp_path / "out").exists()

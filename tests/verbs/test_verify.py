@@ -110,7 +110,7 @@ def test_layers_that_compute_something_else_fail(
     output = tmp_path / "v.json"
     error = _fails(["verify", str(checkpoint), "--cloud", str(cloud), "--output", str(output)], capsys)
     assert "4 layers differ from the integer reference: backbone_3d.conv1.0.quant_add, " in error
-    assert "codes flipped end to end; max_flipped_share is 0.0001" in error
+    assert "codes flipped against the integer reference; max_flipped_share is 0.0001" in error
     assert "detections differ" in error
     document = json.loads(output.read_text())
     assert len(document["failures"]) >= 3
