@@ -27,6 +27,7 @@ STAGES = {"fit": ("train", "validation"), "validate": ("validate",)}
 class LayerProbe(Callback):
     """Measures single steps of fit and validation, on rank 0, and appends a row per layer to a file.
 
+    Nothing is measured where an engine runs in the network's place: it has no layers here.
     A resumed run goes on with the file of the run, without the rows of steps that it takes again.
 
     Args:
@@ -122,7 +123,8 @@ class LayerProbe(Callback):
         assert isinstance(module, CenterPointDetector)
         number = self._num_seen[stage] - self.first_step
         self._num_seen[stage] += 1
-        self._is_measuring = trainer.is_global_zero and number >= 0 and number % self.every_n_steps == 0
+        is_due = number >= 0 and number % self.every_n_steps == 0
+        self._is_measuring = trainer.is_global_zero and is_due and module.engine is None
         if self._is_measuring:
             self._step = trainer.global_step
             self._open.enter_context(self.measuring(trainer, module))

@@ -99,10 +99,12 @@ class Engine(nn.Module):
         """Whether the file was exported from a checkpoint; None asks for nothing.
 
         Raises:
-            UserError: It was exported from another one.
+            UserError: It was exported from another one, or there is none.
         """
         if checkpoint is None:
             return
+        if not Path(checkpoint).is_file():
+            raise UserError(f"checkpoint {str(checkpoint)!r} does not exist")
         source, found = self.sidecar.checkpoint, sha256_of(checkpoint)
         if source["sha256"] != found:
             raise UserError(

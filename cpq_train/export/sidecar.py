@@ -16,16 +16,14 @@ from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.schema import MAPPING, TEXT, Check, check_document
+from cpq_train.models import NetworkConfig
+from cpq_train.models.decode import PostProcessing
 
 SCHEMA = 1
 ENGINE_SUFFIX = ".onnx"
 
 _LIST: Check = (lambda value: isinstance(value, list), "a list")
 _COUNT: Check = (lambda value: isinstance(value, int) and value >= 0, "a count")
-_MAPPINGS: Check = (
-    lambda value: isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value),
-    "a list of mappings with a name",
-)
 _KEYS: dict[str, Any] = {
     "target": TEXT,
     "file": {"name": TEXT, "sha256": TEXT, "num_bytes": _COUNT},
@@ -33,14 +31,16 @@ _KEYS: dict[str, Any] = {
     "scheme": MAPPING,
     "coverage": MAPPING,
     "versions": MAPPING,
-    "inputs": _MAPPINGS,
-    "outputs": _MAPPINGS,
+    "inputs": [{"name": TEXT}],
+    "outputs": [{"name": TEXT, "head": _COUNT, "branch": TEXT}],
     "class_names": _LIST,
     "head_map": {"stride": _COUNT, "width": _COUNT, "height": _COUNT},
     "network": MAPPING,
     "data": MAPPING,
     "post_processing": MAPPING,
 }
+_SETTINGS = {"network": NetworkConfig, "post_processing": PostProcessing}
+"""Mappings that a class is made of, which checks them."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ def read_sidecar(engine_file: Path) -> Sidecar:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable sidecar ({error})") from error
     check_document(document, SCHEMA, _KEYS, str(path))
+    for name, settings in _SETTINGS.items():
+        try:
+            settings(**document[name])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {name}: {error}") from error
     found, expected = sha256_of(engine_file), document["file"]["sha256"]
     if found != expected:
         raise UserError(

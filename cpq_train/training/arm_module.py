@@ -70,6 +70,9 @@ class ArmModule(LightningModule):
     @override
     def configure_model(self) -> None:
         """Build the arm, once; a checkpoint that is resumed brings its own structure instead."""
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            self.refuse_engine()
         if self.engine_file is not None:
             self._start_engine(self.engine_file)
         elif self._subject is None and not self.is_resuming:
@@ -90,6 +93,18 @@ class ArmModule(LightningModule):
         engine.check_sizes(self.network_config)
         self.engine = engine
 
+    def refuse_engine(self) -> None:
+        """Refuse a deployment file where a network is needed.
+
+        Raises:
+            UserError: There is one.
+        """
+        if self.engine_file is not None:
+            raise UserError(
+                f"model.engine_file {self.engine_file!r} has no network to train, calibrate or measure; "
+                "accepted with validate, test and predict (profile has an --engine_file of its own)"
+            )
+
     def start_as(self, arm: Arm | None) -> None:
         """Build an arm from `weights`.
 
@@ -99,11 +114,7 @@ class ArmModule(LightningModule):
         Raises:
             UserError: The weights are unfit for it, or there are none to start it from.
         """
-        if self.engine_file is not None:
-            raise UserError(
-                f"model.engine_file {self.engine_file!r} has no network to train or calibrate; accepted with "
-                "validate, test and predict"
-            )
+        self.refuse_engine()
         if self.weights is not None:
             self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
         elif arm in (None, "float"):

@@ -66,7 +66,7 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     if config.get("checkpoints"):
         _take_grid(config, paths[0])
     path, stated = next(((path, said) for path in paths if (said := _stated(path))), (None, None))
-    if stated is None:
+    if path is None or stated is None:
         return _assumed(paths[0], config, given) if paths else []
     differences = []
     for name, value in stated.to_dict().items():

@@ -68,6 +68,7 @@ class QuantTrainer(ResilientTrainer):
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
+        model.refuse_engine()
         if model.weights is None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         self._on_every_rank(self._calibrate, model, datamodule, output, ranges_file)
@@ -159,6 +160,7 @@ class QuantTrainer(ResilientTrainer):
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
+        model.refuse_engine()
         if self.world_size != 1:
             raise UserError(f"sensitivity runs on one device, not {self.world_size}: set --trainer.devices 1")
         settings = SensitivitySettings(
@@ -204,6 +206,7 @@ class QuantTrainer(ResilientTrainer):
         """
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
+        model.refuse_engine()
         if self.world_size != 1:
             raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
         if checkpoints and model.weights is not None:

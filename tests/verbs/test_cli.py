@@ -419,7 +419,7 @@ def test_validate_without_a_checkpoint(
     simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = _fails(["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")], capsys)
-    assert "validate needs a checkpoint" in error
+    assert "validate needs model.weights, --ckpt_path or model.engine_file" in error
 
 
 def test_ckpt_path_is_checked_too(

@@ -178,7 +178,9 @@ def test_bad_requests(
     weights = arms["float"] / "checkpoints/last.ckpt"
     for verb in ("test", "predict"):
         options = [verb, "-c", BASE, *tiny_options(simulated_root, tmp_path)]
-        assert f"{verb} needs a checkpoint" in _fails([*options, "--data.test_split", "val"], capsys)
+        assert f"{verb} needs model.weights, --ckpt_path" in _fails(
+            [*options, "--data.test_split", "val"], capsys
+        )
         assert "split 'test' holds no scene" in _fails(_verb(verb, simulated_root, tmp_path, weights), capsys)
     options = _verb("test", simulated_root, tmp_path, weights, "--data.root", "null")
     assert "data.root is not given" in _fails(options, capsys)

@@ -1,0 +1,56 @@
+"""Old checkpoints that say with what data settings they were made, and what `export` makes of them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from old_files import CHECKPOINTS
+
+from cpq_train.export.sidecar import sidecar_path
+from cpq_train.verbs.cli import main
+
+DATA = {
+    "num_sweeps": 2,
+    "voxel_size": (0.64, 0.64, 0.32),
+    "point_cloud_range": (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0),
+    "max_points_per_voxel": 10,
+    "max_num_voxels_train": 60000,
+    "max_num_voxels_eval": 60000,
+}
+"""Those that the old runs had."""
+
+
+def stating(folder: Path, name: str, **data: Any) -> Path:
+    """One of the old checkpoints with its data settings, or others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = torch.load(CHECKPOINTS[name], weights_only=True)
+    torch.save({**content, "data": {**DATA, **data}}, folder / f"{name}.ckpt")
+    return folder / f"{name}.ckpt"
+
+
+def exported(checkpoint: Path, folder: Path) -> Path:
+    """The deployment file of a checkpoint, by the command line."""
+    main(["export", str(checkpoint), "--output", str(folder / f"{checkpoint.stem}.onnx")])
+    return folder / f"{checkpoint.stem}.onnx"
+
+
+def forge(engine: Path, content: bytes) -> None:
+    """Put something else in a deployment file's place, with the hash that its sidecar states."""
+    engine.write_bytes(content)
+    document = json.loads(sidecar_path(engine).read_text())
+    document["file"]["sha256"] = hashlib.sha256(content).hexdigest()
+    sidecar_path(engine).write_text(json.dumps(document))
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says of a mistake."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.split())
