@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import table_console
+from cpq_train.common.errors import UserError
 from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
 from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig
@@ -23,6 +24,9 @@ from cpq_train.verbs.given import Given
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
 """Settings of the model that a run cannot change when it is resumed: `training.resuming` compares them."""
+
+DECIDED_BY_FILE = ("arm", "scheme", "batchnorm")
+"""Settings of the model that a deployment file has."""
 
 _STATED_NOWHERE_ELSE = ("num_sweeps", "max_points_per_voxel", "max_num_voxels_eval")
 """Settings of the data that old checkpoints do not hold; the grid is among those of the network."""
@@ -46,6 +50,25 @@ def _keep(config: Namespace, asked: Namespace, key: str, name: str, given: Given
         config[key] = value
 
 
+def leave_to_engine(config: Namespace, given: Given) -> None:
+    """Let an engine of the command line take the place of the weights that a configuration names.
+
+    Raises:
+        UserError: The command line asks for what the engine's file says itself.
+    """
+    model = config.model
+    if model.engine_file is None:
+        return
+    for name in DECIDED_BY_FILE:
+        if model[name] is not None and given.on_command_line(f"model.{name}"):
+            raise UserError(
+                f"--model.{name} {model[name]} beside model.engine_file {model.engine_file!r}: what the file "
+                "is, it says itself"
+            )
+    if given.on_command_line("model.engine_file") and not given.on_command_line("model.weights"):
+        model.weights = None
+
+
 def find_scheme(config: Namespace, given: Given) -> None:
     """Look for a scheme file that is not there beside the configuration that names it, too."""
     scheme = config.model.scheme
@@ -65,7 +88,7 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     paths = _files_of(config)
     if config.get("checkpoints"):
         _take_grid(config, paths[0])
-    path, stated = next(((path, said) for path in paths if (said := _stated(path))), (None, None))
+    path, stated = next(((path, said) for path in paths if (said := stated_by(path))), (None, None))
     if path is None or stated is None:
         return _assumed(paths[0], config, given) if paths else []
     differences = []
@@ -82,7 +105,7 @@ def _named(path: Path | None) -> str:
     return f"{'engine file' if is_engine else 'checkpoint'} {str(path)!r}"
 
 
-def _stated(path: Path) -> DataSettings | None:
+def stated_by(path: Path) -> DataSettings | None:
     """What a checkpoint, or the sidecar of a deployment file, says of its data."""
     if path.suffix == ENGINE_SUFFIX:
         return DataSettings.of({DATA_KEY: read_sidecar(path).data}, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -10,12 +11,14 @@ from rich.console import Console
 
 import cpq_train.export
 from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.errors import UserError
 from cpq_train.export.sidecar import sidecar_path
 from cpq_train.export.writing import check_place, write_portable
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
 
 RUNTIME_FILE = "deployed_detector.py"
+RUNTIME = Path(cpq_train.export.__path__[0]) / RUNTIME_FILE
 
 
 def export(
@@ -43,6 +46,9 @@ def export(
             good.
     """
     check_place(output)
+    runtime = output.with_name(RUNTIME_FILE)
+    if with_runtime and runtime.exists() and not filecmp.cmp(RUNTIME, runtime, shallow=False):
+        raise UserError(f"{runtime} exists and is not the runtime of this release: move it away")
     content = read_checkpoint(checkpoint, mmap=True)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     data = data_settings_of(content, checkpoint, detector.network_config)
@@ -54,8 +60,7 @@ def export(
         highlight=False,
     )
     if with_runtime:
-        runtime = output.with_name(RUNTIME_FILE)
-        shutil.copyfile(Path(cpq_train.export.__path__[0]) / RUNTIME_FILE, runtime)
+        shutil.copyfile(RUNTIME, runtime)
         console.print(f"beside it: {runtime}", highlight=False)
     console.print(
         f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}", highlight=False

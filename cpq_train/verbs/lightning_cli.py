@@ -28,7 +28,12 @@ from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.verbs.checkpoint_settings import find_scheme, keep_what_was_asked, take_data_settings
+from cpq_train.verbs.checkpoint_settings import (
+    find_scheme,
+    keep_what_was_asked,
+    leave_to_engine,
+    take_data_settings,
+)
 from cpq_train.verbs.given import Given
 from cpq_train.verbs.trainer import QuantTrainer
 
@@ -38,6 +43,9 @@ WEIGHTS_OF_VERB = {
     "profile": "takes its network from model.weights or a list of checkpoints",
 }
 
+
+VERBS_OF_ENGINES = ("validate", "test", "predict")
+"""Verbs that run a deployment file in the network's place."""
 
 NO_FILES = (None, "last", "best", "hpc", "registry")
 """Values of `--ckpt_path` that name no file; of `last` the command line counts."""
@@ -165,6 +173,8 @@ class QuantCLI(HookedCLI):
         config = self.config[verb]
         if verb == "fit":
             keep_what_was_asked(config, asked, self.given)
+        if verb in VERBS_OF_ENGINES:
+            leave_to_engine(config, self.given)
         find_scheme(config, self.given)
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from cpq_train.common.arm_names import DEPLOYED
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -31,6 +31,7 @@ from cpq_train.profiling.latency_file import (
 )
 from cpq_train.profiling.report import print_in_turn, summary_line, write_files
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.verbs.checkpoint_settings import stated_by
 from cpq_train.verbs.profile import NUM_WARM_UP, Context, OneCloud, ProfiledDetector, ProfileSettings
 
 _COST_NOTHING = ("model.network.backbone_bn_momentum", "data.max_num_voxels_train")
@@ -78,11 +79,11 @@ def profile_several(
             "accepted: --trainer.accelerator cpu"
         )
     models = {file: CenterPointDetector.load_from_checkpoint(file) for file in settings.checkpoints}
-    said = {file: _settings(model, _data_settings(file)) for file, model in models.items()}
+    said = {file: _settings(model, stated_by(file)) for file, model in models.items()}
     engine = None
     if settings.engine_file is not None:
         engine = _engine(settings.engine_file)
-        said[settings.engine_file] = _settings(engine, None)
+        said[settings.engine_file] = _settings(engine, stated_by(settings.engine_file))
     _check_alike(said)
     cloud = OneCloud.of(data, settings, device)
     console = table_console()
@@ -125,10 +126,6 @@ def _settings(model: CenterPointDetector, data: DataSettings | None) -> dict[str
     }
     named = {f"{part}.{name}": as_tuple(value) for part, of in parts.items() for name, value in of.items()}
     return {**named, "model.test_time_flip": model.test_time_flip}
-
-
-def _data_settings(file: Path) -> DataSettings | None:
-    return DataSettings.of(read_checkpoint(file, mmap=True), file)
 
 
 def _free_name(arm: str, taken: Collection[str]) -> str:

@@ -275,3 +275,15 @@ def test_the_detector_imports_neither_package() -> None:
     code = "import sys, cpq_train.training.detector; print({'onnx', 'onnxruntime'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu_come_back_to_it(engines: dict[str, Path]) -> None:
+    network = CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"]).eval().network
+    engine = Engine(engines["qat"]).cuda()
+    features, coords, batch_size = voxels(network, 800)
+    on_cpu, on_gpu = engine(features, coords, batch_size), engine(features.cuda(), coords.cuda(), batch_size)
+    for mine, other in zip(on_cpu, on_gpu, strict=True):
+        assert all(
+            other[branch].is_cuda and torch.equal(mine[branch], other[branch].cpu()) for branch in mine
+        )

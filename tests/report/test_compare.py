@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import wandb
 from evaluation_problems import random_boxes, random_problem
+from scored_runs import write_arm
 
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.gaps import share_won_back
 from cpq_train.evaluation.matches import write_matches
-from cpq_train.evaluation.metric import Evaluation, evaluate
-from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, write_metrics
+from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.profiling.latency_file import read_latency, write_latency
 from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.report.compare import compare
@@ -31,27 +30,7 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 """One pixel."""
-DATASET = {"root_name": "data", "version": "v1.0-trainval", "fingerprint": "f" * 64}
 NOISE_M = {"float": 0.3, "float_tuned": 0.28, "ptq": 0.8, "qat": 0.4}
-
-
-def noisy(annotations: GroundTruth, noise_m: float) -> Predictions:
-    """All annotations as detections, displaced; the better the arm, the less."""
-    generator = np.random.default_rng(0)
-    boxes = annotations.boxes[np.arange(len(annotations.boxes))]
-    boxes.translation[:, :2] += generator.normal(0, noise_m, (len(boxes), 2))
-    return Predictions(boxes, generator.random(len(boxes)))
-
-
-def write_arm(folder: Path, arm: str, noise_m: float, parents: dict[str, str] | None = None) -> Evaluation:
-    annotations = random_problem(4, 1200, 0, num_classes=10, num_samples=40, num_scenes=10)[0]
-    found = evaluate(annotations, noisy(annotations, noise_m))
-    folder.mkdir(parents=True)
-    coverage = {"sparse": (20, 21), "conv2d": (85, 85)} if arm in ("ptq", "qat") else {}
-    run = RunInfo(arm, f"{arm}.ckpt", folder.name, DATASET, "val", "nms", parents or {}, coverage)
-    write_metrics(folder / "metrics.json", build_metrics(run, found.scores, found.matches))
-    write_matches(folder / "matches.npz", found.matches)
-    return found
 
 
 def write_bev(folder: Path) -> None:

@@ -227,6 +227,31 @@ def test_weights_beside_it(
     assert read_metrics(tmp_path / "run/metrics.json")["arm"] == "deployed"
 
 
+def test_weights_that_a_configuration_names_do_not_count(
+    scored: dict[str, Path], simulated_root: Path, engine: Path, tmp_path: Path
+) -> None:
+    """The config.yaml of a fit names the checkpoint that the fit started from, and its arm and scheme."""
+    options = ["validate", *small_options(simulated_root, tmp_path / "run", "qat"), *_engine(engine)]
+    assert "weights: null" not in (SCHEMA_1 / "qat/config.yaml").read_text()
+    main(options)
+    files = [(run / "results_nusc.json").read_bytes() for run in (scored["engine"], tmp_path / "run")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("arm", "ptq"), ("scheme", "x.yaml"), ("batchnorm", "folded")])
+def test_what_the_file_says_itself(
+    name: str,
+    value: str,
+    simulated_root: Path,
+    engine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["validate", *small_options(simulated_root, tmp_path / "run"), *_engine(engine)]
+    error = fails([*options, f"--model.{name}", value], capsys)
+    assert f"--model.{name} {value} beside model.engine_file '{engine}': what the file is, it says" in error
+
+
 @pytest.mark.parametrize(
     ("setting", "given", "asked", "own"),
     [
@@ -587,6 +612,15 @@ def test_times_of_an_engine_of_other_sizes(
     error = fails(["profile", *options, "--engine_file", str(engine)], capsys)
     assert f"'{tmp_path / 'other.ckpt'}' and '{engine}' cannot be measured side by side" in error
     assert "model.post_processing.nms_pre is 7 and 1000" in error
+
+
+def test_times_of_an_engine_of_other_data(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = stating(tmp_path, "qat", max_points_per_voxel=3)
+    options = [*small_options(Path("nowhere"), tmp_path / "run"), str(checkpoint)]
+    error = fails(["profile", *options, "--engine_file", str(engine)], capsys)
+    assert "cannot be measured side by side: data.max_points_per_voxel is 3 and 10" in error
 
 
 def test_times_of_no_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,16 @@ def test_the_runtime_goes_along(checkpoint: Path, tmp_path: Path, capsys: pytest
     assert (tmp_path / RUNTIME.name).read_bytes() == RUNTIME.read_bytes()
 
 
+def test_another_file_in_the_place_of_the_runtime_stays(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / RUNTIME.name).write_text("mine")
+    error = fails(_export(checkpoint, tmp_path / "net.onnx", "--with_runtime"), capsys)
+    assert f"{tmp_path / RUNTIME.name} exists and is not the runtime of this release" in error
+    assert [path.name for path in tmp_path.iterdir()] == [RUNTIME.name]
+    assert (tmp_path / RUNTIME.name).read_text() == "mine"
+
+
 def test_what_the_sidecar_says(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "net.onnx"
     main(_export(checkpoint, output))

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.profiling.latency_file import read_latency
-from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 from cpq_train.verbs.profile import ProfileSettings
 from cpq_train.verbs.profile_several import profile_several
@@ -124,61 +122,11 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class FakeEngine:
-    """Has what a detector of an engine has, and counts its passes."""
-
-    def __init__(self, file: Path, **settings: Any) -> None:
-        like = CenterPointDetector.load_from_checkpoint(QAT, **settings)
-        self.network_config, self.post_processing = like.network_config, like.post_processing
-        self.test_time_flip = like.test_time_flip
-        self.engine = SimpleNamespace(file=file, sha256="e" * 64, name="onnxruntime", version="1.32.0")
-        self.batches: list[dict[str, Any]] = []
-
-    def detect(self, batch: dict[str, Any]) -> None:
-        assert not torch.is_grad_enabled()
-        self.batches.append(batch)
-
-
 @pytest.fixture
 def engine_file(tmp_path: Path) -> Path:
     path = tmp_path / "qat.onnx"
     path.write_bytes(b"onnx" * 10)
     return path
-
-
-def test_an_engine_takes_its_turn(
-    tmp_path: Path, engine_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine = FakeEngine(engine_file)
-    monkeypatch.setattr(CenterPointDetector, "of_engine", lambda path: engine, raising=False)
-    output = tmp_path / "out"
-    options = ["--engine_file", str(engine_file), "--output", str(output), QAT]
-    main(["profile", *_options(tmp_path), *options])
-    network, deployed = read_latency(output / "latency.json")["rows"]
-    assert (network["name"], network["runs_as"]) == ("qat", "PyTorch, fake quantization")
-    assert {name: deployed[name] for name in ("name", "arm", "file", "sha256", "runs_as", "summary")} == {
-        "name": "deployed",
-        "arm": "deployed",
-        "file": str(engine_file),
-        "sha256": "e" * 64,
-        "runs_as": "engine, onnxruntime 1.32.0",
-        "summary": {"engine_file_bytes": 40},
-    }
-    assert deployed["ms"] < network["ms"]
-    assert not (output / "deployed").exists()
-    assert "engine, onnxruntime 1.32.0" in capsys.readouterr().out
-    assert len(engine.batches) == 1 + 2  # warm-up and passes
-    assert engine.batches[0]["voxel_coords"].shape[1] == 4
-
-
-def test_an_engine_of_another_network(
-    tmp_path: Path, engine_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine = FakeEngine(engine_file, test_time_flip=True)
-    monkeypatch.setattr(CenterPointDetector, "of_engine", lambda path: engine, raising=False)
-    message = _fails(["profile", *_options(tmp_path), QAT, "--engine_file", str(engine_file)], capsys)
-    assert f"'{QAT}' and '{engine_file}' cannot be measured side by side: model.test_time_flip" in message
-    assert engine.batches == []
 
 
 @pytest.mark.parametrize(
