@@ -154,7 +154,12 @@ def _addition(name: str, layer: ResidualAdd, branch: str, identity: str) -> Addi
 
 def _range(quantizer: Quantizer | None) -> InputRange:
     assert quantizer is not None
-    return InputRange(float(cast(Tensor, quantizer.amax)), cast(IntegerFormat, quantizer.format))
+    return InputRange(_amax(quantizer), cast(IntegerFormat, quantizer.format))
+
+
+def _amax(quantizer: Quantizer) -> float:
+    """The static amax that the network rounds with; a learned one follows from its logarithm."""
+    return float(quantizer.range_of(cast(Tensor, quantizer.amax)).amax)
 
 
 def why_not(network: nn.Module) -> dict[str, str]:
@@ -191,8 +196,8 @@ def _why_no_range(*quantizers: Quantizer | None) -> str:
     for quantizer in filter(None, quantizers):
         if quantizer.scheme.mode != "static":
             return f"the range of its input is {quantizer.scheme.mode}: a file holds static ones"
-        if float(cast(Tensor, quantizer.amax)) <= SMALLEST_AMAX:
-            return f"the amax of its input is {float(cast(Tensor, quantizer.amax)):g}: its codes are all 0"
+        if (amax := _amax(quantizer)) <= SMALLEST_AMAX:
+            return f"the amax of its input is {amax:g}: its codes are all 0"
     return ""
 
 
