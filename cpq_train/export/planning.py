@@ -204,11 +204,18 @@ def _why_no_range(*quantizers: Quantizer | None) -> str:
 def _why_no_geometry(layer: Any) -> str:
     if layer.groups != 1:
         return f"a convolution in {layer.groups} groups"
-    if isinstance(layer, nn.ConvTranspose2d) and (
-        layer.kernel_size != layer.stride or any(layer.padding) or any(layer.output_padding)
-    ):
-        return f"kernel {layer.kernel_size}, stride {layer.stride}: only equal ones, without padding"
+    if isinstance(layer, nn.ConvTranspose2d) and not _tiles(layer):
+        return (
+            f"kernel {layer.kernel_size}, stride {layer.stride}: only equal square ones, without padding or "
+            "dilation"
+        )
     return ""
+
+
+def _tiles(layer: nn.ConvTranspose2d) -> bool:
+    """Whether each input cell makes a square of output cells of its own."""
+    is_square = len({*layer.kernel_size, *layer.stride}) == 1
+    return is_square and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
 
 
 def _refuse(reasons: dict[str, str]) -> None:
