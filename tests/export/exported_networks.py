@@ -77,6 +77,7 @@ SCHEMES: dict[str, str | dict[str, Any]] = {
     "narrow": _scheme(
         weight={**W8, "narrow_range": True}, input={"bits": 8, "narrow_range": True}, share_residual=False
     ),
+    "dynamic weights": _scheme(CONV_INPUT, weight={**W8, "mode": "dynamic"}),
     "several widths": _scheme(
         {"layers": "dense_head.heads_list.0.hm.0.0", "weight": {"bits": 2, "method": "mse"}},
         {"layers": "dense_head.heads_list.1.*", "input": {"bits": 12}},
