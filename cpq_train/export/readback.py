@@ -160,11 +160,11 @@ class _Reader:
         clip = self.maker(codes, "Clip")
         scaled = self.maker(self.maker(clip.input[0], "Round").input[0], "Mul")
         scale = self.maker(scaled.input[1], "Div")
-        smallest, largest = (int(self.array(name)) for name in clip.input[1:])
+        smallest, largest = (int(self.array(name).item()) for name in clip.input[1:])
         amax = self.array(scale.input[1])
-        if float(self.array(scale.input[0])) != largest or amax.dtype != np.float32:
+        if self.array(scale.input[0]).item() != largest or amax.dtype != np.float32:
             raise UserError(f"{self.where}: {codes!r} is scaled for another largest code than {largest}")
-        return self.read(scaled.input[0]), InputRange(float(amax), _format(smallest, largest))
+        return self.read(scaled.input[0]), InputRange(float(amax.item()), _format(smallest, largest))
 
     def integer_convolution(self, name: str, node: Any, relu: bool) -> Convolution:
         product, bias = self.without_bias(node)
@@ -241,9 +241,9 @@ class _Reader:
         scatter = self.maker(name, "ScatterElements")
         parts = self.maker(self.maker(scatter.input[1], "ReduceSum").input[0], "Mul")
         moved = self.maker(parts.input[0], "Add")
-        low = tuple(map(int, self.array(moved.input[1])))
-        plane, row, _ = map(int, self.array(parts.input[1]))
-        num_cells = int(self.array(self.maker(scatter.input[0], "ConstantOfShape").input[0])[0])
+        low = tuple(map(int, self.array(moved.input[1]).tolist()))
+        plane, row, _ = map(int, self.array(parts.input[1]).tolist())
+        num_cells = int(self.array(self.maker(scatter.input[0], "ConstantOfShape").input[0]).item())
         return moved.input[0], low, (num_cells // plane, plane // row, row)
 
     def check_outputs(self, outputs: str, coords: str, kernel: Kernel) -> None:

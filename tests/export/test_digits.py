@@ -61,6 +61,26 @@ def test_no_more_digits_than_needed(fmt: IntegerFormat) -> None:
         assert len(digits) == math.ceil(magnitude_bits / num_bits)
 
 
+@pytest.mark.parametrize(
+    ("smallest", "largest", "num_digits"),
+    [
+        (0, 7, 1),
+        (0, 8, 2),
+        (-8, 7, 1),
+        (-9, 7, 2),
+        (-8, 8, 2),
+        (0, 63, 2),
+        (0, 64, 3),
+        (-64, 0, 2),
+        (-65, 0, 3),
+    ],
+)
+def test_limits_of_three_bits(smallest: int, largest: int, num_digits: int) -> None:
+    digits = split(_graph(), "codes", smallest, largest, num_bits=3)
+    assert [digit.place for digit in digits] == [1, 8, 64][:num_digits]
+    assert digits[-1].is_signed == (smallest < 0)
+
+
 @pytest.mark.parametrize("widths", [*combinations(range(1, 16), 2), (7, 7)], ids=str)
 def test_readers_that_split_the_same_codes_differently(widths: tuple[int, int]) -> None:
     """Places of one width are places of another too: 2^8 is the second of width 4 and the first of 8."""
