@@ -317,7 +317,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Operation]]] = {
     "bias of -0": ("bias", lambda o: replace(o, bias=-np.zeros_like(o.bias))),
     "no bias": ("bias", lambda o: replace(o, bias=None)),
     "no step": ("weight_step", lambda o: replace(o, weight_step=None)),
-    "weight type": ("weight", lambda o: replace(o, weight=o.weight.astype(np.int16))),
+    "weight type": ("weight", lambda o: replace(o, weight=o.weight.view(np.uint8))),
     "weight shape": ("weight", lambda o: replace(o, weight=o.weight.reshape(-1))),
     "amax": ("input_range", lambda o: replace(o, input_range=_next(o.input_range))),
     "bits": ("input_range", _format(bits=7)),
@@ -406,7 +406,7 @@ def test_operations_too_few_or_in_another_order_are_said() -> None:
     ("change", "line"),
     [
         ({"num_features": 4}, "num_features is 5 and 4"),
-        ({"grid": (26, 32, 33)}, "grid is (26, 32, 32) and (26, 32, 33)"),
+        ({"grid": (41, 32, 17)}, "grid is (41, 32, 16) and (41, 32, 17)"),
     ],
 )
 def test_other_ends_are_said(change: dict[str, Any], line: str) -> None:

@@ -11,6 +11,7 @@ from exported_networks import (
     A8,
     CLOUDS,
     CONV_INPUT,
+    GRID,
     SCHEMES,
     SMALL,
     W8,
@@ -28,6 +29,7 @@ from exported_networks import (
     scheme_of,
     session_of,
     subject_of,
+    tensor_of,
     voxels,
 )
 from torch import Tensor
@@ -35,6 +37,7 @@ from torch import Tensor
 from cpq_train.export.plan import Convolution
 from cpq_train.export.planning import plan_of
 from cpq_train.models import CenterPoint
+from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantized_layers, quantizers
@@ -45,7 +48,7 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENA
 def _is_equal_to_its_file(network: CenterPoint, *clouds: str, size: float = 20) -> dict[str, Tensor]:
     session = session_of(model_of(plan_of(network)).SerializeToString())
     for cloud in clouds or ("some",):
-        coords = CLOUDS[cloud]()
+        coords = CLOUDS[cloud](network.backbone_3d.sparse_shape)
         features = features_of(coords, size=size)
         expected = run_network(network, features, coords)
         assert_equal(run_file(session, features, coords), expected)
@@ -57,7 +60,7 @@ def _is_equal_to_its_file(network: CenterPoint, *clouds: str, size: float = 20) 
     [(scheme, cloud) for scheme in SCHEMES for cloud in CLOUDS if not has_float_sums(scheme, cloud)],
 )
 def test_outputs_are_equal(scheme: str, cloud: str) -> None:
-    coords = CLOUDS[cloud]()
+    coords = CLOUDS[cloud](GRID)
     features = features_of(coords)
     expected = run_network(subject_of(scheme).network, features, coords)
     assert [name for name, values in expected.items() if not values.std() > 1e-3] == [] or cloud == "none"
@@ -73,6 +76,21 @@ def test_inputs_far_inside_and_outside_the_ranges(scheme: str, size: float) -> N
     expected = run_network(subject_of(scheme).network, features, coords)
     assert all(values.isfinite().all() for values in expected.values())
     assert_equal(run_file(session_of(content_of(scheme)), features, coords), expected)
+
+
+@pytest.mark.parametrize("scheme", ["float sparse", "int8", "sixteen"])
+@pytest.mark.parametrize("cloud", ["some", "all"])
+def test_the_map_behind_the_sparse_layers_is_equal_before_it_is_rounded(scheme: str, cloud: str) -> None:
+    """Float sums in another order would differ here in their last bits, of which codes show few."""
+    network, coords = subject_of(scheme).network, CLOUDS[cloud](GRID)
+    features, seen = features_of(coords), list[Tensor]()
+    hook = network.map_to_bev_module.register_forward_hook(lambda *call: seen.append(call[-1]))
+    run_network(network, features, coords)
+    hook.remove()
+    model = onnx.ModelProto.FromString(content_of(scheme))
+    found = tensor_of(model, "map_to_bev_module", features, coords)
+    assert found.shape == (1, 2 * 15, 4, 2)
+    assert torch.equal(found, seen[0])
 
 
 def test_codes_of_every_tensor_saturate() -> None:
@@ -106,10 +124,10 @@ def test_the_order_of_voxels_changes_no_bit(scheme: str) -> None:
 
 
 WIDE = replace(
-    SMALL, backbone_2d_channels=(72, 10), backbone_2d_num_layers=(2, 1), upsample_channels=(64, 64)
+    SMALL, backbone_2d_channels=(96, 10), backbone_2d_num_layers=(2, 1), upsample_channels=(64, 64)
 )
-LIMIT = 255 * 127 * 72 * 9
-"""A sum of the layer below whose codes are all as large as can be: above 2^24."""
+LIMIT = 255 * 127 * 96 * 6
+"""A sum of codes that are all as large as can be, the map being two cells wide."""
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -125,7 +143,7 @@ def test_dense_sums_past_2_to_the_24_take_digits(sign: int) -> None:
     session, coords = session_of(model.SerializeToString()), voxels(2000)
     features = features_of(coords)
     assert_equal(run_file(session, features, coords), run_network(network, features, coords))
-    sums = _tensor(model, f"{layer}.sum", features, coords) * sign
+    sums = tensor_of(model, f"{layer}.sum", features, coords).numpy() * sign
     assert sums.max() == LIMIT > 2**24
 
 
@@ -142,10 +160,31 @@ def _of_largest_codes(layer: str, sign: int) -> CenterPoint:
     return network
 
 
-def _tensor(model: onnx.ModelProto, name: str, features: Tensor, coords: Tensor) -> Any:
-    probed = onnx.ModelProto.FromString(model.SerializeToString())
-    probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return run_file(session_of(probed.SerializeToString()), features, coords)[name].numpy()
+@pytest.mark.parametrize(
+    ("fmt", "has_relu"),
+    [(IntegerFormat(8, signed=False), True), (IntegerFormat(9), True), (IntegerFormat(9), False)],
+)
+def test_codes_of_both_signs_take_digits_where_those_of_one_do_not(
+    fmt: IntegerFormat, has_relu: bool
+) -> None:
+    """Half the weights are negative: sums of either half stay below 2^24, those of both with signs do not."""
+    before, layer = "backbone_2d.blocks.0.1", "backbone_2d.blocks.0.4"
+    network = _of_largest_codes(layer, 1)
+    signs = torch.tensor([1.0, -1.0]).repeat(48)
+    convolution = network.get_submodule(layer)
+    convolution.weight.data = convolution.weight.data * signs.view(1, -1, 1, 1)
+    network.get_submodule(before).bias.data = signs.clone()
+    convolution._input_quantizer.format = fmt
+    if not has_relu:
+        network.backbone_2d.blocks[0][3] = torch.nn.Identity()
+    model = model_of(plan_of(network))
+    names = [node.name for node in model.graph.node if node.name.startswith(f"{layer}.sum")]
+    assert len(names) == (1 if has_relu else 2)
+    session, coords = session_of(model.SerializeToString()), voxels(2000)
+    features = features_of(coords)
+    assert_equal(run_file(session, features, coords), run_network(network, features, coords))
+    sums = tensor_of(model, f"{layer}.sum", features, coords)
+    assert sums.max() == 6 * 48 * 127 * (255 if has_relu else 255 + 256)
 
 
 def test_channels_without_a_weight() -> None:
@@ -207,6 +246,7 @@ def test_other_shapes_of_the_map(strides: tuple[tuple[int, ...], tuple[int, ...]
     num = len(strides[0])
     config = replace(
         SMALL,
+        voxel_size=(0.2, 0.2, 0.32),
         point_cloud_range=(-3.2, -6.4, -5.0, 3.2, 6.4, 3.0),
         num_point_features=5,
         backbone_2d_strides=strides[0],
@@ -253,7 +293,7 @@ def test_the_ends_of_a_file() -> None:
         ("voxel_features", onnx.TensorProto.FLOAT, ["V", 5]),
         ("voxel_coords", onnx.TensorProto.INT32, ["V", 3]),
         *(
-            (f"head{head}.{branch}", onnx.TensorProto.FLOAT, [1, count, 4, 4])
+            (f"head{head}.{branch}", onnx.TensorProto.FLOAT, [1, count, 4, 2])
             for head, num_classes in enumerate((1, 2))
             for branch, count in {**channels, "hm": num_classes}.items()
         ),
@@ -284,6 +324,8 @@ def test_digits_are_where_codes_pass_seven_bits() -> None:
     assert [num_products(scheme, behind_relu) for scheme in ("int8", "unsigned", "sixteen")] == [1, 2, 3]
     assert num_products("sixteen", stage) == 3
     assert num_products("whole", stage) == 1
+    made = {node.output[0] for node in onnx.ModelProto.FromString(content_of("whole")).graph.node}
+    assert {"backbone_3d.conv2.0.0.codes.uint8", "voxel_features.codes.int8"} <= made
 
 
 def test_a_quantizer_of_unsigned_codes_reaches_255() -> None:
@@ -294,7 +336,7 @@ def test_a_quantizer_of_unsigned_codes_reaches_255() -> None:
     coords = voxels(500)
     features = features_of(coords)
     name = next(n for (_, r), n in plan_of(network).code_tensors().items() if r.amax == np.float32(0.01))
-    top = _tensor(model, name, features, coords).max()
+    top = tensor_of(model, name, features, coords).max()
     assert top == 255
     assert_equal(
         run_file(session_of(model.SerializeToString()), features, coords),
