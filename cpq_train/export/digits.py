@@ -47,9 +47,9 @@ def split(graph: Graph, codes: str, smallest: int, largest: int, num_bits: int) 
     """
     base, place, rest, found = 2**num_bits, 1, codes, list[Digit]()
     while largest >= base or smallest < -base:
-        high, shifted = f"{codes}.over{place * base}", f"{codes}.high{place * base}"
+        high = f"{codes}.base{base}.over{place * base}"  # 2^8 is a place of base 2^4 too, with other rests
         if high not in graph:
-            graph.node("Mul", [rest, graph.number(1 / base)], shifted)
+            shifted = graph.node("Mul", [rest, graph.number(1 / base)], f"{high}.shifted")
             graph.node("Floor", [shifted], high)
             back = graph.node("Mul", [high, graph.number(base)], f"{high}.back")
             graph.node("Sub", [rest, back], f"{high}.rest")

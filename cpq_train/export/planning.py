@@ -154,7 +154,12 @@ def _addition(name: str, layer: ResidualAdd, branch: str, identity: str) -> Addi
 
 def _range(quantizer: Quantizer | None) -> InputRange:
     assert quantizer is not None
-    return InputRange(float(cast(Tensor, quantizer.amax)), cast(IntegerFormat, quantizer.format))
+    return InputRange(_amax(quantizer), cast(IntegerFormat, quantizer.format))
+
+
+def _amax(quantizer: Quantizer) -> float:
+    """The static amax that the network rounds with; a learned one follows from its logarithm."""
+    return float(quantizer.range_of(cast(Tensor, quantizer.amax)).amax)
 
 
 def why_not(network: nn.Module) -> dict[str, str]:
@@ -191,19 +196,26 @@ def _why_no_range(*quantizers: Quantizer | None) -> str:
     for quantizer in filter(None, quantizers):
         if quantizer.scheme.mode != "static":
             return f"the range of its input is {quantizer.scheme.mode}: a file holds static ones"
-        if float(cast(Tensor, quantizer.amax)) <= SMALLEST_AMAX:
-            return f"the amax of its input is {float(cast(Tensor, quantizer.amax)):g}: its codes are all 0"
+        if (amax := _amax(quantizer)) <= SMALLEST_AMAX:
+            return f"the amax of its input is {amax:g}: its codes are all 0"
     return ""
 
 
 def _why_no_geometry(layer: Any) -> str:
     if layer.groups != 1:
         return f"a convolution in {layer.groups} groups"
-    if isinstance(layer, nn.ConvTranspose2d) and (
-        layer.kernel_size != layer.stride or any(layer.padding) or any(layer.output_padding)
-    ):
-        return f"kernel {layer.kernel_size}, stride {layer.stride}: only equal ones, without padding"
+    if isinstance(layer, nn.ConvTranspose2d) and not _tiles(layer):
+        return (
+            f"kernel {layer.kernel_size}, stride {layer.stride}: only equal square ones, without padding or "
+            "dilation"
+        )
     return ""
+
+
+def _tiles(layer: nn.ConvTranspose2d) -> bool:
+    """Whether each input cell makes a square of output cells of its own."""
+    is_square = len({*layer.kernel_size, *layer.stride}) == 1
+    return is_square and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
 
 
 def _refuse(reasons: dict[str, str]) -> None:

@@ -1,11 +1,13 @@
 """From a portable file to the plan that it holds: read from its nodes and numbers, not from what was meant.
 
 Every operation is found by walking up from the outputs: what makes a tensor, what that reads, and so on. What
-does not have a form that `portable.py` writes is refused with the name of its node.
+does not have a form that `portable.py` writes is refused with the name of its tensor; so is, in the end, each
+node and number that the writer would not have made of the plan that was found.
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +27,7 @@ from cpq_train.export.plan import (
     Operation,
     Plan,
 )
+from cpq_train.export.portable import portable_graph
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -37,16 +40,44 @@ def read_plan(file: Path) -> Plan:
     """
     try:
         model = onnx.load(str(file))
+        onnx.checker.check_model(model)
+        reader = _Reader(model.graph, str(file))
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of it
-        raise UserError(f"{file}: no ONNX file ({str(error).splitlines()[0]})") from error
-    return _Reader(model.graph, str(file)).plan()
+        raise UserError(f"{file}: no ONNX file ({_first_line(error)})") from error
+    plan = reader.plan()
+    _check_form(model, plan, str(file))
+    return plan
+
+
+def _check_form(model: Any, plan: Plan, where: str) -> None:
+    """Whether a file is, node by node and number by number, what the writer makes of a plan.
+
+    Raises:
+        UserError: It is not; names the first tensor that differs.
+    """
+    try:
+        expected = portable_graph(plan).model(model.graph.name, model.producer_version, model.doc_string)
+    except Exception as error:  # whatever numbers that fit no network make of the writer
+        raise UserError(f"{where}: its numbers make no network ({_first_line(error)})") from error
+    for kind in ("node", "initializer", "input", "output"):
+        for found, wanted in zip_longest(getattr(model.graph, kind), getattr(expected.graph, kind)):
+            if found != wanted:
+                one = wanted if found is None else found
+                name = one.output[0] if kind == "node" else one.name
+                raise UserError(f"{where}: {kind} {name!r} is not what the writer makes of the rest")
+    if model != expected:
+        raise UserError(f"{where}: has more than nodes and numbers, or another version of the operators")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Reader:
     def __init__(self, graph: Any, where: str) -> None:
         self.where, self.graph = where, graph
-        self.makers = {node.output[0]: node for node in graph.node}
-        self.order = {node.output[0]: number for number, node in enumerate(graph.node)}
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.order = {name: number for number, name in enumerate(self.makers)}
         self.numbers = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
         self.operations: dict[str, Operation] = {}
         self.grid = (0, 0, 0)
@@ -59,7 +90,7 @@ class _Reader:
         shapes = {one.name: one.type.tensor_type.shape for one in self.graph.input}
         if FEATURES not in shapes:
             raise UserError(f"{self.where}: no input {FEATURES!r}")
-        num_features = shapes[FEATURES].dim[1].dim_value
+        num_features = shapes[FEATURES].dim[-1].dim_value if shapes[FEATURES].dim else 0
         return Plan(num_features, self.grid, tuple(in_order), outputs)
 
     # Nodes
@@ -91,23 +122,30 @@ class _Reader:
         """Take in the operation that makes a tensor, and those above it."""
         if tensor == FEATURES or tensor in self.operations:
             return tensor
+        try:
+            self.operations[tensor] = self.operation(tensor)
+        except UserError:
+            raise
+        except (ArithmeticError, LookupError, RecursionError, StopIteration, TypeError, ValueError) as error:
+            raise UserError(f"{self.where}: tensor {tensor!r} is not made as export does it") from error
+        return tensor
+
+    def operation(self, tensor: str) -> Operation:
+        """The operation that makes a tensor."""
         node = self.maker(tensor)
         relu = node.op_type == "Relu"
         if relu:
             node = self.maker(node.input[0])
         if node.op_type == "Concat":
-            found: Operation = Concatenation(tensor, tuple(map(self.read, node.input)), relu)
-        elif node.op_type == "Reshape":
+            return Concatenation(tensor, tuple(map(self.read, node.input)), relu)
+        if node.op_type == "Reshape":
             source = self.maker(self.maker(node.input[0], "Transpose").input[0], "ScatterND").input[2]
-            found = HeightMap(tensor, (self.read(source),), relu)
-        elif f"{tensor}.weight_codes" in self.numbers:
-            found = self.integer_convolution(tensor, node, relu)
-        elif f"{tensor}.weight0" in self.numbers:
-            found = self.float_convolution(tensor, node, relu)
-        else:
-            found = self.addition(tensor, node, relu)
-        self.operations[tensor] = found
-        return tensor
+            return HeightMap(tensor, (self.read(source),), relu)
+        if f"{tensor}.weight_codes" in self.numbers:
+            return self.integer_convolution(tensor, node, relu)
+        if f"{tensor}.weight0" in self.numbers:
+            return self.float_convolution(tensor, node, relu)
+        return self.addition(tensor, node, relu)
 
     def addition(self, name: str, node: Any, relu: bool) -> Addition:
         terms = [self.makers.get(one) for one in self.maker(node.output[0], "Add").input]
@@ -122,11 +160,11 @@ class _Reader:
         clip = self.maker(codes, "Clip")
         scaled = self.maker(self.maker(clip.input[0], "Round").input[0], "Mul")
         scale = self.maker(scaled.input[1], "Div")
-        smallest, largest = (int(self.array(name)) for name in clip.input[1:])
+        smallest, largest = (int(self.array(name).item()) for name in clip.input[1:])
         amax = self.array(scale.input[1])
-        if float(self.array(scale.input[0])) != largest or amax.dtype != np.float32:
+        if self.array(scale.input[0]).item() != largest or amax.dtype != np.float32:
             raise UserError(f"{self.where}: {codes!r} is scaled for another largest code than {largest}")
-        return self.read(scaled.input[0]), InputRange(float(amax), _format(smallest, largest))
+        return self.read(scaled.input[0]), InputRange(float(amax.item()), _format(smallest, largest))
 
     def integer_convolution(self, name: str, node: Any, relu: bool) -> Convolution:
         product, bias = self.without_bias(node)
@@ -203,9 +241,9 @@ class _Reader:
         scatter = self.maker(name, "ScatterElements")
         parts = self.maker(self.maker(scatter.input[1], "ReduceSum").input[0], "Mul")
         moved = self.maker(parts.input[0], "Add")
-        low = tuple(map(int, self.array(moved.input[1])))
-        plane, row, _ = map(int, self.array(parts.input[1]))
-        num_cells = int(self.array(self.maker(scatter.input[0], "ConstantOfShape").input[0])[0])
+        low = tuple(map(int, self.array(moved.input[1]).tolist()))
+        plane, row, _ = map(int, self.array(parts.input[1]).tolist())
+        num_cells = int(self.array(self.maker(scatter.input[0], "ConstantOfShape").input[0]).item())
         return moved.input[0], low, (num_cells // plane, plane // row, row)
 
     def check_outputs(self, outputs: str, coords: str, kernel: Kernel) -> None:
