@@ -8,8 +8,10 @@ with importing_spconv():
     from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
 from cpq_train.sparse.convolution import SparseConv3d, SubMConv3d
+from cpq_train.sparse.products import use_regular_products
 from cpq_train.sparse.residual import ResidualAdd
 
+use_regular_products()
 # spconv asks torch.fx whether it is tracing, and torch answers with advice to spconv's authors.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
