@@ -45,6 +45,7 @@ def split(graph: Graph, codes: str, smallest: int, largest: int, num_bits: int) 
         largest: Largest code.
         num_bits: Digits are below 2^num_bits; the highest one may be negative, down to -2^num_bits.
     """
+    assert num_bits >= 1, f"digits of {num_bits} bits"
     base, place, rest, found = 2**num_bits, 1, codes, list[Digit]()
     while largest >= base or smallest < -base:
         high = f"{codes}.base{base}.over{place * base}"  # 2^8 is a place of base 2^4 too, with other rests

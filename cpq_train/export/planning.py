@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -196,7 +197,10 @@ def _why_no_range(*quantizers: Quantizer | None) -> str:
     for quantizer in filter(None, quantizers):
         if quantizer.scheme.mode != "static":
             return f"the range of its input is {quantizer.scheme.mode}: a file holds static ones"
-        if (amax := _amax(quantizer)) <= SMALLEST_AMAX:
+        amax = _amax(quantizer)
+        if not math.isfinite(amax):
+            return f"the amax of its input is {amax:g}: it was never calibrated"
+        if amax <= SMALLEST_AMAX:
             return f"the amax of its input is {amax:g}: its codes are all 0"
     return ""
 
@@ -209,6 +213,9 @@ def _why_no_geometry(layer: Any) -> str:
             f"kernel {layer.kernel_size}, stride {layer.stride}: only equal square ones, without padding or "
             "dilation"
         )
+    pairs = zip(layer.padding, layer.kernel_size, strict=True)
+    if isinstance(layer, SparseConv3d) and any(padding >= size for padding, size in pairs):
+        return f"padding {layer.padding} for kernel {layer.kernel_size}: smaller than the kernel"
     return ""
 
 

@@ -32,7 +32,7 @@ class Voxels:
         grid: Cells of its grid.
         low: Cells by which its lookup is padded below.
         padded: Cells of its lookup.
-        lookup: Tensor (cells of the lookup,) int32.
+        lookup: Tensor (cells of the lookup,) int32; empty where no convolution reads the set.
     """
 
     name: str
@@ -53,8 +53,10 @@ def new_voxels(graph: Graph, name: str, coords: str, grid: Cells, kernels: Seque
         grid: Cells of its grid.
         kernels: Of every convolution that reads it.
     """
-    low = _cells(max((kernel.padding[axis] for kernel in kernels), default=0) for axis in range(3))
-    high = _cells(max((_reach(kernel, grid, axis) for kernel in kernels), default=0) for axis in range(3))
+    if not kernels:
+        return Voxels(name, coords, grid, (0, 0, 0), grid, "")
+    low = _cells(max(kernel.padding[axis] for kernel in kernels) for axis in range(3))
+    high = _cells(max(_reach(kernel, grid, axis) for kernel in kernels) for axis in range(3))
     padded = _cells(a + b + c for a, b, c in zip(low, grid, high, strict=True))
     moved = graph.node("Add", [coords, graph.ints(*low)], f"{name}.moved")
     num_voxels = graph.node("Shape", [coords], f"{name}.num_voxels", start=0, end=1)

@@ -23,21 +23,13 @@ REGULAR = 16
 """Rows and columns from which on products are regular; seen from 4 rows and 11 columns on (MKL, AVX-512)."""
 
 
-def product(rows_VC: Tensor, weight_OC: Tensor) -> Tensor:
-    """`rows_VC @ weight_OC.T`, (V, C'), whose rows do not depend on one another.
-
-    Args:
-        rows_VC: Features.
-        weight_OC: Weight of a kernel cell, (C', C).
-    """
+def padded_product(rows_VC: Tensor, weight_OC: Tensor) -> Tensor:
+    """`rows_VC @ weight_OC.T`, (V, C'), computed as of a matrix of regular size."""
     num_rows, num_columns = len(rows_VC), len(weight_OC)
-    rows_VC, weight_OC = (_padded(matrix) for matrix in (rows_VC, weight_OC))
-    return torch.mm(rows_VC, weight_OC.T)[:num_rows, :num_columns]
-
-
-def _padded(matrix: Tensor) -> Tensor:
-    missing = REGULAR - len(matrix)
-    return functional.pad(matrix, (0, 0, 0, missing)) if missing > 0 else matrix
+    rows_VC, weight_OC = (
+        functional.pad(matrix, (0, 0, 0, max(0, REGULAR - len(matrix)))) for matrix in (rows_VC, weight_OC)
+    )
+    return torch.mm(rows_VC, weight_OC.T)[:num_rows, :num_columns].contiguous()
 
 
 class RegularProducts(TorchSpconvMatmul):
@@ -49,12 +41,11 @@ class RegularProducts(TorchSpconvMatmul):
     ) -> Any:  # fmt: skip
         """The centre cell of a submanifold convolution; its product becomes the output."""
         features, filters = self.alloc.allocated[features_n], self.alloc.allocated[filters_n]
-        if features.is_cuda or not all_weight_is_krsc or features.dtype != torch.float32:
+        if not _needs_padding(features, len(features), out_channel):
             return super().indice_conv_init_gemm(
                 features_n, filters_n, all_weight_is_krsc, is_kc_not_ck, kv_center, out_channel, stream_int
             )
-        cells = filters.reshape(out_channel, -1, filters.shape[-1])
-        out = product(features, cells[:, kv_center]).contiguous()
+        out = padded_product(features, _cell(filters, kv_center))
         self.alloc.allocated[AllocKeys.OutFeatures] = out
         return torch_tensor_to_tv(out)
 
@@ -65,13 +56,22 @@ class RegularProducts(TorchSpconvMatmul):
         """Another cell: the product of the rows gathered for it, which spconv adds to their places."""
         rows, out = self.alloc.allocated[inp_buffer_n], self.alloc.allocated[out_buffer_n]
         filters = self.alloc.allocated[filters_n]
-        if not all_weight_is_krsc or rows.dtype != torch.float32:
+        if _needs_padding(rows, nhot, len(filters)):
+            out[:nhot] = padded_product(rows[:nhot], _cell(filters, index))
+        else:
             super().indice_conv_cpu_gemm(
                 inp_buffer_n, out_buffer_n, filters_n, all_weight_is_krsc, is_kc_not_ck, nhot, index
             )
-            return
-        cells = filters.reshape(len(filters), -1, filters.shape[-1])
-        out[:nhot] = product(rows[:nhot], cells[:, index])
+
+
+def _needs_padding(rows: Tensor, num_rows: int, num_columns: int) -> bool:
+    is_small = num_rows < REGULAR or num_columns < REGULAR
+    return is_small and rows.device.type == "cpu" and rows.dtype == torch.float32
+
+
+def _cell(filters: Tensor, index: int) -> Tensor:
+    """(C', C) of a kernel cell of KRSC weights."""
+    return filters.reshape(len(filters), -1, filters.shape[-1])[:, index]
 
 
 def use_regular_products() -> None:

@@ -24,7 +24,6 @@ from cpq_train.export.sidecar import Sidecar
 from cpq_train.export.writing import write_portable
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.decode import PostProcessing
-from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 
@@ -33,7 +32,7 @@ SMALL = NetworkConfig(
     point_cloud_range=(-1.6, -3.2, -5.0, 1.6, 3.2, 3.0),
     class_names=("car", "bus", "barrier"),
     class_groups=(("car",), ("barrier", "bus")),
-    backbone_3d_channels=(12, 13, 14, 16),
+    backbone_3d_channels=(6, 8, 14, 16),
     backbone_3d_num_blocks=(2, 1, 1, 1),
     backbone_3d_out_channels=15,
     backbone_2d_num_layers=(1, 2),
@@ -41,12 +40,7 @@ SMALL = NetworkConfig(
     upsample_channels=(6, 9),
     head_channels=7,
 )
-"""16 by 32 by 40 voxels, a map of two levels of height; nearly every two sizes to be confused differ.
-
-Below 12 columns, or 4 rows, MKL's products of fp32 matrices are no plain chain of fused multiply-adds, as
-those of onnxruntime are: so the sparse layers have 12 channels or more, and `has_float_sums` says where rows
-may be few.
-"""
+"""16 by 32 by 40 voxels, a map of two levels of height; nearly every two sizes to be confused differ."""
 
 GRID = (41, 32, 16)
 """Cells along z, y, x."""
@@ -88,11 +82,6 @@ SCHEMES: dict[str, str | dict[str, Any]] = {
 """Name -> a scheme file or its content."""
 
 
-def has_float_sums(scheme: str, cloud: str) -> bool:
-    """Whether a float layer would add products of few voxels, which PyTorch rounds as it likes."""
-    return scheme == "float sparse" and cloud in ("one", "borders")
-
-
 def scheme_of(name: str) -> Scheme:
     chosen = SCHEMES[name]
     return Scheme.from_file(chosen) if isinstance(chosen, str) else Scheme.from_dict(chosen)
@@ -123,10 +112,8 @@ CLOUDS: dict[str, Callable[[Sequence[int]], Tensor]] = {
 
 
 def features_of(coords: Tensor, seed: int = 0, size: float = 20) -> Tensor:
-    """Multiples of a power of two, see `_of_exact_sums`."""
-    unit = 2.0 ** (math.floor(math.log2(size)) - 6)
-    random = torch.randn(len(coords), 5, generator=torch.Generator().manual_seed(seed))
-    return (random * size / unit).round() * unit
+    """Random numbers of about a size."""
+    return torch.randn(len(coords), 5, generator=torch.Generator().manual_seed(seed)) * size
 
 
 def run_network(network: CenterPoint, features: Tensor, coords: Tensor) -> dict[str, Tensor]:
@@ -159,16 +146,8 @@ def calibrate(network: CenterPoint) -> None:
         run_network(network, features_of(coords, seed=9), coords)
 
 
-def _of_exact_sums(network: CenterPoint) -> None:
-    """A float first layer whose fp32 sums of `features_of` are exact in any order."""
-    layer = network.backbone_3d.conv_input[0]
-    if not isinstance(layer, QuantizedConvolution):
-        layer.weight.data = (layer.weight.data * 64).round() / 64
-
-
 def new_subject(scheme: Scheme, network: CenterPoint | None = None) -> Subject:
     subject = restructure(network or float_network(), "ptq", scheme, None)
-    _of_exact_sums(subject.network)
     calibrate(subject.network)
     return subject
 

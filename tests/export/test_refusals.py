@@ -155,6 +155,20 @@ def test_ranges_of_nothing(name: str, amax: float) -> None:
     assert name in shared
 
 
+@pytest.mark.parametrize("amax", [float("nan"), float("inf")])
+def test_ranges_that_were_never_found(amax: float) -> None:
+    network = calibrated("narrow")
+    network.get_submodule(STRIDED)._input_quantizer.set_amax(torch.tensor(amax))
+    assert why_not(network)[STRIDED] == f"the amax of its input is {amax:g}: it was never calibrated"
+
+
+def test_padding_as_wide_as_the_kernel() -> None:
+    network = calibrated("int8")
+    network.get_submodule(STRIDED).padding = [1, 3, 1]
+    reason = "padding [1, 3, 1] for kernel [3, 3, 3]: smaller than the kernel"
+    assert why_not(network) == {STRIDED: reason}
+
+
 def _reads_with(module: nn.Module, layer: nn.Module) -> bool:
     return getattr(module, "_input_quantizer", None) is layer._input_quantizer
 

@@ -162,3 +162,23 @@ def test_sequential_and_residual_add() -> None:
     net = SparseSequential(SubMConv3d(5, 4, 3, padding=1, indice_key="a"), torch.nn.ReLU())
     assert bool((net(x).features >= 0).all())
     assert torch.equal(ResidualAdd()(torch.ones(2), torch.ones(2)), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("kind", [SubMConv3d, SparseConv3d])
+@pytest.mark.parametrize(("num_in", "num_out"), [(5, 4), (5, 16), (16, 16), (16, 3)])
+def test_a_sum_does_not_depend_on_other_voxels(
+    kind: type[SubMConv3d | SparseConv3d], num_in: int, num_out: int
+) -> None:
+    """Each of many samples of one or two voxels, alone and in a batch of all, on the CPU: the same bits."""
+    layer = kind(num_in, num_out, 3, stride=1 if kind is SubMConv3d else 2, padding=1, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    zyx = torch.randint(1, 8, (40, 3), generator=generator).int()
+    places = [torch.cat([cell, cell + 1]) for cell in zyx.split(1)]
+    features = torch.randn((40, 2, num_in), generator=generator)
+    coords = torch.cat([F.pad(place, (1, 0), value=sample) for sample, place in enumerate(places)])
+    together = layer(SparseConvTensor(features.flatten(0, 1), coords, list(SHAPE), 40))
+    rows = {tuple(cell): row for cell, row in zip(together.indices.tolist(), together.features, strict=True)}
+    for sample, place in enumerate(places):
+        alone = layer(SparseConvTensor(features[sample], F.pad(place, (1, 0)), list(SHAPE), 1))
+        for (_, *cell), row in zip(alone.indices.tolist(), alone.features, strict=True):
+            assert torch.equal(row, rows[(sample, *cell)])
