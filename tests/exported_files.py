@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from old_files import CHECKPOINTS
 
@@ -43,14 +42,3 @@ def forge(engine: Path, content: bytes) -> None:
     document = json.loads(sidecar_path(engine).read_text())
     document["file"]["sha256"] = hashlib.sha256(content).hexdigest()
     sidecar_path(engine).write_text(json.dumps(document))
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command line says of a mistake."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.split())

@@ -121,39 +121,37 @@ def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
 
 def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
     """What `metrics.json` says of a run beside its scores."""
-    if module.engine is not None:
-        return _run_info_of_engine(module, module.engine, data)
-    subject = module.subject
-    return RunInfo(
-        arm=subject.arm,
-        checkpoint_path=str(checkpoint),
-        checkpoint_sha256=sha256_of(checkpoint),
-        dataset=data.index.dataset_info(),
-        split=data.val_split,
-        postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
-        parents=subject.parents,
-        coverage=coverage(subject.prepared),
-        profile=size_summary(storage_rows(module.network)),
-        config=dict(module.hparams),
-    )
-
-
-def _run_info_of_engine(module: CenterPointDetector, engine: Engine, data: NuScenesDataModule) -> RunInfo:
-    said = engine.sidecar
-    source = said.checkpoint
     return RunInfo(
         arm=module.row,
-        checkpoint_path=source["path"],
-        checkpoint_sha256=source["sha256"],
         dataset=data.index.dataset_info(),
         split=data.val_split,
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
-        parents={**source["parents"], source["arm"]: source["sha256"]},
-        coverage=said.coverage,
-        profile={"engine_file_bytes": said.file["num_bytes"]},
         config=dict(module.hparams),
-        engine=engine.describe(),
+        **(_of_network(module, checkpoint) if module.engine is None else _of_engine(module.engine)),
     )
+
+
+def _of_network(module: CenterPointDetector, checkpoint: Path) -> dict[str, Any]:
+    subject = module.subject
+    return {
+        "checkpoint_path": str(checkpoint),
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "parents": subject.parents,
+        "coverage": coverage(subject.prepared),
+        "profile": size_summary(storage_rows(module.network)),
+    }
+
+
+def _of_engine(engine: Engine) -> dict[str, Any]:
+    said = engine.sidecar
+    return {
+        "checkpoint_path": said.checkpoint["path"],
+        "checkpoint_sha256": said.checkpoint["sha256"],
+        "parents": said.parents,
+        "coverage": said.coverage,
+        "profile": {"engine_file_bytes": said.file["num_bytes"]},
+        "engine": engine.describe(),
+    }
 
 
 def postprocessing_sha256(config: PostProcessing, test_time_flip: bool = False) -> str:

@@ -9,7 +9,7 @@ Arm = Literal["float", "float_tuned", "ptq", "qat"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 """In the order in which they are compared."""
 
-Row = Literal["float", "float_tuned", "ptq", "qat", "deployed"]
+Row = Literal[Arm, "deployed"]
 
 DEPLOYED: Final = "deployed"
 """The row of an exported file that an engine runs."""

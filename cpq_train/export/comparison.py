@@ -6,7 +6,7 @@ Numbers are compared for equality, with no tolerance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from cpq_train.quantization.verification.observation import Observed, observing,
 from cpq_train.sparse import SparseConvTensor
 
 Array = NDArray[Any]
+
+Pair: TypeAlias = tuple[list[HeadOutput], list[HeadOutput]]
+"""Outputs of the network and of the engine."""
 
 LOST = 2**15
 """Distance of a code to that of a voxel which only one of the two has."""
@@ -58,13 +61,13 @@ class Probe:
         self.engine, self.plan = engine, read_plan(engine.file)
         self.code_names = self.plan.code_tensors()
         model = onnx.load(str(engine.file))
-        sparse = [o for o in self.plan.operations if isinstance(o, Addition | Convolution)]
-        coords = {coords_name(self.plan, o.sources[0]) for o in sparse if self._is_sparse(o)}
+        sparse = [o for o in self.plan.operations if isinstance(o, Convolution) and o.is_sparse]
+        coords = {coords_name(self.plan, layer.source) for layer in sparse}
         for name in (*self.code_names.values(), *sorted(coords)):
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
         self._session = new_session(model.SerializeToString(), str(engine.file))
 
-    def compare(self, network: nn.Module, inputs: tuple[Tensor, Tensor, int], flips: Flips) -> _Pair:
+    def compare(self, network: nn.Module, inputs: tuple[Tensor, Tensor, int], flips: Flips) -> Pair:
         """Run one sample through both.
 
         Args:
@@ -102,13 +105,6 @@ class Probe:
             num_more = len(zyx) - int((rows >= 0).sum())
             more = np.full((num_more, codes.shape[1]), LOST)
             flips.count_codes(operation.name, np.concatenate([steps, more]))
-
-    @staticmethod
-    def _is_sparse(operation: Addition | Convolution) -> bool:
-        return isinstance(operation, Addition) or operation.kind in ("SubMConv3d", "SparseConv3d")
-
-
-_Pair = tuple[list[HeadOutput], list[HeadOutput]]
 
 
 def _padded(codes: Array, shape: tuple[int, ...]) -> Array:

@@ -89,7 +89,6 @@ def put_together(graph: Graph, sums: Sequence[str], places: Sequence[int], name:
     total = ""
     for number, (part, place) in enumerate(zip(sums, places, strict=True)):
         whole = graph.cast(part, np.int64, f"{name}.whole{number}")
-        weight = graph.initializer(f"place:{place}", np.array(place, np.int64))
-        scaled = graph.node("Mul", [whole, weight], f"{name}.part{number}")
+        scaled = graph.node("Mul", [whole, graph.integer(place)], f"{name}.part{number}")
         total = graph.node("Add", [total, scaled], f"{name}.total{number}") if total else scaled
     return graph.cast(total, np.float32, name)

@@ -80,6 +80,11 @@ class Convolution:
         """The tensors that it reads."""
         return (self.source,)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it works on voxels and not on maps."""
+        return self.kind in ("SubMConv3d", "SparseConv3d")
+
 
 @dataclass(frozen=True)
 class Addition:
@@ -104,7 +109,6 @@ class HeightMap:
 
     name: str
     sources: tuple[str]
-    relu: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,6 @@ class Concatenation:
 
     name: str
     sources: tuple[str, ...]
-    relu: bool = False
 
 
 Operation: TypeAlias = Convolution | Addition | HeightMap | Concatenation

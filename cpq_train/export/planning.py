@@ -95,7 +95,9 @@ class _Walk:
                 x = self.add(_convolution(self.names[module], module, x, padding))
                 padding = (0, 0)
             elif isinstance(module, nn.ReLU):
-                self.operations[-1] = replace(self.operations[-1], relu=True)
+                last = self.operations[-1]
+                assert isinstance(last, Convolution | Addition)
+                self.operations[-1] = replace(last, relu=True)
             elif isinstance(module, nn.ZeroPad2d):
                 left, _, top, _ = module.padding  # the same on both sides
                 padding = (top, left)

@@ -39,8 +39,6 @@ from cpq_train.quantization.reference.rulebook import Kernel
 COORDS = "voxel_coords"
 """The input with the cells of the voxels."""
 
-DENSE = ("Conv2d", "ConvTranspose2d")
-
 Step: TypeAlias = tuple[str, list[str], str]
 """Operator, its further inputs, the end of its output's name."""
 
@@ -86,10 +84,10 @@ class _Writer:
         self.sizes[FEATURES] = (plan.num_features,)
         for operation in plan.operations:
             match operation:
-                case Convolution() if operation.kind in DENSE:
-                    self._dense(operation)
-                case Convolution():
+                case Convolution() if operation.is_sparse:
                     self._sparse(operation)
+                case Convolution():
+                    self._dense(operation)
                 case Addition():
                     self._addition(operation)
                 case HeightMap():
@@ -225,7 +223,7 @@ class _Writer:
         padded = self._padded(layer.source, num_in, np.float32)
         total = ""
         for cell in _order_of_sum(layer):
-            column = graph.node("Gather", [found, _index(graph, cell)], f"{name}.column{cell}", axis=1)
+            column = graph.node("Gather", [found, graph.integer(cell)], f"{name}.column{cell}", axis=1)
             rows = graph.node("Gather", [padded, column], f"{name}.rows{cell}", axis=0)
             weight = graph.initializer(f"{name}.weight{cell}", cells[:, cell].T)
             part = graph.node("MatMul", [rows, weight], f"{name}.part{cell}")
@@ -304,7 +302,3 @@ def _order_of_sum(layer: Convolution) -> list[int]:
     if layer.kind == "SubMConv3d":
         cells.insert(0, cells.pop(len(cells) // 2))
     return cells
-
-
-def _index(graph: Graph, value: int) -> str:
-    return graph.initializer(f"cell:{value}", np.array(value, np.int64))

@@ -133,14 +133,14 @@ class _Reader:
     def operation(self, tensor: str) -> Operation:
         """The operation that makes a tensor."""
         node = self.maker(tensor)
+        if node.op_type == "Concat":
+            return Concatenation(tensor, tuple(map(self.read, node.input)))
+        if node.op_type == "Reshape":
+            source = self.maker(self.maker(node.input[0], "Transpose").input[0], "ScatterND").input[2]
+            return HeightMap(tensor, (self.read(source),))
         relu = node.op_type == "Relu"
         if relu:
             node = self.maker(node.input[0])
-        if node.op_type == "Concat":
-            return Concatenation(tensor, tuple(map(self.read, node.input)), relu)
-        if node.op_type == "Reshape":
-            source = self.maker(self.maker(node.input[0], "Transpose").input[0], "ScatterND").input[2]
-            return HeightMap(tensor, (self.read(source),), relu)
         if f"{tensor}.weight_codes" in self.numbers:
             return self.integer_convolution(tensor, node, relu)
         if f"{tensor}.weight0" in self.numbers:

@@ -61,7 +61,7 @@ def new_voxels(graph: Graph, name: str, coords: str, grid: Cells, kernels: Seque
     moved = graph.node("Add", [coords, graph.ints(*low)], f"{name}.moved")
     num_voxels = graph.node("Shape", [coords], f"{name}.num_voxels", start=0, end=1)
     last = graph.node("Squeeze", [graph.cast(num_voxels, np.int32, f"{name}.count")], f"{name}.last")
-    zero, one = (graph.initializer(f"row:{i}", np.array(i, np.int32)) for i in (0, 1))
+    zero, one = (graph.integer(value, np.int32) for value in (0, 1))
     rows = graph.node("Range", [zero, last, one], f"{name}.rows")
     empty = graph.filled(graph.ints(int(np.prod(padded))), np.int32(-1), f"{name}.empty")
     cells = _numbers(graph, moved, padded, f"{name}.cells")

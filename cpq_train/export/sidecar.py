@@ -77,6 +77,12 @@ class Sidecar:
     data: Mapping[str, Any]
     post_processing: Mapping[str, Any]
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """Arm -> SHA-256 of the checkpoints that the file came from, the exported one included."""
+        source = self.checkpoint
+        return {**source["parents"], source["arm"]: source["sha256"]}
+
     def write(self, path: Path) -> None:
         """Write the file."""
         write_whole(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")

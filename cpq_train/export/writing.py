@@ -68,13 +68,19 @@ def write_portable(
             "accepted: ptq and qat"
         )
     plan = plan_of(subject.network)
-    about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {sha256_of(checkpoint)}"
+    source = {
+        "path": str(checkpoint),
+        "sha256": sha256_of(checkpoint),
+        "arm": subject.arm,
+        "parents": dict(subject.parents),
+    }
+    about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {source['sha256']}"
     model = portable_graph(plan).model("centerpoint", version("cpq_train"), about)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as partial:
         onnx.save(model, str(partial))
         check_written(partial, plan)
-    sidecar = _sidecar(subject, plan, post_processing, data, checkpoint, output)
+    sidecar = _sidecar(subject, plan, post_processing, data, source, output)
     sidecar.write(sidecar_path(output))
     return sidecar
 
@@ -117,21 +123,15 @@ def _sidecar(
     plan: Plan,
     post_processing: PostProcessing,
     data: DataSettings,
-    checkpoint: Path,
+    source: dict[str, Any],
     output: Path,
 ) -> Sidecar:
     config, geometry = subject.network.config, subject.network.geometry
     assert subject.scheme is not None
-    source_sha256 = sha256_of(checkpoint)
     return Sidecar(
         target="portable",
         file={"name": output.name, "sha256": sha256_of(output), "num_bytes": output.stat().st_size},
-        checkpoint={
-            "path": str(checkpoint),
-            "sha256": source_sha256,
-            "arm": subject.arm,
-            "parents": dict(subject.parents),
-        },
+        checkpoint=source,
         scheme=subject.scheme.to_dict(),
         coverage={kind: list(counts) for kind, counts in coverage(subject.prepared).items()},
         versions={

@@ -154,7 +154,7 @@ def arm_settings(module: CenterPointDetector) -> dict[str, Any]:
         return {
             "arm": module.row,
             "scheme": said.scheme["name"],
-            "parents": {**said.checkpoint["parents"], said.checkpoint["arm"]: said.checkpoint["sha256"]},
+            "parents": said.parents,
             "engine": module.engine.describe(),
         }
     subject = module.subject

@@ -21,7 +21,7 @@ from cpq_train.arms.starting_point import CalibrationConfig
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
-from cpq_train.export.sidecar import read_sidecar
+from cpq_train.export.engine import Engine
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
@@ -112,10 +112,10 @@ class CenterPointDetector(ArmModule):
         Raises:
             UserError: See `Engine`.
         """
-        said = read_sidecar(file)
-        settings = NetworkConfig(**said.network), PostProcessing(**said.post_processing)
-        detector = cls(settings[0], post_processing=settings[1], engine_file=str(file))
-        detector.configure_model()
+        engine = Engine(file)
+        post_processing = PostProcessing(**engine.sidecar.post_processing)
+        detector = cls(engine.config, post_processing=post_processing, engine_file=str(file))
+        detector.engine = engine
         return detector
 
     @override

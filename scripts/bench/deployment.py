@@ -79,9 +79,7 @@ def main(
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(
-            column, justify="right" if column in ("ms", "to float", "differ", "ratio") else "left"
-        )
+        table.add_column(column, justify="right" if column in NUMBERS else "left")
     return table
 
 

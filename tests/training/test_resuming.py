@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import fails
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.verbs.cli import main
@@ -19,13 +20,6 @@ def run(tmp_path: Path) -> Path:
     """A qat run to go on with."""
     shutil.copytree(SCHEMA_1 / "qat", tmp_path / "qat")
     return tmp_path / "qat"
-
-
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def _scheme(folder: Path) -> str:
@@ -62,7 +56,7 @@ def test_another_setting_is_refused(
     checkpoint = "last" if which == "last" else str(run / "checkpoints/last.ckpt")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
-    error = _fails(["fit", *options, *more, "--ckpt_path", checkpoint], capsys)
+    error = fails(["fit", *options, *more, "--ckpt_path", checkpoint], capsys)
     assert expected in error
     assert "a run goes on as it began" in error
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -88,11 +82,11 @@ def test_the_scheme_is_compared_where_its_file_is_there(
     file.parent.mkdir(parents=True)
     shutil.copy(_scheme(tmp_path), file)
     options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
-    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    error = fails(["fit", *options, "--ckpt_path", "last"], capsys)
     assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
     file.unlink()
     main(["fit", *options, "--ckpt_path", "last"])
-    assert _fails(["fit", *options, "--model.scheme", "other.yaml", "--ckpt_path", "last"], capsys).endswith(
+    assert fails(["fit", *options, "--model.scheme", "other.yaml", "--ckpt_path", "last"], capsys).endswith(
         "scheme file 'other.yaml' does not exist"
     )
 
@@ -104,7 +98,7 @@ def test_nan_in_the_optimizer_is_refused(
     content["optimizer_states"][0]["state"][3]["exp_avg"].view(-1)[0] = torch.nan
     torch.save(content, run / "checkpoints/last.ckpt")
     options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
-    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    error = fails(["fit", *options, "--ckpt_path", "last"], capsys)
     assert "1 tensors hold NaN or infinite numbers: optimizer.3.exp_avg (1 of" in error
 
 
@@ -122,7 +116,7 @@ def test_a_checkpoint_that_no_fit_wrote(
     ]
     main(["validate", *options])
     assert (tmp_path / "run/metrics.json").is_file()
-    error = _fails(["fit", *options], capsys)
+    error = fails(["fit", *options], capsys)
     assert "holds no state of training to go on from; a fit starts from it as model.weights" in error
 
 
@@ -144,5 +138,5 @@ def test_classes_in_another_order_are_another_network(
     """Files from before `class_names` have the default."""
     names = ["bicycle", "car", "motorcycle"]
     options = [*small_options(simulated_root, run, "qat"), "--model.network.class_names", str(names)]
-    error = _fails(["fit", *options, "--ckpt_path", "last"], capsys)
+    error = fails(["fit", *options, "--ckpt_path", "last"], capsys)
     assert "model.network.class_names: checkpoint ('car', 'truck'" in error

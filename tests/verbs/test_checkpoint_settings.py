@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from exported_files import DATA as OLD_DATA
+from exported_files import stating
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.errors import UserError
@@ -15,22 +17,12 @@ from cpq_train.data.settings import DataSettings
 from cpq_train.verbs.cli import main
 from cpq_train.verbs.given import Given
 
-DATA = {
-    "num_sweeps": 2,
-    "voxel_size": (0.64, 0.64, 0.32),
-    "point_cloud_range": (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0),
-    "max_points_per_voxel": 3,
-    "max_num_voxels_train": 500,
-    "max_num_voxels_eval": 700,
-}
+DATA = {**OLD_DATA, "max_points_per_voxel": 3, "max_num_voxels_train": 500, "max_num_voxels_eval": 700}
 
 
 def _stating(folder: Path, name: str = "qat", **data: Any) -> Path:
     """An old checkpoint that says with what data settings it was made."""
-    content = torch.load(CHECKPOINTS[name], weights_only=True)
-    content["data"] = {**DATA, **data}
-    torch.save(content, folder / f"{name}.ckpt")
-    return folder / f"{name}.ckpt"
+    return stating(folder, name, **{**DATA, **data})
 
 
 def _num_codes(checkpoint: Path, root: Path, *more: str) -> int:

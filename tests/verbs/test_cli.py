@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import fails
 from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.verbs.cli import main
@@ -269,33 +270,24 @@ def test_shipped_configs(configs: list[str], capsys: pytest.CaptureFixture[str])
 # Bad input: exit code 2, the thing, the value and what is accepted; no traceback.
 
 
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.split())
-
-
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown verb 'train'; accepted: fit, validate, test, predict, calibrate" in _fails(
+    assert "unknown verb 'train'; accepted: fit, validate, test, predict, calibrate" in fails(
         ["train"], capsys
     )
 
 
 def test_unknown_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "model.wieghts" in _fails(["fit", "-c", BASE, "--model.wieghts", "x"], capsys)
+    assert "model.wieghts" in fails(["fit", "-c", BASE, "--model.wieghts", "x"], capsys)
 
 
 def test_missing_data_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    error = _fails(["fit", "-c", BASE, *tiny_options(tmp_path / "nowhere", tmp_path / "run")], capsys)
+    error = fails(["fit", "-c", BASE, *tiny_options(tmp_path / "nowhere", tmp_path / "run")], capsys)
     assert "nowhere" in error
 
 
 def test_wrong_version(simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*tiny_options(simulated_root, tmp_path / "run"), "--data.version", "v1.0-mini"]
-    error = _fails(["fit", "-c", BASE, *options], capsys)
+    error = fails(["fit", "-c", BASE, *options], capsys)
     assert "v1.0-mini" in error
     assert "v1.0-trainval" in error
 
@@ -316,9 +308,7 @@ def test_checkpoint_of_another_architecture(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = arms["float"] / "checkpoints/last.ckpt"
-    error = _fails(
-        _validate(simulated_root, tmp_path, weights, "--model.network.head_channels", "24"), capsys
-    )
+    error = fails(_validate(simulated_root, tmp_path, weights, "--model.network.head_channels", "24"), capsys)
     assert "another architecture" in error
     assert "dense_head" in error
 
@@ -329,7 +319,7 @@ def test_corrupt_checkpoint(
     whole = (arms["float"] / "checkpoints/last.ckpt").read_bytes()
     for content in (whole[: len(whole) // 2], b"no checkpoint", b""):
         (tmp_path / "bad.ckpt").write_bytes(content)
-        assert "is corrupt" in _fails(_validate(simulated_root, tmp_path, tmp_path / "bad.ckpt"), capsys)
+        assert "is corrupt" in fails(_validate(simulated_root, tmp_path, tmp_path / "bad.ckpt"), capsys)
 
 
 class _Payload:
@@ -350,16 +340,16 @@ def test_pickled_code_is_refused_and_not_run(
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file)
-    assert "pickled code and is refused" in _fails(_validate(simulated_root, tmp_path, file), capsys)
+    assert "pickled code and is refused" in fails(_validate(simulated_root, tmp_path, file), capsys)
     assert not victim.exists()
 
 
 def test_missing_and_foreign_checkpoint(
     simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "does not exist" in _fails(_validate(simulated_root, tmp_path, tmp_path / "none.ckpt"), capsys)
+    assert "does not exist" in fails(_validate(simulated_root, tmp_path, tmp_path / "none.ckpt"), capsys)
     torch.save({"model_state": {}}, tmp_path / "foreign.ckpt")
-    error = _fails(_validate(simulated_root, tmp_path, tmp_path / "foreign.ckpt"), capsys)
+    error = fails(_validate(simulated_root, tmp_path, tmp_path / "foreign.ckpt"), capsys)
     assert "model_state" in error
     assert "expected state_dict and quantization" in error
 
@@ -368,7 +358,7 @@ def test_empty_calibration_set(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
-    error = _fails([*options, "--data.num_calibration_samples", "0"], capsys)
+    error = fails([*options, "--data.num_calibration_samples", "0"], capsys)
     assert "num_calibration_samples is 0: expected 1 to 6" in error
     assert not (tmp_path / "p.ckpt").exists()
 
@@ -379,7 +369,7 @@ def test_unfit_range_in_a_file(
     name = "backbone_2d.blocks.0.1._input_quantizer"
     torch.save({f"{name}._amax": torch.tensor(-1.0)}, tmp_path / "f.pth")
     options = _calibrate(simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
-    error = _fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
+    error = fails([*options, "--ranges_file", str(tmp_path / "f.pth")], capsys)
     assert f"{name} Conv2d negative 1 of 1" in error
     assert not (tmp_path / "p.ckpt").exists()
 
@@ -390,7 +380,7 @@ def test_scheme_matching_no_layer(
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"rules": [{"layers": "neck.*", "weight": "off"}]}))
     options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["float"] / "checkpoints/last.ckpt")]
-    error = _fails([*options, "--model.scheme", str(tmp_path / "s.yaml")], capsys)
+    error = fails([*options, "--model.scheme", str(tmp_path / "s.yaml")], capsys)
     assert "'neck.*'" in error
     assert "matches no layer" in error
 
@@ -401,7 +391,7 @@ def test_another_scheme_than_the_checkpoints(
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"name": "w4", "defaults": {"weight": {"bits": 4}}}))
     options = ["fit", "-c", BASE, "-c", OVERLAY, *tiny_options(simulated_root, tmp_path / "run")]
     options += ["--model.weights", str(arms["ptq"] / "ptq.ckpt"), "--model.scheme", str(tmp_path / "s.yaml")]
-    error = _fails(options, capsys)
+    error = fails(options, capsys)
     assert "was calibrated with another scheme" in error
     assert "defaults.weight.bits: checkpoint 8, model.scheme 4" in error
     assert "granularity" not in error  # equal in both
@@ -411,14 +401,14 @@ def test_arm_that_cannot_descend(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     qat = arms["qat"] / "checkpoints/last.ckpt"
-    error = _fails(_validate(simulated_root, tmp_path, qat, "--model.arm", "float"), capsys)
+    error = fails(_validate(simulated_root, tmp_path, qat, "--model.arm", "float"), capsys)
     assert "'float' cannot start from" in error
 
 
 def test_validate_without_a_checkpoint(
     simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = _fails(["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")], capsys)
+    error = fails(["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")], capsys)
     assert "validate needs model.weights, --ckpt_path or model.engine_file" in error
 
 
@@ -427,11 +417,11 @@ def test_ckpt_path_is_checked_too(
 ) -> None:
     options = ["validate", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
     (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
-    assert "is corrupt" in _fails([*options, "--ckpt_path", str(tmp_path / "bad.ckpt")], capsys)
+    assert "is corrupt" in fails([*options, "--ckpt_path", str(tmp_path / "bad.ckpt")], capsys)
     content = torch.load(arms["qat"] / "checkpoints/last.ckpt", weights_only=True)
     content["state_dict"].popitem()
     torch.save(content, tmp_path / "less.ckpt")
-    error = _fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
+    error = fails([*options, "--ckpt_path", str(tmp_path / "less.ckpt")], capsys)
     assert "1 quantizers have no usable amax" in error
     assert "missing" in error
 
@@ -440,9 +430,9 @@ def test_arms_that_fit_does_not_make(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit = ["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
-    error = _fails([*fit, "--model.weights", str(arms["ptq"] / "ptq.ckpt")], capsys)
+    error = fails([*fit, "--model.weights", str(arms["ptq"] / "ptq.ckpt")], capsys)
     assert "fit makes float, float_tuned or qat" in error
-    error = _fails([*fit, "-c", OVERLAY], capsys)
+    error = fails([*fit, "-c", OVERLAY], capsys)
     assert "model.arm 'qat' starts from a checkpoint" in error
 
 
@@ -450,11 +440,11 @@ def test_distillation_without_a_float_teacher(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _distilled(simulated_root, tmp_path / "run", arms["ptq"] / "ptq.ckpt")
-    assert "is 'ptq': give model.distillation.teacher" in _fails(options, capsys)
+    assert "is 'ptq': give model.distillation.teacher" in fails(options, capsys)
     wrong = ("--model.distillation.teacher", str(arms["qat"] / "checkpoints/last.ckpt"))
-    assert "is 'qat': give model.distillation.teacher" in _fails([*options, *wrong], capsys)
+    assert "is 'qat': give model.distillation.teacher" in fails([*options, *wrong], capsys)
     options = ["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "run")]
-    error = _fails([*options, "--model.distillation.bev_weight", "1"], capsys)
+    error = fails([*options, "--model.distillation.bev_weight", "1"], capsys)
     assert "model.distillation is for model.arm qat or float_tuned, not for 'float'" in error
 
 
@@ -469,7 +459,7 @@ def test_nan_in_a_cloud(
         points[7] = np.nan
         points.tofile(cloud)
     weights = arms["float"] / "checkpoints/last.ckpt"
-    error = _fails(_validate(root, tmp_path, weights, "--data.num_workers", num_workers), capsys)
+    error = fails(_validate(root, tmp_path, weights, "--data.num_workers", num_workers), capsys)
     assert ".pcd.bin" in error
     assert "sample" in error
     assert "NaN" in error

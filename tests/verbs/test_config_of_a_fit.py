@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import fails
 
 from cpq_train.verbs.cli import main
 
@@ -14,13 +15,6 @@ def _options(verb: str, arms: dict[str, Path], folder: Path) -> list[str]:
     weights = ["--model.weights", str(arms["float"] / "checkpoints/last.ckpt")]
     output = ["--output", str(folder / "out"), "--trainer.default_root_dir", str(folder / "run")]
     return [verb, "-c", str(arms["qat"] / "config.yaml"), *weights, *output]
-
-
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def test_feeds_calibrate(arms: dict[str, Path], tmp_path: Path) -> None:
@@ -37,7 +31,7 @@ def test_feeds_profile(arms: dict[str, Path], tmp_path: Path) -> None:
 
 def test_feeds_sensitivity(arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as its own first check: it runs for minutes."""
-    error = _fails([*_options("sensitivity", arms, tmp_path), "--num_samples", "0"], capsys)
+    error = fails([*_options("sensitivity", arms, tmp_path), "--num_samples", "0"], capsys)
     assert "--num_samples is 0: expected 1 to data.num_calibration_samples" in error
 
 
@@ -45,7 +39,7 @@ def test_feeds_sensitivity(arms: dict[str, Path], tmp_path: Path, capsys: pytest
 def test_refuses_a_checkpoint(
     verb: str, arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = _fails([*_options(verb, arms, tmp_path), "--ckpt_path", "best"], capsys)
+    error = fails([*_options(verb, arms, tmp_path), "--ckpt_path", "best"], capsys)
     origin = {"profile": "takes its network from model.weights or a list of checkpoints"}
     says = origin.get(verb, "starts from model.weights, a float checkpoint")
     assert f"{verb} {says}, not from --ckpt_path" in error

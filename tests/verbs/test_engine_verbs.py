@@ -12,7 +12,8 @@ import onnx
 import pytest
 import torch
 import yaml
-from exported_files import exported, fails, forge, stating
+from command_line import fails
+from exported_files import exported, forge, stating
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.checkpoint import sha256_of

@@ -11,7 +11,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported_files import DATA, fails, stating
+from command_line import fails
+from exported_files import DATA, stating
 from old_files import CHECKPOINTS
 
 import cpq_train.export

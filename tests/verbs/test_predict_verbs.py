@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import fails
 from nuscenes import NuScenes
 from pyquaternion import Quaternion
 from tiny_model import BASE, tiny_options
@@ -38,15 +39,6 @@ def _verb(verb: str, root: Path, run: Path, weights: Path, *more: str) -> list[s
 
 def _results(path: Path) -> dict[str, list[dict[str, Any]]]:
     return dict(json.loads(path.read_text())["results"])
-
-
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.split())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -91,7 +83,7 @@ def test_class_names_that_nuscenes_does_not_have(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"--model.network.class_{key}" for key in ("names=[tram,car]", "groups=[[tram],[car]]")]
-    error = _fails(_verb("test", simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *names), capsys)
+    error = fails(_verb("test", simulated_root, tmp_path, arms["ptq"] / "ptq.ckpt", *names), capsys)
     assert "class_names names 'tram': accepted with nuScenes data are car, truck" in error
 
 
@@ -102,7 +94,7 @@ def test_a_scored_run_keeps_its_submission(
     options = _verb(
         "test", simulated_root, arms["ptq"], arms["ptq"] / "ptq.ckpt", "--data.test_split", "train"
     )
-    error = _fails(options, capsys)
+    error = fails(options, capsys)
     assert "holds the scores of split 'val'" in error
     assert "give another --trainer.default_root_dir" in error
     assert (arms["ptq"] / "results_nusc.json").read_bytes() == before
@@ -164,11 +156,11 @@ def test_bad_clouds(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _verb("predict", simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt", "--clouds")
-    assert "absent.bin cannot be read" in _fails([*options, str(tmp_path / "absent.bin")], capsys)
+    assert "absent.bin cannot be read" in fails([*options, str(tmp_path / "absent.bin")], capsys)
     (tmp_path / "short.bin").write_bytes(b"123")
-    assert "short.bin is truncated: 3 bytes" in _fails([*options, str(tmp_path / "short.bin")], capsys)
+    assert "short.bin is truncated: 3 bytes" in fails([*options, str(tmp_path / "short.bin")], capsys)
     np.full((4, 5), np.nan, np.float32).tofile(tmp_path / "nan.bin")
-    assert "nan.bin holds NaN" in _fails([*options, str(tmp_path / "nan.bin")], capsys)
+    assert "nan.bin holds NaN" in fails([*options, str(tmp_path / "nan.bin")], capsys)
     assert not (tmp_path / "predictions.json").exists()
 
 
@@ -178,12 +170,12 @@ def test_bad_requests(
     weights = arms["float"] / "checkpoints/last.ckpt"
     for verb in ("test", "predict"):
         options = [verb, "-c", BASE, *tiny_options(simulated_root, tmp_path)]
-        assert f"{verb} needs model.weights, --ckpt_path" in _fails(
+        assert f"{verb} needs model.weights, --ckpt_path" in fails(
             [*options, "--data.test_split", "val"], capsys
         )
-        assert "split 'test' holds no scene" in _fails(_verb(verb, simulated_root, tmp_path, weights), capsys)
+        assert "split 'test' holds no scene" in fails(_verb(verb, simulated_root, tmp_path, weights), capsys)
     options = _verb("test", simulated_root, tmp_path, weights, "--data.root", "null")
-    assert "data.root is not given" in _fails(options, capsys)
+    assert "data.root is not given" in fails(options, capsys)
     twice = json.dumps(list(_results(arms["float"] / "results_nusc.json"))[:1] * 2)
     options = _verb("predict", simulated_root, tmp_path, weights, "--data.sample_tokens", twice)
-    assert "2 samples, 1 different ones" in _fails(options, capsys)
+    assert "2 samples, 1 different ones" in fails(options, capsys)

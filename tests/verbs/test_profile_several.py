@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import fails
+from exported_files import DATA
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.checkpoint import sha256_of
@@ -22,13 +24,6 @@ FLOAT, PTQ, QAT = (str(CHECKPOINTS[name]) for name in ("float", "ptq", "qat"))
 
 def _options(tmp_path: Path) -> list[str]:
     return [*small_options(Path("nowhere"), tmp_path / "run"), "--num_passes", "2"]
-
-
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 def _changed(folder: Path, name: str = "ptq", **entries: Any) -> str:
@@ -98,14 +93,7 @@ def test_checkpoints_describe_themselves(tmp_path: Path, recwarn: pytest.Warning
     assert any("data.max_num_voxels_eval is 300" in str(warning.message) for warning in recwarn)
 
 
-_DATA = {
-    "num_sweeps": 2,
-    "voxel_size": (0.64, 0.64, 0.32),
-    "point_cloud_range": (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0),
-    "max_points_per_voxel": 10,
-    "max_num_voxels_train": 500,
-    "max_num_voxels_eval": 700,
-}
+_DATA = {**DATA, "max_num_voxels_train": 500, "max_num_voxels_eval": 700}
 
 
 def test_a_scored_run_keeps_its_metrics(tmp_path: Path) -> None:
@@ -146,7 +134,7 @@ def test_checkpoints_that_differ(
     first = _changed(folder, "qat", data=_DATA)
     other = _changed(folder, **entries)
     output = ["--output", str(tmp_path / "out")]
-    said = _fails(["profile", *_options(tmp_path), FLOAT, first, other, *output], capsys)
+    said = fails(["profile", *_options(tmp_path), FLOAT, first, other, *output], capsys)
     assert message in said
     assert f"'{other}' cannot be measured side by side" in said
     assert not (tmp_path / "out").exists()
@@ -176,7 +164,7 @@ def test_bad_input(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = ["--output", str(tmp_path / "out")]
-    assert message in _fails(["profile", *_options(tmp_path), *output, *options], capsys)
+    assert message in fails(["profile", *_options(tmp_path), *output, *options], capsys)
     assert not (tmp_path / "out").exists()
 
 

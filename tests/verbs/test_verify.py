@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import fails
 
 from cpq_train.arms.structure import build
 from cpq_train.models import NetworkConfig
@@ -61,15 +62,6 @@ def _save(path: Path, state: dict[str, Any], description: dict[str, Any]) -> Non
     torch.save(content, path)
 
 
-def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.split())
-
-
 def test_a_good_checkpoint_passes(
     checkpoint: Path, cloud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +85,7 @@ def test_a_data_root_and_simulated_key_frames(
     main(["verify", str(checkpoint), *root, "--num_samples", "2"])
     main(["verify", str(checkpoint), "--num_sweeps", "2"])
     assert capsys.readouterr().out.count("0 differ by one step and 0 by more") == 2
-    error = _fails(["verify", str(checkpoint), *root, "--num_samples", "5"], capsys)
+    error = fails(["verify", str(checkpoint), *root, "--num_samples", "5"], capsys)
     assert "num_samples is 5" in error
     assert "has 4 for validation" in error
 
@@ -108,7 +100,7 @@ def test_layers_that_compute_something_else_fail(
     add = layers.add_codes
     monkeypatch.setattr(layers, "add_codes", lambda *codes_and_steps: add(*codes_and_steps) * 1.01)
     output = tmp_path / "v.json"
-    error = _fails(["verify", str(checkpoint), "--cloud", str(cloud), "--output", str(output)], capsys)
+    error = fails(["verify", str(checkpoint), "--cloud", str(cloud), "--output", str(output)], capsys)
     assert "4 layers differ from the integer reference: backbone_3d.conv1.0.quant_add, " in error
     assert "codes flipped against the integer reference; max_flipped_share is 0.0001" in error
     assert "detections differ" in error
@@ -124,16 +116,16 @@ def test_bad_arguments(
     checkpoint: Path, cloud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     verify = ["verify", str(checkpoint)]
-    assert "no.bin cannot be read" in _fails([*verify, "--cloud", str(tmp_path / "no.bin")], capsys)
-    assert "expected one of them" in _fails([*verify, "--cloud", str(cloud), "--root", str(tmp_path)], capsys)
-    assert "max_flipped_share is 2.0" in _fails([*verify, "--max_flipped_share", "2"], capsys)
-    assert "num_samples is 0" in _fails([*verify, "--num_samples", "0"], capsys)
+    assert "no.bin cannot be read" in fails([*verify, "--cloud", str(tmp_path / "no.bin")], capsys)
+    assert "expected one of them" in fails([*verify, "--cloud", str(cloud), "--root", str(tmp_path)], capsys)
+    assert "max_flipped_share is 2.0" in fails([*verify, "--max_flipped_share", "2"], capsys)
+    assert "num_samples is 0" in fails([*verify, "--num_samples", "0"], capsys)
 
 
 def test_a_checkpoint_without_integer_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subject = build(TINY, "float", None)
     _save(tmp_path / "float.ckpt", subject.network.state_dict(), subject.describe())
-    error = _fails(["verify", str(tmp_path / "float.ckpt")], capsys)
+    error = fails(["verify", str(tmp_path / "float.ckpt")], capsys)
     assert "arm 'float', has no integer layer: nothing to verify" in error
 
 
