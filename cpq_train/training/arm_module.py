@@ -26,7 +26,7 @@ from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.resuming import check_optimizer_state, check_same_run
-from cpq_train.training.settings import hyper_parameters, scheme_of, settings_of
+from cpq_train.training.settings import DECIDED_BY_FILE, hyper_parameters, scheme_of, settings_of
 
 
 class ArmModule(LightningModule):
@@ -160,7 +160,7 @@ class ArmModule(LightningModule):
             )
         if not isinstance(map_location, str | torch.device | None):
             raise UserError(f"map_location is {map_location!r}: accepted: a device")
-        if decided := {"arm", "scheme", "batchnorm"} & settings.keys():
+        if decided := set(DECIDED_BY_FILE) & settings.keys():
             raise UserError(f"{', '.join(sorted(decided))}: what the checkpoint is, it says itself")
         checkpoint = read_checkpoint(checkpoint_path)
         own = settings_of(checkpoint, checkpoint_path, inspect.signature(cls).parameters)

@@ -19,6 +19,9 @@ from cpq_train.training.optim import OptimizerConfig
 HYPER_PARAMETERS = "hyper_parameters"
 """Lightning's name of the entry of a checkpoint."""
 
+DECIDED_BY_FILE = ("arm", "scheme", "batchnorm")
+"""Settings of the model that a checkpoint, or a deployment file, has itself."""
+
 _CLASSES: dict[str, type[Any]] = {
     "network": NetworkConfig,
     "ranges": RangePolicy,

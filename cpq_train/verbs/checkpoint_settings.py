@@ -19,14 +19,11 @@ from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector
-from cpq_train.training.settings import settings_of
+from cpq_train.training.settings import DECIDED_BY_FILE, settings_of
 from cpq_train.verbs.given import Given
 
 DECIDED_BY_STRUCTURE = ("network", "arm", "scheme", "batchnorm", "ranges")
 """Settings of the model that a run cannot change when it is resumed: `training.resuming` compares them."""
-
-DECIDED_BY_FILE = ("arm", "scheme", "batchnorm")
-"""Settings of the model that a deployment file has."""
 
 _STATED_NOWHERE_ELSE = ("num_sweeps", "max_points_per_voxel", "max_num_voxels_eval")
 """Settings of the data that old checkpoints do not hold; the grid is among those of the network."""
@@ -100,9 +97,8 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     return differences
 
 
-def _named(path: Path | None) -> str:
-    is_engine = path is not None and path.suffix == ENGINE_SUFFIX
-    return f"{'engine file' if is_engine else 'checkpoint'} {str(path)!r}"
+def _named(path: Path) -> str:
+    return f"{'engine file' if path.suffix == ENGINE_SUFFIX else 'checkpoint'} {str(path)!r}"
 
 
 def stated_by(path: Path) -> DataSettings | None:
