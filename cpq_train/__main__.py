@@ -1,6 +1,15 @@
-"""`python -m cpq_train VERB`."""
+"""`python -m cpq_train VERB`, and the command `cpq_train`."""
 
-from cpq_train.verbs.cli import main
+from cpq_train.common.signals import take_signals
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    take_signals()  # the imports of a verb take seconds, in which SLURM may signal
+    from cpq_train.verbs.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -16,10 +16,11 @@ from typing_extensions import override
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import num_logged_steps, set_num_logged_steps
+from cpq_train.common.signals import Request, Stopped, note_signals, received
 from cpq_train.loggers import WandbRunLogger
-from cpq_train.resilience.preemption import Preempted, Request, is_started_by_rank_0, received
 from cpq_train.resilience.random_state import random_state, set_random_state
 from cpq_train.resilience.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
+from cpq_train.resilience.trainer import is_started_by_rank_0
 
 Moment = Literal["before_step", "before_validation", "other"]
 
@@ -66,6 +67,7 @@ class ResumePoint(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at_s, self._saved_step = time.monotonic(), trainer.global_step
+        note_signals()
 
     @override
     def on_train_batch_start(
@@ -177,8 +179,10 @@ class ResumePoint(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, WandbRunLogger):
                     logger.mark_preempting()
+            file = checkpoint_folder(trainer) / RESUME_FILE
+            said = f"saved at step {self._saved_step} in {str(file)!r}: --ckpt_path last goes on from there"
             # Lightning's launcher kills all ranks where one of its own ends with another code than 0.
-            raise Preempted(request, is_watched=not is_started_by_rank_0(trainer))
+            raise Stopped(request, said, is_watched=not is_started_by_rank_0(trainer))
 
 
 def _is_in_training(trainer: Trainer) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
-import signal
 import sys
 from typing import Any
 
@@ -12,9 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cpq_train.common.errors import UserError
-from cpq_train.resilience.preemption import is_started_by_rank_0
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Watchdog(Callback):
@@ -35,12 +30,6 @@ class Watchdog(Callback):
             raise UserError(f"watchdog.timeout_s is {timeout_s}: expected seconds above 0, or null")
         self.timeout_s = timeout_s
         self._is_armed = False
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and sys.platform == "linux" and is_started_by_rank_0(trainer):
-            # Rank 0, which started this process, ends without a chance to end it too.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     @override
     def on_train_batch_start(

@@ -18,11 +18,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
+from cpq_train.common.signals import signals_blocked
+
 
 class HookedTrainer(Trainer):
-    """A Trainer that asks whether it takes signals, and which checkpoint a fit resumes.
+    """A Trainer that leaves signals alone, and asks which checkpoint a fit resumes.
 
-    Lightning takes signals unless a handler is there before it, and then adds its own to it.
+    Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts, where
+    the run may hang or the file tear (lightning issue 21406).
 
     Attributes:
         restored_checkpoint: What the present run restores, None where nothing. Lightning's `ckpt_path` says
@@ -33,11 +36,7 @@ class HookedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._signal_connector = _AskingSignals(self)
-
-    def handles_signals(self) -> bool:
-        """Whether Lightning's handlers of signals serve the present run."""
-        return True
+        self._signal_connector = _NoSignals(self)
 
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
         """The checkpoint that a fit resumes.
@@ -77,12 +76,10 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     return trainer
 
 
-class _AskingSignals(_SignalConnector):
+class _NoSignals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
-        assert isinstance(self.trainer, HookedTrainer)
-        if self.trainer.handles_signals():
-            super().register_signal_handlers()
+        pass
 
 
 class CheckpointsOnDemand(ModelCheckpoint):
@@ -125,7 +122,10 @@ class LateWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run on rank 0, opened here."""
-        return super().experiment if self._is_described else _DummyExperiment()
+        if not self._is_described:
+            return _DummyExperiment()
+        with signals_blocked():  # W&B works in a process of its own, which has to outlive a job's SIGTERM
+            return super().experiment
 
     @property
     def open_run(self) -> Any:

@@ -24,6 +24,7 @@ from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.labels import nuscenes_ids
+from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
 from cpq_train.data.settings import DataSettings
@@ -309,19 +310,12 @@ class NuScenesDataModule(LightningDataModule):
         return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     def _loader(self, dataset: DetectionDataset | CloudFiles, **order: Any) -> DataLoader[Item]:
-        return DataLoader(
+        return FollowingLoader(
             dataset,
             **order,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_compute_in_one_thread,
+            worker_init_fn=start_worker,
         )
-
-
-def _compute_in_one_thread(_: int) -> None:
-    """Keeps numpy's BLAS in a worker to one thread, as torch does with its own: workers share the cores."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no annotations
-
-    threadpool_limits(1)

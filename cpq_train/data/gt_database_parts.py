@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.sweeps import load_sweeps
 
 Columns = dict[str, NDArray[Any]]
@@ -64,8 +65,12 @@ def build_parts(
         for file, scene in zip(files, scenes, strict=True)
         if not file.is_file()
     ]
-    # A DataLoader's workers notice the death of their parent and hand their errors over.
-    loader = DataLoader(_Parts(index, tasks, num_sweeps), batch_size=None, num_workers=num_workers)
+    loader = FollowingLoader(  # which hands errors over
+        _Parts(index, tasks, num_sweeps),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=start_worker,
+    )
     done = f" ({len(files) - len(tasks)} scenes were done)" if len(tasks) < len(files) else ""
     for _ in track(loader, f"Collecting objects{done}", total=len(tasks)):
         pass

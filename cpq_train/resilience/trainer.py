@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from typing_extensions import override
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.child_processes import end_with_parent
 from cpq_train.common.files import remove_partial
 from cpq_train.common.lightning_private import HookedTrainer
+from cpq_train.common.signals import raising_signals
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.resilience.checkpoint_io import AtomicCheckpointIO
-from cpq_train.resilience.preemption import Preempted, Request, noting_signals, requeue
 from cpq_train.resilience.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint
 
 
@@ -34,15 +33,8 @@ class ResilientTrainer(HookedTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.strategy.checkpoint_io = AtomicCheckpointIO()
-
-    @override
-    def handles_signals(self) -> bool:
-        """A fit leaves its signals to `noting_signals`.
-
-        Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts,
-        where the run may hang or the file tear (lightning issue 21406).
-        """
-        return self.state.fn != "fit"
+        if is_started_by_rank_0(self):
+            end_with_parent()  # a rank 0 that is killed has no chance to end it too
 
     @override
     def fit(
@@ -67,17 +59,11 @@ class ResilientTrainer(HookedTrainer):
                 which does.
 
         Raises:
-            Preempted: The run was asked to stop; it is saved.
-            UserError: What was given does not work out, a loss is not finite, the disk is full, or a process
-                that loads data died.
+            Stopped: The run was asked to stop; once it trains it is saved.
+            UserError: What was given does not work out, a loss is not finite, or the disk is full.
         """
-        try:
-            with noting_signals(), _naming_dead_workers():
-                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        except Preempted as stop:  # by now the loggers are closed: SLURM may end the job at once
-            if stop.request is Request.REQUEUE and self.is_global_zero and requeue():
-                stop.code = 0
-            raise
+        with raising_signals():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     @override
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
@@ -113,15 +99,7 @@ class ResilientTrainer(HookedTrainer):
         return None if newest is None else str(newest)
 
 
-@contextmanager
-def _naming_dead_workers() -> Iterator[None]:
-    """Say what to do where a process that loads data died."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            f"a process that loads data died: {error}. Often the memory of the machine or /dev/shm is full: "
-            "lower data.num_workers or data.batch_size; --ckpt_path last goes on from the last checkpoint"
-        ) from error
+def is_started_by_rank_0(trainer: Trainer) -> bool:
+    """Whether Lightning's own launcher started this process, as a child of rank 0 of its node."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # one device has none
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank != 0

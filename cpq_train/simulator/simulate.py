@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.errors import UserError
+from cpq_train.common.signals import signals_blocked
 from cpq_train.simulator.scene import SceneTask, simulate_scene
 from cpq_train.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
 
@@ -162,8 +164,15 @@ def _run(tasks: list[SceneTask], num_workers: int) -> Iterator[Tables]:
         return
     # Spawned: a fork would copy whatever threads and locks the caller has.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
-        yield from pool.map(simulate_scene, tasks)
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), context, follow_parent) as pool:
+        try:
+            with signals_blocked():
+                scenes = pool.map(simulate_scene, tasks)
+            yield from scenes
+        except BaseException:  # the pool would wait for the scenes that it has begun
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _progress(scenes: Iterator[Tables], total: int) -> Iterator[Tables]:

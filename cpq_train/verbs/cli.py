@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, 
 from rich.console import Console
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.signals import Stopped, exit_code, raising_signals
+from cpq_train.resilience.lost_processes import naming_lost_processes
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -44,14 +46,17 @@ DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a verb; a user's mistake ends with its message and exit code 2.
+    """Run a verb; a user's mistake ends with its message and exit code 2, a signal with what is saved.
 
     Args:
         args: Command-line arguments; None takes those of the process.
     """
     args = sys.argv[1:] if args is None else args
     try:
-        _dispatch(args)
+        with raising_signals(), naming_lost_processes():
+            _dispatch(args)
+    except Stopped as stop:
+        sys.exit(exit_code(stop))
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(
             f"error: {error}", style="red", markup=False, highlight=False

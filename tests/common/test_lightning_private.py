@@ -70,28 +70,24 @@ class _Trainer(HookedTrainer):
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         super().__init__(accelerator="cpu", max_epochs=1, **{**quiet, **options})
 
-    def handles_signals(self) -> bool:
-        self.asked.append("signals")
-        return False
-
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
         self.asked.append(f"resume {ckpt_path}")
         return None
 
 
 def test_the_trainer_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes no signals where the answer is no, and resumes what it is told."""
+    """It resumes what it is told, and takes no signals, which Lightning's own does."""
     taken: list[Any] = []
     monkeypatch.setattr(
         signal_connector._SignalConnector, "_register_signal", lambda self, *given: taken.append(given)
     )
     trainer = _Trainer(limit_train_batches=1, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(BoringModel(), ckpt_path="nowhere.ckpt")
-    assert trainer.asked == ["resume nowhere.ckpt", "signals"]
+    assert trainer.asked == ["resume nowhere.ckpt"]
     assert trainer.global_step == 1
     assert not taken
-    monkeypatch.setattr(_Trainer, "handles_signals", HookedTrainer.handles_signals)
-    trainer.fit(BoringModel())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", fast_dev_run=1, **quiet).fit(BoringModel())
     assert taken
 
 

@@ -17,7 +17,6 @@ from cpq_train.common.files import PARTIAL, remove_partial, write_whole
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import TrainingSampler
 from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
-from cpq_train.resilience.preemption import Request, noting_signals, received
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
@@ -70,16 +69,6 @@ def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "resume.ckpt").write_text("whole")
     remove_partial(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["resume.ckpt"]
-
-
-def test_signals_are_noted_and_handlers_come_back() -> None:
-    earlier = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with noting_signals():
-        assert received() is Request.NONE
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received() is Request.REQUEUE
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == earlier
 
 
 def test_another_division_of_an_epoch_is_refused() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -67,22 +68,48 @@ def test_killed_twice(undisturbed: State, fit_options: Options, tmp_path: Path) 
     assert_equal(undisturbed, weights(tmp_path / "run"))
 
 
-def test_sigterm(undisturbed: State, fit_options: Options, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process(
+    number: signal.Signals, undisturbed: State, fit_options: Options, tmp_path: Path
+) -> None:
+    """As SLURM and a terminal send it: loading processes take no notice, and the run is saved."""
     options, log = fit_options(tmp_path / "run", "--resume.every_n_steps", "1000"), tmp_path / "log"
-    process = start(options, log)
-    wait_for(lambda: (tmp_path / "run/config.yaml").exists(), process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
-    assert wait_for_end(process) == [128 + signal.SIGTERM]
-    assert step_of(tmp_path / "run") >= 0
+    process = start([*options, "--data.num_workers", "2"], log)
+    wait_for(lambda: (tmp_path / "run/metrics.csv").exists(), process)  # the loop of steps has begun
+    workers = children(process)
+    assert len(workers) == 2
+    for pid in (*workers, process.pid):
+        assert pid is not None
+        os.kill(pid, number)
+    assert wait_for_end(process) == [128 + number]
+    saved = step_of(tmp_path / "run")
+    assert saved >= 0
+    assert f"{number.name}: saved at step {saved} in" in log.read_text()
+    assert "--ckpt_path last" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not any(map(is_alive, workers))
     assert wait_for_end(start(options, log)) == [0]
     assert_equal(undisturbed, weights(tmp_path / "run"))
+
+
+def children(process: BaseProcess) -> list[int]:
+    """The processes that one has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and that nobody has asked about does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
 
 
 def test_two_ranks_are_requeued(
     fit_options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM signals one of the tasks: all save together, the job is requeued once, and goes on."""
+    """SLURM signals one of the tasks: all save together, the job is requeued once, and goes on.
+
+    A rank that is killed then ends the other, which says why, and the job goes on once more.
+    """
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/scontrol.log\n")
@@ -97,11 +124,15 @@ def test_two_ranks_are_requeued(
     first = job("requeued")
     wait_for(lambda: step_of(tmp_path / "requeued") >= 1, first[0])
     os.kill(first[1].pid, signal.SIGUSR1)
-    codes = wait_for_end(*first)
-    assert codes[0] == 0
+    assert wait_for_end(*first) == [0, 0]
     assert (tmp_path / "scontrol.log").read_text().splitlines() == ["requeue 4242"]
     assert step_of(tmp_path / "requeued") < 6
     started_s = run_started_s(tmp_path / "requeued/checkpoints/resume.ckpt")
+    second = job("requeued")
+    wait_for(lambda: step_of(tmp_path / "requeued") >= 4, second[0])
+    second[1].kill()
+    assert wait_for_end(*second) == [2, -signal.SIGKILL]
+    assert "another rank of this run ended" in (tmp_path / "requeued.log").read_text()
     assert wait_for_end(*job("requeued")) == [0, 0]
     assert run_started_s(tmp_path / "requeued/checkpoints/last.ckpt") == started_s
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "requeued"))
@@ -140,10 +171,10 @@ def test_a_dead_worker(fit_options: Options, tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = start(fit_options(tmp_path / "run", "--data.num_workers", "1"), log)
     wait_for(lambda: step_of(tmp_path / "run") >= 1, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert children
-    for child in children:
-        os.kill(int(child), signal.SIGKILL)
+    workers = children(process)
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     assert wait_for_end(process) == [2]
     assert "a process that loads data died" in log.read_text()
     assert "data.num_workers" in log.read_text()
@@ -182,7 +213,6 @@ def test_a_stopped_rank_leaves_no_orphan(fit_options: Options, tmp_path: Path) -
         os.kill(int(child), signal.SIGSTOP)
         assert parent.wait(120) != 0
         time.sleep(1)
-        stat = Path(f"/proc/{child}/stat")
-        assert not stat.exists() or stat.read_text().split()[2] == "Z"  # dead, and nobody has asked how
+        assert not is_alive(int(child))
     finally:
         parent.kill()
