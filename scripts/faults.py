@@ -1,10 +1,12 @@
-"""Kills one fit again and again at random moments, and compares its end with a run that was left alone.
+"""Ends one fit again and again at random moments, and compares its end with a run that was left alone.
 
-    python scripts/faults.py --num_kills 20 --output /tmp/faults
+    python scripts/faults.py --num_kills 20 --num_stops 20 --output /tmp/faults
 
-One tiny model on simulated data, saved before every step. Each start is the same command with `--ckpt_path
-last`; it is killed with signal 9 a random time after its first step of its own, every third time while a
-checkpoint is being written. Prints one line per start and ends with 1 if a bit differs.
+One tiny model with learned ranges on simulated data, two loading processes, saved before every step. Each
+start is the same command with `--ckpt_path last`. In turn it is killed with signal 9, a random time after its
+first step of its own (every third time while a checkpoint is being written), and all its processes get
+SIGTERM, as SLURM sends it, then or (every fourth time) a random time after its start. Prints one line per
+start and ends with 1 if a bit differs, a stop ends with another code than 143, or a process stays behind.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--num_kills", type=int, default=20)
+    parser.add_argument("--num_stops", type=int, default=20)
     parser.add_argument("--num_epochs", type=int, default=24, help="of ten steps each")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs; must not exist")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,7 +50,8 @@ def main() -> int:
             version="v1.0-trainval",
             seed=args.seed,
         )
-    say(f"{args.num_epochs} epochs of ten steps, {args.num_kills} kills, seed {args.seed}")
+    faults = f"{args.num_kills} kills, {args.num_stops} stops"
+    say(f"{args.num_epochs} epochs of ten steps, {faults}, seed {args.seed}")
     weights = start(float_command(root, args.output / "float"), args.output / "float.log")
     weights.wait()
     whole = start(command(root, args.output, "whole", args.num_epochs), args.output / "whole.log")
@@ -55,8 +59,10 @@ def main() -> int:
         say(f"the undisturbed run ended with code {whole.returncode}, see {args.output / 'whole.log'}")
         return 1
     rng = random.Random(args.seed)
-    for number in range(1, args.num_kills + 1):
-        if not kill_once(args, root, number, rng):
+    turns = [kill_once] * args.num_kills + [stop_once] * args.num_stops
+    rng.shuffle(turns)
+    for number, fault in enumerate(turns, 1):
+        if not fault(args, root, number, rng):
             return 1
     return finish_and_compare(args, root)
 
@@ -68,9 +74,7 @@ def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Ran
     steps = steps_in(checkpoints)
     started_s = time.monotonic()
     process = start(command(root, args.output, "killed", args.num_epochs), log)
-    earlier = stamp(checkpoints)
-    while stamp(checkpoints) == earlier and process.poll() is None:
-        time.sleep(0.05)
+    wait_for_a_step(process, checkpoints)
     in_writing = number % 3 == 0
     if in_writing:
         while not list(checkpoints.glob("*.partial")) and process.poll() is None:
@@ -88,6 +92,44 @@ def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Ran
         f"killed {how} after {took_s:5.1f} s, left {told(steps_in(checkpoints))}"
     )
     return True
+
+
+def stop_once(args: argparse.Namespace, root: Path, number: int, rng: random.Random) -> bool:
+    """Start the run and send SIGTERM to all of its processes; False where it does not end as it should."""
+    log = args.output / f"killed{number:02d}.log"
+    checkpoints = args.output / "killed" / "checkpoints"
+    steps = steps_in(checkpoints)
+    process = start(command(root, args.output, "killed", args.num_epochs), log)
+    started_s = time.monotonic()
+    if number % 4:
+        wait_for_a_step(process, checkpoints)
+    time.sleep(rng.uniform(0.0, 4.0))
+    family = [process.pid, *descendants(process.pid)]
+    for pid in family:
+        os.kill(pid, signal.SIGTERM)
+    code = process.wait()
+    time.sleep(0.1)
+    orphans = [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    took_s = time.monotonic() - started_s
+    say(
+        f"start {number:2d}: {came_from(log, steps)}; SIGTERM to {len(family)} processes, "
+        f"ended after {took_s:5.1f} s, left {told(steps_in(checkpoints))}"
+    )
+    if code != 128 + signal.SIGTERM or orphans:
+        say(f"it ended with code {code}, left processes {orphans}, see {log}")
+    return code == 128 + signal.SIGTERM and not orphans
+
+
+def wait_for_a_step(process: subprocess.Popen[bytes], checkpoints: Path) -> None:
+    earlier = stamp(checkpoints)
+    while stamp(checkpoints) == earlier and process.poll() is None:
+        time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that one has started, and theirs."""
+    children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [one for child in children for one in (child, *descendants(child))]
 
 
 def finish_and_compare(args: argparse.Namespace, root: Path) -> int:
@@ -116,7 +158,7 @@ def command(root: Path, output: Path, name: str, num_epochs: int) -> list[str]:
         *common(root, output / name),
         *("-c", OVERLAY, "--model.weights", str(output / "float/checkpoints/last.ckpt")),
         *("--trainer.max_epochs", str(num_epochs), "--trainer.check_val_every_n_epoch", "4"),
-        *("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "2"),
+        *("--model.ranges.amax", "learned", "--data.num_workers", "2"),
         *("--data.num_calibration_samples", "2", "--baselines.cache_dir", str(output / "baselines")),
         *("--resume.every_n_steps", "1", "--ckpt_path", "last"),
     ]

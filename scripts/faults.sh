@@ -1,6 +1,6 @@
 #!/bin/sh
-# Kills a fit 20 times at random moments and proves that it ends bit-equal to an undisturbed one. The log is kept in docs/faults.log.
-#   scripts/faults.sh [--num_kills N] [--num_epochs N] [--seed N]
+# Kills a fit 20 times and stops it 20 times at random moments, and proves that it ends bit-equal to an undisturbed one. The log is kept in docs/faults.log.
+#   scripts/faults.sh [--num_kills N] [--num_stops N] [--num_epochs N] [--seed N]
 set -eu
 cd "$(dirname "$0")/.."
 output=$(mktemp -d)

@@ -18,8 +18,6 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
-from cpq_train.common.signals import signals_blocked
-
 
 class HookedTrainer(Trainer):
     """A Trainer that leaves signals alone, and asks which checkpoint a fit resumes.
@@ -122,10 +120,7 @@ class LateWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run on rank 0, opened here."""
-        if not self._is_described:
-            return _DummyExperiment()
-        with signals_blocked():  # W&B works in a process of its own, which has to outlive a job's SIGTERM
-            return super().experiment
+        return super().experiment if self._is_described else _DummyExperiment()
 
     @property
     def open_run(self) -> Any:
@@ -148,6 +143,11 @@ class LateWandbLogger(WandbLogger):
         assert self._experiment is not None
         self._experiment.finish(exit_code=exit_code)
         self._experiment = None
+
+    def abandon_run(self) -> None:
+        """Log nothing more."""
+        self._experiment = None
+        self._is_described = False
 
 
 class HookedCLI(LightningCLI):

@@ -1,10 +1,11 @@
-"""What is used of W&B's private members, under a public name.
+"""What is used of W&B beyond its documented ways, under public names.
 
 Not in `lightning_private`: there jsonargparse, after the types of options, would import wandb in every run.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,3 +19,11 @@ def use_offline(run: wandb.Run, artifact: wandb.Artifact) -> None:
     artifact goes along, and the sync of the run notes its use once W&B has it.
     """
     run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+
+
+def end_connection() -> None:
+    """Give up the connection to W&B's process, which is gone; at exit W&B would fail for lack of it."""
+    import wandb
+
+    with suppress(ConnectionError):
+        wandb.teardown()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.lightning_private import LateWandbLogger
+from cpq_train.common.wandb_private import end_connection
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import artifacts
 from cpq_train.training.detector import CenterPointDetector
@@ -106,7 +108,8 @@ class WandbRunLogger(LateWandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log at a step; what `validate` finds belongs to the step of the checkpoint that it scores."""
-        super().log_metrics(metrics, step if self._scored_step is None else self._scored_step)
+        with self._outliving_wandb():
+            super().log_metrics(metrics, step if self._scored_step is None else self._scored_step)
 
     @rank_zero_only
     def log_checkpoint(
@@ -114,13 +117,16 @@ class WandbRunLogger(LateWandbLogger):
     ) -> None:
         """Log a checkpoint that the run made."""
         if self._takes_checkpoints:
-            self.experiment.log_artifact(artifacts.checkpoint_artifact(path, scores), aliases=list(aliases))
+            artifact = artifacts.checkpoint_artifact(path, scores)
+            with self._outliving_wandb():
+                self.experiment.log_artifact(artifact, aliases=list(aliases))
 
     @rank_zero_only
     def mark_preempting(self) -> None:
         """Have W&B show the run as preempted, not as failed, until it goes on."""
         if self.open_run is not None:
-            self.open_run.mark_preempting()
+            with self._outliving_wandb():
+                self.open_run.mark_preempting()
 
     @override
     @rank_zero_only
@@ -132,7 +138,21 @@ class WandbRunLogger(LateWandbLogger):
         if status == "success" and self._trainer.state.fn == "fit":
             for path, (aliases, scores) in artifacts.outputs(self._trainer).items():
                 self.log_checkpoint(path, aliases, scores)
-        self.close_run(exit_code=0 if status == "success" else 1)
+        with self._outliving_wandb():
+            if self.open_run is not None:
+                self.close_run(exit_code=0 if status == "success" else 1)
+
+    @contextmanager
+    def _outliving_wandb(self) -> Iterator[None]:
+        """Go on without W&B where its process is gone: SLURM's SIGTERM ends every process of a job."""
+        try:
+            yield
+        except ConnectionError as error:
+            self.abandon_run()
+            end_connection()
+            rank_zero_warn(
+                f"W&B's process is gone ({error}): nothing is logged there until the run is started again"
+            )
 
 
 def run_id(run_dir: Path, arm: str) -> str:

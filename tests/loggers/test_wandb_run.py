@@ -212,6 +212,32 @@ def test_a_failed_run_says_so(experiment: Path, simulated_root: Path, tmp_path: 
     assert wandb.run is None
 
 
+OUTLIVING = """
+import os, signal, sys
+from pathlib import Path
+from cpq_train.loggers import WandbRunLogger
+logger = WandbRunLogger()
+logger.describe_run(sys.argv[1])
+assert logger.experiment.offline
+for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+    os.kill(int(pid), signal.SIGTERM)
+    os.waitpid(int(pid), 0)
+for step in range(3):  # it may take one until the connection is known to be lost
+    logger.log_metrics({"a": 1.0}, step)
+assert logger.open_run is None
+logger.finalize("success")
+print("done")
+"""
+
+
+def test_a_run_outlives_the_process_of_wandb(tmp_path: Path) -> None:
+    """SLURM's SIGTERM ends that process, and the fit still has to be saved."""
+    done = subprocess.run([sys.executable, "-c", OUTLIVING, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert "W&B's process is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_a_login(
     simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
