@@ -56,6 +56,28 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
         file.write(data)
 
 
+def make_writable(folder: Path, option: str) -> None:
+    """Make a folder where it is not there, and see that files can be written to it, before there is any work.
+
+    Args:
+        folder: The folder.
+        option: What names it, for the message.
+
+    Raises:
+        UserError: It is no folder, cannot be made, or takes no file.
+    """
+    probe = folder / f".{os.getpid()}{PARTIAL}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option} {str(folder)!r}: nothing can be written there ({error.strerror}: {error.filename}); "
+            "accepted: a folder to write to, or one that can be made"
+        ) from error
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what killed writers left behind in a folder."""
     for partial in folder.glob(f"*{PARTIAL}"):

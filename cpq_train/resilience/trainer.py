@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from cpq_train.common.lightning_private import HookedTrainer
 from cpq_train.common.signals import raising_signals
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.resilience.checkpoint_io import AtomicCheckpointIO
+from cpq_train.resilience.claim import Claim, claimed
 from cpq_train.resilience.resume import RESUME_FILE, checkpoint_folder, newest_checkpoint
 
 
@@ -29,6 +32,7 @@ class ResilientTrainer(HookedTrainer):
     """
 
     continues_run = False
+    _claim: Claim | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,10 +64,34 @@ class ResilientTrainer(HookedTrainer):
 
         Raises:
             Stopped: The run was asked to stop; once it trains it is saved.
-            UserError: What was given does not work out, a loss is not finite, or the disk is full.
+            UserError: What was given does not work out, another fit has the run folder, a loss is not finite,
+                or the disk is full.
         """
-        with raising_signals():
+        with raising_signals(), self._having_its_folder():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @contextmanager
+    def _having_its_folder(self) -> Iterator[None]:
+        """Keep other fits out of the run folder, where this one writes to it."""
+        if self.fast_dev_run or not self.is_global_zero:  # type: ignore[attr-defined]
+            yield
+            return
+        with claimed(Path(self.default_root_dir)) as self._claim:
+            yield
+        self._claim = None
+
+    @override
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """See Trainer.
+
+        Raises:
+            UserError: Another fit has taken the run folder.
+        """
+        if self._claim is not None:
+            self._claim.check()
+        super().save_checkpoint(filepath, weights_only, storage_options)
 
     @override
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:

@@ -1,0 +1,122 @@
+"""Two fits in one folder: the second one is told, unless the first is known to be dead."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import fails
+from tiny_model import BASE, tiny_options
+
+from cpq_train.common.errors import UserError
+from cpq_train.resilience import claim
+from cpq_train.resilience.claim import CLAIM_FILE, STALE_S, claimed, this_process
+
+
+def leave(folder: Path, age_s: float = 0.0, **other: str | int) -> Path:
+    """The claim of another fit."""
+    folder.mkdir(exist_ok=True)
+    file = folder / CLAIM_FILE
+    file.write_text(json.dumps({**this_process(), **other}))
+    now_s = file.stat().st_mtime
+    os.utime(file, (now_s - age_s, now_s - age_s))
+    return file
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_fit_has_its_folder_and_gives_it_back(tmp_path: Path) -> None:
+    run = tmp_path / "new/run"
+    with claimed(run):
+        said = json.loads((run / CLAIM_FILE).read_text())
+        assert (said["host"], said["pid"]) == (socket.gethostname(), os.getpid())
+        with (
+            pytest.raises(UserError, match=rf"in use by a fit, process {os.getpid()} on .*another folder"),
+            claimed(run),
+        ):
+            pass
+    assert not list(run.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"host": "elsewhere", "job": ""},  # a process id says nothing of another machine
+        {"pid_namespace": "pid:[1]", "pid": 2, "job": ""},
+        {"host": "elsewhere", "job": "7"},
+    ],
+)
+def test_another_fit_that_may_live_has_it(
+    other: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    file = leave(tmp_path, STALE_S - 20, **other)
+    before = file.read_text()
+    with pytest.raises(UserError, match=r"last heartbeat was 28\d s ago"), claimed(tmp_path):
+        pass
+    assert file.read_text() == before
+    assert [one.name for one in tmp_path.iterdir()] == [CLAIM_FILE]
+
+
+@pytest.mark.parametrize("why", ["same job", "dead", "another life of the same id", "silent", "torn"])
+def test_a_claim_that_yields(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setattr(claim, "_WRITING_S", 0.02)
+    file = leave(
+        tmp_path,
+        *([STALE_S + 20] if why == "silent" else []),
+        **{
+            "same job": {"host": "elsewhere", "job": "8"},
+            "dead": {"pid": dead_pid(), "job": ""},
+            "another life of the same id": {"started": "1", "job": ""},
+            "silent": {"host": "elsewhere", "job": "7"},
+            "torn": {},
+        }[why],
+    )
+    if why == "torn":
+        file.write_text('{"host":')
+    with claimed(tmp_path):
+        assert json.loads(file.read_text()) == this_process()
+        assert [one.name for one in tmp_path.iterdir()] == [CLAIM_FILE]
+
+
+def test_who_is_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still, another fit took its folder, and it leaves what that one has."""
+    monkeypatch.setattr(claim, "BEAT_S", 0.01)
+    with claimed(tmp_path) as ours:
+        beaten_s = (tmp_path / CLAIM_FILE).stat().st_mtime
+        while (tmp_path / CLAIM_FILE).stat().st_mtime == beaten_s:
+            ours.check()
+        leave(tmp_path, host="elsewhere")
+        ours._thread.join(20)
+        with pytest.raises(UserError, match=r"taken over by process .* on elsewhere"):
+            ours.check()
+    assert json.loads((tmp_path / CLAIM_FILE).read_text())["host"] == "elsewhere"
+
+
+def test_the_second_fit_is_told(
+    simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    leave(run, host="elsewhere")
+    said = fails(["fit", "-c", BASE, *tiny_options(simulated_root, run)], capsys)
+    assert f"trainer.default_root_dir '{run}' is in use by a fit, process {os.getpid()} on elsewhere" in said
+    assert [one.name for one in run.iterdir()] == [CLAIM_FILE]
+
+
+def test_a_folder_that_cannot_be_one(
+    simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    said = fails(["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "file/run")], capsys)
+    assert (
+        f"trainer.default_root_dir '{tmp_path}/file/run': nothing can be written there (Not a directory"
+        in said
+    )
