@@ -28,6 +28,7 @@ from cpq_train.simulator import simulate
 
 BASE = "configs/quickstart_float.yaml"
 OVERLAY = "configs/quickstart_qat.yaml"
+FIT = (sys.executable, "-m", "cpq_train", "fit")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -41,15 +42,7 @@ def main() -> int:
     args = parser.parse_args()
     root = args.output / "data"
     args.output.mkdir(parents=True)
-    with redirect_stdout(sys.stderr):  # its progress is no part of the log
-        simulate(
-            root,
-            num_scenes=7,
-            num_val_scenes=2,
-            num_samples_per_scene=2,
-            version="v1.0-trainval",
-            seed=args.seed,
-        )
+    simulate_data(root, args.seed)
     faults = f"{args.num_kills} kills, {args.num_stops} stops"
     say(f"{args.num_epochs} epochs of ten steps, {faults}, seed {args.seed}")
     weights = start(float_command(root, args.output / "float"), args.output / "float.log")
@@ -65,6 +58,13 @@ def main() -> int:
         if not fault(args, root, number, rng):
             return 1
     return finish_and_compare(args, root)
+
+
+def simulate_data(root: Path, seed: int) -> None:
+    with redirect_stdout(sys.stderr):  # its progress is no part of the log
+        simulate(
+            root, num_scenes=7, num_val_scenes=2, num_samples_per_scene=2, version="v1.0-trainval", seed=seed
+        )
 
 
 def kill_once(args: argparse.Namespace, root: Path, number: int, rng: random.Random) -> bool:
@@ -138,36 +138,57 @@ def finish_and_compare(args: argparse.Namespace, root: Path) -> int:
     process = start(command(root, args.output, "killed", args.num_epochs), log)
     code = process.wait()
     say(f"last start: {came_from(log, steps)}; ended with code {code}")
-    one, two = (read(args.output / run / "checkpoints/last.ckpt") for run in ("whole", "killed"))
+    is_equal, said = compare(args.output / "whole", args.output / "killed")
+    say(said)
+    return int(not is_equal or code != 0)
+
+
+def compare(whole: Path, run: Path) -> tuple[bool, str]:
+    """Whether a run ended as the undisturbed one, and a sentence."""
+    one, two = (read(folder / "checkpoints/last.ckpt") for folder in (whole, run))
     tensors, others = one["state_dict"], two["state_dict"]
     differing = [name for name, value in tensors.items() if not torch.equal(value, others[name])]
-    say(
-        f"step {one['global_step']} and {two['global_step']}: "
-        f"{len(differing)} of {len(tensors)} tensors differ from the undisturbed run"
+    steps = one["global_step"], two["global_step"]
+    said = (
+        f"step {steps[0]} and {steps[1]}: {len(differing)} of {len(tensors)} tensors differ from the "
+        "undisturbed run"
     )
-    return int(bool(differing) or code != 0 or one["global_step"] != two["global_step"])
+    return not differing and steps[0] == steps[1], said
 
 
 def float_command(root: Path, run: Path) -> list[str]:
-    return [*common(root, run), "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    return [*FIT, *common(root, run), "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
 
 
 def command(root: Path, output: Path, name: str, num_epochs: int) -> list[str]:
     """The one command that starts and restarts a run."""
+    return [*FIT, *options(root, output, name, num_epochs), "--ckpt_path", "last"]
+
+
+def options(root: Path, output: Path, name: str, num_epochs: int) -> list[str]:
+    """Of a QAT fit with learned ranges, two loading processes a rank, saved before every step."""
     return [
         *common(root, output / name),
         *("-c", OVERLAY, "--model.weights", str(output / "float/checkpoints/last.ckpt")),
         *("--trainer.max_epochs", str(num_epochs), "--trainer.check_val_every_n_epoch", "4"),
         *("--model.ranges.amax", "learned", "--data.num_workers", "2"),
         *("--data.num_calibration_samples", "2", "--baselines.cache_dir", str(output / "baselines")),
-        *("--resume.every_n_steps", "1", "--ckpt_path", "last"),
+        *("--resume.every_n_steps", "1"),
     ]
 
 
 def common(root: Path, run: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "cpq_train", "fit", "-c", BASE),
-        *("--data.root", str(root), "--trainer.default_root_dir", str(run), "--data.num_sweeps", "2"),
+        *(
+            "-c",
+            BASE,
+            "--data.root",
+            str(root),
+            "--trainer.default_root_dir",
+            str(run),
+            "--data.num_sweeps",
+            "2",
+        ),
         *("--model.network.voxel_size", "[0.64, 0.64, 0.32]", "--data.batch_size", "1"),
         *("--trainer.enable_progress_bar", "false", "--trainer.check_val_every_n_epoch", "1"),
     ]

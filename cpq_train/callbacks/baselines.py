@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from cpq_train.callbacks.evaluation import Evaluation, datamodule_of, log_equal, postprocessing_sha256
+from cpq_train.callbacks.evaluation import (
+    Evaluation,
+    datamodule_of,
+    left_out_by,
+    log_equal,
+    postprocessing_sha256,
+)
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
@@ -45,6 +51,9 @@ class Baselines(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, CenterPointDetector)
+        if why := left_out_by(trainer):
+            rank_zero_info(f"{why}: partial scores are compared with no baseline")
+            return
         for arm in {"qat": ("float", "ptq"), "float_tuned": ("float",)}.get(pl_module.subject.arm, ()):
             score = self._score(arm, trainer, pl_module)
             if score is not None:

@@ -17,7 +17,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metrics_file import RunInfo
-from cpq_train.evaluation.run_files import MetricEngine, ScoredSplit, write_run
+from cpq_train.evaluation.run_files import METRICS_FILE, MetricEngine, ScoredSplit, write_run
 from cpq_train.export.engine import Engine
 from cpq_train.models.decode import PostProcessing
 from cpq_train.profiling.report import size_summary
@@ -32,7 +32,8 @@ class Evaluation(Callback):
 
     Logs `val/mAP`, `val/NDS` and the five mean errors. `validate`, and `fit` at its end, write
     `metrics.json`, `results_nusc.json` (the submission), `matches.npz` and `bev_sample.npz` into
-    `trainer.default_root_dir`.
+    `trainer.default_root_dir`. Where the trainer leaves samples out, those that it takes are scored, and
+    no file is written: the score is not that of the split.
 
     Args:
         engine: Who computes the numbers of `metrics.json`: vectorised (this project) or devkit
@@ -49,7 +50,9 @@ class Evaluation(Callback):
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
-        metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names)
+        metric = NuScenesDetectionMetric(
+            data.index, data.eval_rows, data.class_names, may_be_partial=bool(left_out_by(trainer))
+        )
         self._metric = metric.to(pl_module.device)
 
     @override
@@ -71,18 +74,25 @@ class Evaluation(Callback):
         if trainer.sanity_checking:
             return
         self.scored = self._metric.compute()
+        why = left_out_by(trainer)
+        if why and trainer.is_global_zero:
+            num_all = len(datamodule_of(trainer).eval_rows)
+            print(
+                f"partial score: {len(self.scored.sample_tokens)} of {num_all} samples ({why}); "
+                f"{METRICS_FILE} is not written"
+            )
         scores = self.scored.scores
         log_equal(pl_module, {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate" and trainer.is_global_zero:
+        if trainer.state.fn == "validate" and trainer.is_global_zero and not left_out_by(trainer):
             self._write(trainer, pl_module, checkpoint_of(trainer, pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        if self.scored is not None and last and trainer.is_global_zero:
+        if self.scored is not None and last and trainer.is_global_zero and not left_out_by(trainer):
             self._write(trainer, pl_module, Path(last))
 
     def _write(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> None:
@@ -163,6 +173,16 @@ def postprocessing_sha256(config: PostProcessing, test_time_flip: bool = False) 
 def log_equal(module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:
     """Log numbers that every rank has alike; a checkpoint callback monitors them on every rank."""
     module.log_dict(values, prog_bar=prog_bar, sync_dist=module.trainer.world_size > 1)
+
+
+def left_out_by(trainer: Trainer) -> str:
+    """What makes the trainer leave samples out of an evaluation, for a sentence; empty where it takes all."""
+    split = {"test": "test", "predict": "predict"}.get(str(trainer.state.fn.value), "val")  # type: ignore[union-attr]
+    usual = {"fast_dev_run": False, "overfit_batches": 0.0, f"limit_{split}_batches": 1.0}
+    given = {name: getattr(trainer, name) for name in usual}
+    # 1 is one batch, and equal to 1.0, which is all.
+    changed = [f"trainer.{n} {v}" for n, v in given.items() if (type(v), v) != (type(usual[n]), usual[n])]
+    return changed[0] if changed else ""
 
 
 def datamodule_of(trainer: Trainer) -> NuScenesDataModule:

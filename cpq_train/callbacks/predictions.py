@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from typing_extensions import override
 
-from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of
+from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of, left_out_by
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps, read_cloud
@@ -75,7 +75,10 @@ class WritePredictions(Callback):
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         detections = self._of_all_ranks()
-        if trainer.is_global_zero:
+        why = left_out_by(trainer)
+        if trainer.is_global_zero and why:
+            print(f"{len(detections)} samples are detected in ({why}); {SUBMISSION_FILE} is not written")
+        elif trainer.is_global_zero:
             data, path = datamodule_of(trainer), Path(trainer.default_root_dir) / SUBMISSION_FILE
             _write(path, _in_global_frame(data, data.test_rows, detections), _tokens(data, data.test_rows))
 

@@ -43,14 +43,19 @@ class TrainingSampler(DistributedSampler[SampleKey]):
 
 
 class EvaluationSampler(DistributedSampler[int]):
-    """Every sample exactly once: rank r of n takes r, r + n, r + 2 n, ..., and ranks may differ by one."""
+    """Every sample exactly once: rank r of n takes r, r + n, r + 2 n, ..., and ranks may differ by one.
+
+    A rank that would get none takes one that another has, too: Lightning leaves a rank without a batch out of
+    what the ranks do together. Whoever collects by sample counts it once.
+    """
 
     def __init__(self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        self.num_samples = max(0, math.ceil((len(dataset) - rank) / world_size))
+        self._first = rank if rank < len(dataset) or not len(dataset) else rank % len(dataset)
+        self.num_samples = max(0, math.ceil((len(dataset) - self._first) / world_size))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return iter(range(self._first, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 def stratified_choice(

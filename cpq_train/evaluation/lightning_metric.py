@@ -123,6 +123,7 @@ class NuScenesDetectionMetric(DetectionCollector):
         index: the data set.
         rows: (S,) sample rows of the index that are scored, each once.
         class_names: what the labels of the detector index.
+        may_be_partial: whether only those of the samples are scored that were detected in.
         **kwargs: of `torchmetrics.Metric`.
     """
 
@@ -131,10 +132,11 @@ class NuScenesDetectionMetric(DetectionCollector):
         index: NuScenesIndex,
         rows: Ints,
         class_names: Sequence[str] = DETECTION_CLASSES,
+        may_be_partial: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(rows, class_names, **kwargs)
-        self._index = index
+        self._index, self._may_be_partial = index, may_be_partial
 
     def compute(self) -> ScoredSplit:
         """Score the detections of all ranks.
@@ -142,8 +144,10 @@ class NuScenesDetectionMetric(DetectionCollector):
         Raises:
             UserError: Samples are missing.
         """
-        predictions = predictions_from_detections(self._index, self._rows, self._of_all_ranks())
-        annotations = ground_truth(self._index, self._rows)
+        found = self._of_all_ranks()
+        rows = np.array([row for row in self._rows if row in found]) if self._may_be_partial else self._rows
+        predictions = predictions_from_detections(self._index, rows, found)
+        annotations = ground_truth(self._index, rows)
         return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +50,9 @@ VERBS_OF_ENGINES = ("validate", "test", "predict")
 
 NO_FILES = (None, "last", "best", "hpc", "registry")
 """Values of `--ckpt_path` that name no file; of `last` the command line counts."""
+
+ARRAY_TASK = "{SLURM_ARRAY_TASK_ID}"
+"""In `trainer.default_root_dir`: tasks of an array have the same command line, and each needs its folder."""
 
 MOVED_MODULES = {"cpq_train.strategy": "cpq_train.training.strategy"}
 """Where modules went whose classes a saved config.yaml may name by their path."""
@@ -162,6 +166,13 @@ class QuantCLI(HookedCLI):
     def take_settings_of_checkpoint(self) -> None:
         """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
         verb = self.config.subcommand
+        trainer = self.config[verb].trainer
+        trainer.default_root_dir = _of_this_task(str(trainer.default_root_dir))
+        if ARRAY_TASK in trainer.default_root_dir:
+            raise UserError(
+                f"trainer.default_root_dir is {trainer.default_root_dir!r}, and this is no task of an array; "
+                "accepted: a folder without the number, or a job that sbatch --array started"
+            )
         asked = self.config[verb].clone()
         if verb in WEIGHTS_OF_VERB:
             if asked.ckpt_path is not None and self.given.on_command_line("ckpt_path"):
@@ -196,8 +207,12 @@ class QuantCLI(HookedCLI):
         return trainer
 
 
+def _of_this_task(folder: str) -> str:
+    return folder.replace(ARRAY_TASK, os.environ.get(ARRAY_TASK[1:-1], ARRAY_TASK))
+
+
 def _checkpoint_dir(default_root_dir: str) -> str:
-    return str(Path(default_root_dir) / "checkpoints")
+    return str(Path(_of_this_task(default_root_dir)) / "checkpoints")
 
 
 def run(args: list[str]) -> None:

@@ -35,13 +35,41 @@ StrategyRegistry.register(
 class QuantTrainer(ResilientTrainer):
     """The Trainer, and the verbs `calibrate`, `sensitivity` and `profile`.
 
+    Args:
+        *args: Of Trainer.
+        limit_train_batches: How many training batches to take in an epoch; 1 is one, 1.0 is all.
+        limit_val_batches: How many validation batches to take; a partial score leaves no metrics.json.
+        limit_test_batches: How many batches `test` takes.
+        limit_predict_batches: How many batches `predict` takes.
+        val_check_interval: Batches, or the share of an epoch, from one validation to the next.
+        **kwargs: Of Trainer.
+
     Raises:
         UserError: The precision is none of `PRECISIONS`. Gradients overflow fp16, and true half precision
             rounds ranges and weights. Quantization is computed in fp32 in any case.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    # Python keeps one of Optional[Union[int, float]] and Optional[Union[float, int]], whichever it makes
+    # first. Where that is the other one, Lightning's own annotations make 1.0 of a 1 on the command line.
+    def __init__(
+        self,
+        *args: Any,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        val_check_interval: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            val_check_interval=val_check_interval,
+            **kwargs,
+        )
         if self.precision not in PRECISIONS:
             raise UserError(f"trainer.precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
 
