@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,6 +22,7 @@ from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -192,7 +192,7 @@ class QuantCLI(HookedCLI):
                 logger.run_dir = Path(trainer.default_root_dir)
             if isinstance(logger, WandbRunLogger):
                 settings = self.parser.dump(self.config, skip_none=False)
-                logger.run_config = yaml.safe_load(settings)[self.subcommand]
+                logger.run_config = parse_yaml(settings, "configuration")[self.subcommand]
         return trainer
 
 
