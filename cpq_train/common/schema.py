@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WrapV
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypedDict
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
 
 T = TypeVar("T")
 
@@ -140,8 +140,7 @@ def _why(error: ErrorDetails) -> str:
         accepted = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
     else:
         accepted = _ACCEPTED.get(error["type"], error["msg"])
-    seen = repr(error["input"])
-    return f"got {seen if len(seen) <= 200 else seen[:200] + '…'}, accepted: {accepted}"
+    return f"got {shown(error['input'])}, accepted: {accepted}"
 
 
 def _place(where: str, loc: Iterable[int | str]) -> str:

@@ -29,7 +29,7 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
 from cpq_train.common.documents import read_yaml
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
 from cpq_train.common.schema import Flag, accepts, known_keys, validated
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
@@ -166,13 +166,13 @@ def _settings(value: Any) -> Any:
     """`off` (which YAML reads as False) stands for {mode: off}."""
     settings = {"mode": value} if value is False or value == "off" else value
     if not isinstance(settings, Mapping):
-        raise UserError(f"got {value!r}, accepted: a mapping, or off")
+        raise UserError(f"got {shown(value)}, accepted: a mapping, or off")
     return {**settings, "mode": "off"} if settings.get("mode") is False else settings
 
 
 def _kinds(value: Any) -> Any:
     if not isinstance(value, list | tuple):
-        raise UserError(f"got {value!r}, accepted: a list of {', '.join(KINDS)}")
+        raise UserError(f"got {shown(value)}, accepted: a list of {', '.join(KINDS)}")
     return value
 
 
