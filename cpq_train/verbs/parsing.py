@@ -101,7 +101,8 @@ def _in_short(message: str) -> str:
     if inside is not None:
         return f"{option[1]}: {inside[1]}: {inside[2]}"
     if seen is None or types is None:
-        return f"{option[1]}: {text.splitlines()[0]}"
+        first, _, _ = text.partition("\n")
+        return f"{option[1]}: {first}"
     return (
         f"{option[1]}: got {shown(None if seen[1] == 'None' else seen[1])}, accepted: {_readable(types[1])}"
     )
