@@ -62,7 +62,7 @@ def calibrate(
         subject.network.load_state_dict(given, strict=False)
         seen = samples.calibration_info()
     subject.calibration = {
-        "method": subject.scheme.input.method,
+        "method": subject.scheme.defaults.input.method,
         **seen,
         "source_sha256": subject.parents.get("float"),
         "left_in_float": list(subject.prepared.left_in_float),

@@ -3,3 +3,13 @@
 
 class UserError(ValueError):
     """A mistake in what the user gave; names the thing, the value seen and the values accepted."""
+
+
+class OptionError(UserError):
+    """A mistake in the options of a verb, which `--help` lists."""
+
+
+def shown(value: object) -> str:
+    """A value in a message; what is long is cut."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

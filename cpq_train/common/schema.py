@@ -1,15 +1,22 @@
-"""Schema numbers of the files that are written here; `docs/formats.md` is the policy.
+"""What files should hold: schema numbers (`docs/formats.md` is the policy), and types through pydantic.
 
 A number goes up where an older reader would misread the file, not where something is only added.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from types import GenericAlias
+from typing import Annotated, Any, TypeVar
 
-from cpq_train.common.errors import UserError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from typing_extensions import TypedDict
+
+from cpq_train.common.errors import UserError, shown
+
+T = TypeVar("T")
 
 
 def check_schema(found: Any, newest: int, what: str) -> None:
@@ -30,53 +37,118 @@ def check_schema(found: Any, newest: int, what: str) -> None:
         raise UserError(f"{what}: schema is {found!r}; accepted: {accepted}{why}")
 
 
-Check: TypeAlias = tuple[Callable[[Any], bool], str]
-"""Whether a value is accepted, and what is."""
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-NUMBER: Check = (is_number, "a finite number")
-TEXT: Check = (lambda value: isinstance(value, str), "a text")
-MAPPING: Check = (lambda value: isinstance(value, dict), "a mapping")
-
-
-def check_document(document: Any, newest: int, accepted: dict[str, Any], where: str) -> None:
-    """Check the contents of a JSON file; keys that are not accepted are passed over.
+def check_document(document: Any, newest: int, kind: TypeAdapter[Any], where: str) -> None:
+    """Check the contents of a JSON file; keys that `kind` does not have are passed over.
 
     Args:
         document: The contents.
         newest: The schema that is written here.
-        accepted: Key -> a check, or a mapping of the same form for what lies below; a list of one of these
-            accepts a list whose members are all so.
+        kind: What they should be.
         where: What to call the file in the message.
 
     Raises:
-        UserError: Its schema is another one, a key is missing or its value is not of the kind accepted; the
-            message names both.
+        UserError: See `check_schema` and `validated`.
     """
     if isinstance(document, dict):
         check_schema(document.get("schema"), newest, where)
-    _check(document, accepted, where)
+    validated(kind, document, where)
 
 
-def _check(value: Any, accepted: Any, where: str) -> None:
-    if isinstance(accepted, dict):
-        if not isinstance(value, dict) or not accepted.keys() <= value.keys():
-            have = sorted(value) if isinstance(value, dict) else repr(value)
-            raise UserError(f"{where}: keys {have}; accepted: all of {list(accepted)}")
-        for key, check in accepted.items():
-            _check(value[key], check, f"{where}: {key}" if ": " not in where else f"{where}.{key}")
-        return
-    if isinstance(accepted, list):
-        if not isinstance(value, list):
-            raise UserError(f"{where} is {value!r}; accepted: a list")
-        for number, one in enumerate(value):
-            _check(one, accepted[0], f"{where}[{number}]")
-        return
-    is_good, description = accepted
-    if not is_good(value):
-        raise UserError(f"{where} is {value!r}; accepted: {description}")
+def validated(kind: TypeAdapter[T], content: Any, where: str) -> T:
+    """Plain values as the type that they should be.
+
+    Args:
+        kind: The type. Numbers and flags in it are strict (`Number`, `Flag`): pydantic would take texts too.
+        content: The values.
+        where: What they are of, for the message.
+
+    Raises:
+        UserError: Something is missing, unknown or not accepted; names its place, the value seen and what is
+            accepted.
+    """
+    try:
+        return kind.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(_sentence(first, where)) from error
+
+
+def keys(kinds: Mapping[str, Any]) -> Any:
+    """The type of a mapping that has these keys, each of a kind, and may have others."""
+    make: Any = TypedDict
+    return make("Keys", dict(kinds))
+
+
+def list_of(kind: Any) -> Any:
+    """The type of a list whose members are all of a kind, as `keys` makes one."""
+    return GenericAlias(list, (kind,))
+
+
+def accepts(description: str) -> WrapValidator:
+    """For `Annotated`: what a type accepts, in the words of an error message."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise PydanticCustomError("accepts", "{accepted}", {"accepted": description}) from error
+
+    return WrapValidator(check)
+
+
+def known_keys(kind: type) -> BeforeValidator:
+    """For `Annotated`, with a dataclass: a mapping has the keys of its fields only."""
+    accepted = sorted(field.name for field in fields(kind))
+
+    def check(value: Any) -> Any:
+        unknown = [key for key in value if key not in accepted] if isinstance(value, Mapping) else []
+        if unknown:
+            raise UserError(f"unknown key {unknown[0]!r}; accepted: {', '.join(accepted)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Flag = Annotated[bool, Field(strict=True), accepts("true, false")]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), accepts("a finite number")]
+Count = Annotated[int, Field(strict=True, ge=0), accepts("a count")]
+CountAboveZero = Annotated[int, Field(strict=True, gt=0), accepts("a count above 0")]
+
+_ACCEPTED = {
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "string_type": "a text",
+}
+"""Kinds of error -> what would have been accepted."""
+
+
+def _sentence(error: ErrorDetails, where: str) -> str:
+    if error["type"] == "missing":
+        *above, key = error["loc"]
+        has = ", ".join(map(str, error["input"])) or "nothing"
+        return f"{_place(where, above)}: needs {key!r}, and has {has}"
+    return f"{_place(where, error['loc'])}: {_why(error)}"
+
+
+def _why(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "literal_error":
+        accepted = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+    else:
+        accepted = _ACCEPTED.get(error["type"], error["msg"])
+    return f"got {shown(error['input'])}, accepted: {accepted}"
+
+
+def _place(where: str, loc: Iterable[int | str]) -> str:
+    """Keys one after another; the first of `rules` is rule 1."""
+    parts = [where]
+    for part in loc:
+        if isinstance(part, int):
+            parts[-1] = f"{parts[-1].removesuffix('s')} {part + 1}"
+        else:
+            parts.append(part)
+    return ", ".join(parts)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.data import derived
 from cpq_train.data.tables import TABLES, TableReader
@@ -289,6 +290,6 @@ def _progress(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 
 def _load(folder: Path, root: Path) -> NuScenesIndex:
-    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    meta: dict[str, Any] = read_json(folder / "meta.json", "index file")
     columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
     return NuScenesIndex(folder=folder, root=root, **meta, **columns)

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field, TypeAdapter
 
-from cpq_train.common.arm_names import ROWS
-from cpq_train.common.errors import UserError
+from cpq_train.common.arm_names import Row
+from cpq_train.common.documents import read_json
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
-from cpq_train.common.schema import MAPPING, NUMBER, TEXT, Check, check_document, is_number
+from cpq_train.common.schema import Count, CountAboveZero, Number, accepts, check_document, keys
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
@@ -129,59 +130,64 @@ def read_metrics(path: Path) -> Document:
     Raises:
         UserError: The file is absent, no JSON, or not as the schema has it.
     """
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable metrics.json ({error})") from error
+    document = read_json(path, "metrics file")
     check_metrics(document, str(path))
     return dict(document)
 
 
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
+def _in_order(bounds: list[float]) -> list[float]:
+    if bounds != sorted(bounds):
+        raise ValueError(bounds)
+    return bounds
 
 
-def _is_coverage(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(count, int) for count in value)
+_PAIR = Field(min_length=2, max_length=2)
+_Error = Annotated[Number | None, accepts("a finite number or null")]
+_Bounds = Annotated[list[Number], _PAIR, AfterValidator(_in_order)]
+_Interval = Annotated[_Bounds | None, accepts("null or [lower, upper]")]
+_Coverage = dict[str, Annotated[list[Count], _PAIR]]
 
-
-_ERROR: Check = (lambda value: value is None or is_number(value), "a finite number or null")
-_INTERVAL: Check = (lambda value: value is None or _is_interval(value), "null or [lower, upper]")
-
-_KEYS: dict[str, Any] = {
-    "arm": (lambda value: value in ROWS, ", ".join(ROWS)),
-    "checkpoint": {"path": TEXT, "sha256": TEXT},
-    "dataset": {
-        "root_name": TEXT,
-        "version": TEXT,
-        "split": TEXT,
-        "num_samples": (lambda value: isinstance(value, int) and value > 0, "a count above 0"),
-        "fingerprint": TEXT,
-    },
-    "metrics": dict.fromkeys(METRICS, NUMBER),
-    "per_class": {
-        name: {
-            "AP": dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], NUMBER),
-            **dict.fromkeys(TP_ERRORS, _ERROR),
+_KIND = TypeAdapter(
+    keys(
+        {
+            "arm": Row,
+            "checkpoint": keys({"path": str, "sha256": str}),
+            "dataset": keys(
+                {
+                    **dict.fromkeys(("root_name", "version", "split", "fingerprint"), str),
+                    "num_samples": CountAboveZero,
+                }
+            ),
+            "metrics": keys(dict.fromkeys(METRICS, Number)),
+            "per_class": keys(
+                {
+                    name: keys(
+                        {
+                            "AP": keys(dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], Number)),
+                            **dict.fromkeys(TP_ERRORS, _Error),
+                        }
+                    )
+                    for name in DETECTION_CLASSES
+                }
+            ),
+            "per_range": keys(
+                {
+                    f"{lower:g}-{upper:g}": keys(
+                        dict.fromkeys(
+                            ["mAP", *(name for name in DETECTION_CLASSES if CLASS_RANGE_M[name] >= upper)],
+                            Number,
+                        )
+                    )
+                    for lower, upper in RANGE_BINS_M
+                }
+            ),
+            "confidence": keys({"mAP": _Interval, "NDS": _Interval, "method": str}),
+            "postprocessing_sha256": str,
+            **dict.fromkeys(("parents", "profile", "config"), dict[str, Any]),
+            "coverage": Annotated[_Coverage, accepts("a mapping of kind to [quantized, all]")],
         }
-        for name in DETECTION_CLASSES
-    },
-    "per_range": {
-        f"{lower:g}-{upper:g}": dict.fromkeys(
-            ["mAP", *(name for name in DETECTION_CLASSES if CLASS_RANGE_M[name] >= upper)], NUMBER
-        )
-        for lower, upper in RANGE_BINS_M
-    },
-    "confidence": {"mAP": _INTERVAL, "NDS": _INTERVAL, "method": TEXT},
-    "postprocessing_sha256": TEXT,
-    "parents": MAPPING,
-    "coverage": (
-        lambda value: isinstance(value, dict) and all(map(_is_coverage, value.values())),
-        "a mapping of kind to [quantized, all]",
-    ),
-    "profile": MAPPING,
-    "config": MAPPING,
-}
+    )
+)
 
 
 def check_metrics(document: Any, where: str) -> None:
@@ -194,4 +200,4 @@ def check_metrics(document: Any, where: str) -> None:
     Raises:
         UserError: A key is missing or its value is not of the kind accepted; the message names both.
     """
-    check_document(document, SCHEMA, _KEYS, where)
+    check_document(document, SCHEMA, _KIND, where)

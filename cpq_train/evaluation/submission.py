@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
 from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
@@ -165,11 +166,8 @@ def read_submission(path: Path, sample_tokens: Strings) -> Predictions:
 
 
 def _load(path: Path) -> dict[str, list[Record]]:
-    try:
-        with path.open() as file, _paused_garbage_collection():
-            document = json.load(file, object_pairs_hook=_without_duplicates)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable submission ({error})") from error
+    with _paused_garbage_collection():
+        document = read_json(path, "submission")
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, dict) or not isinstance(document.get("meta"), dict):
         raise UserError(
@@ -188,15 +186,6 @@ def _paused_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> Record:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} occurs twice; accepted: every sample and key once")
-    return record
 
 
 def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Predictions:

@@ -8,37 +8,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
-from cpq_train.common.schema import MAPPING, TEXT, Check, check_document
+from cpq_train.common.schema import Count, check_document, keys, list_of
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 
 SCHEMA = 1
 ENGINE_SUFFIX = ".onnx"
 
-_LIST: Check = (lambda value: isinstance(value, list), "a list")
-_COUNT: Check = (lambda value: isinstance(value, int) and value >= 0, "a count")
-_KEYS: dict[str, Any] = {
-    "target": TEXT,
-    "file": {"name": TEXT, "sha256": TEXT, "num_bytes": _COUNT},
-    "checkpoint": {"path": TEXT, "sha256": TEXT, "arm": TEXT, "parents": MAPPING},
-    "scheme": MAPPING,
-    "coverage": MAPPING,
-    "versions": MAPPING,
-    "inputs": [{"name": TEXT}],
-    "outputs": [{"name": TEXT, "head": _COUNT, "branch": TEXT}],
-    "class_names": _LIST,
-    "head_map": {"stride": _COUNT, "width": _COUNT, "height": _COUNT},
-    "network": MAPPING,
-    "data": MAPPING,
-    "post_processing": MAPPING,
-}
+_KIND = TypeAdapter(
+    keys(
+        {
+            "target": str,
+            "file": keys({"name": str, "sha256": str, "num_bytes": Count}),
+            "checkpoint": keys({**dict.fromkeys(("path", "sha256", "arm"), str), "parents": dict[str, Any]}),
+            "inputs": list_of(keys({"name": str})),
+            "outputs": list_of(keys({"name": str, "head": Count, "branch": str})),
+            "class_names": list[Any],
+            "head_map": keys(dict.fromkeys(("stride", "width", "height"), Count)),
+            **dict.fromkeys(("scheme", "coverage", "versions"), dict[str, Any]),
+            **dict.fromkeys(("network", "data", "post_processing"), dict[str, Any]),
+        }
+    )
+)
 _SETTINGS = {"network": NetworkConfig, "post_processing": PostProcessing}
 """Mappings that a class is made of, which checks them."""
 
@@ -107,11 +108,8 @@ def read_sidecar(engine_file: Path) -> Sidecar:
             f"engine file {str(engine_file)!r} has no {path.name} beside it: export writes both, keep them "
             "together"
         )
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable sidecar ({error})") from error
-    check_document(document, SCHEMA, _KEYS, str(path))
+    document = read_json(path, "sidecar")
+    check_document(document, SCHEMA, _KIND, str(path))
     for name, settings in _SETTINGS.items():
         try:
             settings(**document[name])
@@ -123,4 +121,4 @@ def read_sidecar(engine_file: Path) -> Sidecar:
             f"engine file {str(engine_file)!r} is not the one that {path.name} was written with: its SHA-256 "
             f"is {found[:12]}…, expected {expected[:12]}… (damaged, or exchanged)"
         )
-    return Sidecar(**{name: document[name] for name in _KEYS})
+    return Sidecar(**{field.name: document[field.name] for field in fields(Sidecar)})

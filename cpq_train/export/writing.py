@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,6 +12,7 @@ import torch
 
 from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
 from cpq_train.data.settings import DataSettings
@@ -98,8 +98,8 @@ def check_place(output: Path) -> None:
     if not beside.exists():
         return
     try:
-        is_sidecar = {"target", "file", "checkpoint"} <= json.loads(beside.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
+        is_sidecar = {"target", "file", "checkpoint"} <= read_json(beside, "sidecar").keys()
+    except (UserError, AttributeError):
         is_sidecar = False
     if not is_sidecar:
         raise UserError(

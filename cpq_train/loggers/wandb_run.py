@@ -179,7 +179,7 @@ def arm_settings(module: CenterPointDetector) -> dict[str, Any]:
         }
     subject = module.subject
     scheme = subject.scheme
-    bits = {} if scheme is None else {"weight": scheme.weight, "input": scheme.input}
+    bits = {} if scheme is None else vars(scheme.defaults)
     return {
         "arm": subject.arm,
         "scheme": None if scheme is None else scheme.name,

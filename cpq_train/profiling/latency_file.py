@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cpq_train.common.arm_names import ROWS
-from cpq_train.common.errors import UserError
+from pydantic import TypeAdapter
+
+from cpq_train.common.arm_names import Row
+from cpq_train.common.documents import read_json
 from cpq_train.common.files import write_whole
-from cpq_train.common.schema import MAPPING, NUMBER, TEXT, Check, check_document
+from cpq_train.common.schema import CountAboveZero, Number, check_document, keys, list_of
 
 SCHEMA = 1
 LATENCY_FILE = "latency.json"
@@ -21,28 +23,23 @@ FLOAT_IN_PYTORCH = "PyTorch, float"
 FAKE_IN_PYTORCH = "PyTorch, fake quantization"
 """What a quantized network is while it is trained: `runs_as` of its row."""
 
-_COUNT: Check = (lambda value: isinstance(value, int) and value > 0, "a count above 0")
-
-_KEYS: dict[str, Any] = {
-    "input": TEXT,
-    "num_points": _COUNT,
-    "num_voxels": _COUNT,
-    "device": TEXT,
-    "num_threads": _COUNT,
-    "torch": TEXT,
-    "num_passes": _COUNT,
-    "rows": [
+_ROW = keys(
+    {
+        **dict.fromkeys(("name", "file", "sha256", "runs_as"), str),
+        "arm": Row,
+        **dict.fromkeys(("ms", "min_ms", "max_ms", "cpu_ms"), Number),
+        "summary": dict[str, Any],
+    }
+)
+_KIND = TypeAdapter(
+    keys(
         {
-            "name": TEXT,
-            "arm": (lambda value: value in ROWS, ", ".join(ROWS)),
-            "file": TEXT,
-            "sha256": TEXT,
-            "runs_as": TEXT,
-            **dict.fromkeys(("ms", "min_ms", "max_ms", "cpu_ms"), NUMBER),
-            "summary": MAPPING,
+            **dict.fromkeys(("input", "device", "torch"), str),
+            **dict.fromkeys(("num_points", "num_voxels", "num_threads", "num_passes"), CountAboveZero),
+            "rows": list_of(_ROW),
         }
-    ],
-}
+    )
+)
 
 
 def engine_label(name: str, version: str) -> str:
@@ -61,7 +58,7 @@ def write_latency(path: Path, document: dict[str, Any]) -> None:
         UserError: They are not as the schema has it.
     """
     document = {"schema": SCHEMA, **document}
-    check_document(document, SCHEMA, _KEYS, str(path))
+    check_document(document, SCHEMA, _KIND, str(path))
     write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
@@ -71,9 +68,6 @@ def read_latency(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is absent, no JSON, or not as the schema has it.
     """
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable {LATENCY_FILE} ({error})") from error
-    check_document(document, SCHEMA, _KEYS, str(path))
+    document = read_json(path, "latency file")
+    check_document(document, SCHEMA, _KIND, str(path))
     return dict(document)

@@ -14,22 +14,27 @@
 
 `kinds` restricts a rule to kinds of layer (`Conv2d`, `ConvTranspose2d`, `SubMConv3d`, `SparseConv3d`,
 `ResidualAdd`). A quantizer's settings are the fields of `QuantizerScheme`; `off` is short for `{mode: off}`.
+The types of the fields are what a file is checked against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.documents import read_yaml
+from cpq_train.common.errors import UserError, shown
+from cpq_train.common.schema import Flag, accepts, known_keys, validated
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
-KINDS = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
+Kind = Literal["SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """The kinds of layer that can be quantized."""
 
 OUTPUT_CHANNEL_AXIS = {"SubMConv3d": 0, "SparseConv3d": 0, "Conv2d": 0, "ConvTranspose2d": 1}
@@ -38,11 +43,8 @@ OUTPUT_CHANNEL_AXIS = {"SubMConv3d": 0, "SparseConv3d": 0, "Conv2d": 0, "ConvTra
 CONV_TRANSPOSE_INPUT_AXIS = 0
 """Where older TensorRT releases, and pytorch-quantization's default, put the scales of a ConvTranspose2d."""
 
-INPUT_METHODS = ("max", "percentile", "mse", "entropy", "foreground")
-FORMATS = ("int", "fp8_e4m3")
-WEIGHT_METHODS = ("max", "mse")
-GRANULARITIES = ("per_tensor", "per_channel")
-MODES = ("static", "dynamic", "off")
+Bits = Annotated[int, Field(strict=True, ge=2, le=16), accepts("whole numbers from 2 to 16")]
+Percent = Annotated[float, Field(strict=True, gt=0, le=100), accepts("above 0, up to 100")]
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,24 @@ class QuantizerScheme:
         percentile: Share of the values kept inside amax, in percent, for `method: percentile`.
         count_zeros: Whether zeros take part in percentile and entropy. A BEV map is mostly zeros, which
             say nothing about the range.
+
+    Raises:
+        UserError: The settings contradict one another.
     """
 
-    format: str = "int"
-    bits: int = 8
-    signed: bool = True
-    narrow_range: bool = False
-    granularity: str = "per_tensor"
-    method: str = "max"
-    mode: str = "static"
-    percentile: float = 99.99
-    count_zeros: bool = False
+    format: Literal["int", "fp8_e4m3"] = "int"
+    bits: Bits = 8
+    signed: Flag = True
+    narrow_range: Flag = False
+    granularity: Literal["per_tensor", "per_channel"] = "per_tensor"
+    method: Literal["max", "percentile", "mse", "entropy", "foreground"] = "max"
+    mode: Literal["static", "dynamic", "off"] = "static"
+    percentile: Percent = 99.99
+    count_zeros: Flag = False
+
+    def __post_init__(self) -> None:
+        if self.format == "fp8_e4m3" and (self.bits != 8 or not self.signed or self.narrow_range):
+            raise UserError(f"format fp8_e4m3 has 8 bits, signed, and no narrow_range; got {self!r}")
 
     @property
     def number_format(self) -> NumberFormat:
@@ -84,6 +93,22 @@ class QuantizerScheme:
     def is_off(self) -> bool:
         """Whether the tensor stays float."""
         return self.mode == "off"
+
+
+@dataclass(frozen=True)
+class WeightScheme(QuantizerScheme):
+    """What a scheme can ask for weights."""
+
+    signed: Annotated[Literal[True], accepts("true (weights have both signs)")] = True
+    granularity: Literal["per_tensor", "per_channel"] = "per_channel"
+    method: Literal["max", "mse"] = "max"
+
+
+@dataclass(frozen=True)
+class InputScheme(QuantizerScheme):
+    """What a scheme can ask for inputs."""
+
+    granularity: Literal["per_tensor"] = "per_tensor"
 
 
 @dataclass(frozen=True)
@@ -137,14 +162,47 @@ class LayerScheme:
         return "weight scales sit on the summed channels (axis 0)" if self.scales_input_channels else ""
 
 
+def _settings(value: Any) -> Any:
+    """`off` (which YAML reads as False) stands for {mode: off}."""
+    settings = {"mode": value} if value is False or value == "off" else value
+    if not isinstance(settings, Mapping):
+        raise UserError(f"got {shown(value)}, accepted: a mapping, or off")
+    return {**settings, "mode": "off"} if settings.get("mode") is False else settings
+
+
+def _kinds(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"got {shown(value)}, accepted: a list of {', '.join(KINDS)}")
+    return value
+
+
+ForWeights = Annotated[WeightScheme, known_keys(WeightScheme), BeforeValidator(_settings)]
+ForInputs = Annotated[InputScheme, known_keys(InputScheme), BeforeValidator(_settings)]
+
+
+class _SomeOf:
+    """For `Annotated`: settings that are checked as those of a quantizer, and stay the few that they are."""
+
+    def __init__(self, quantizer: Any) -> None:
+        self._quantizer = quantizer
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def check(value: Any, complete: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            complete(value)
+            return _settings(value)
+
+        whole = handler.generate_schema(self._quantizer)
+        return core_schema.no_info_wrap_validator_function(check, whole)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One entry of `rules`: which layers, and what it sets for their weights and inputs."""
 
     layers: str
-    kinds: tuple[str, ...] = KINDS
-    weight: Mapping[str, Any] = field(default_factory=dict)
-    input: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_kinds)] = KINDS
+    weight: Annotated[Mapping[str, Any], _SomeOf(ForWeights)] = field(default_factory=dict)
+    input: Annotated[Mapping[str, Any], _SomeOf(ForInputs)] = field(default_factory=dict)
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of the layer `name` of kind `kind`."""
@@ -152,16 +210,23 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What counts where no rule says something else."""
+
+    weight: ForWeights = WeightScheme()
+    input: ForInputs = InputScheme()
+
+
+@dataclass(frozen=True)
 class Scheme:
     """A whole quantization scheme; see the module docstring for the file format."""
 
-    name: str
-    weight: QuantizerScheme
-    input: QuantizerScheme
-    rules: tuple[Rule, ...] = ()
-    share_residual: bool = True
-    on_unfit_range: str = "error"
-    tensorrt_conv_transpose: bool = False
+    name: str = "unnamed"
+    share_residual: Flag = True
+    on_unfit_range: Literal["error", "float"] = "error"
+    tensorrt_conv_transpose: Flag = False
+    defaults: Annotated[Defaults, known_keys(Defaults)] = Defaults()
+    rules: tuple[Annotated[Rule, known_keys(Rule)], ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Scheme:
@@ -171,47 +236,17 @@ class Scheme:
             UserError: The file is missing, is no YAML, or holds unknown keys or values.
         """
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"scheme file {str(path)!r} does not exist")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"scheme file {str(path)!r} is no YAML: {error}") from error
-        return cls.from_dict(content, where=f"scheme file {str(path)!r}")
+        return cls.from_dict(read_yaml(path, "scheme file"), where=f"scheme file {str(path)!r}")
 
     @classmethod
     def from_dict(cls, content: Any, where: str = "scheme") -> Scheme:
         """Build from what `to_dict` returns or a YAML file holds."""
-        _check_keys(content, _KEYS, where)
-        defaults = content.get("defaults", {})
-        _check_keys(defaults, {"weight", "input"}, f"{where}, defaults")
-        weight = QuantizerScheme(granularity="per_channel")
-        rules = [_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(content.get("rules") or [])]
-        on_unfit_range = content.get("on_unfit_range", "error")
-        _one_of(on_unfit_range, ("error", "float"), f"{where}, on_unfit_range")
-        return cls(
-            name=str(content.get("name", "unnamed")),
-            weight=_override(weight, defaults.get("weight", {}), "weight", f"{where}, defaults"),
-            input=_override(QuantizerScheme(), defaults.get("input", {}), "input", f"{where}, defaults"),
-            rules=tuple(rules),
-            share_residual=bool(content.get("share_residual", True)),
-            on_unfit_range=on_unfit_range,
-            tensorrt_conv_transpose=bool(content.get("tensorrt_conv_transpose", False)),
-        )
+        return validated(_SCHEME, content, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to an equal scheme."""
-        return {
-            "name": self.name,
-            "share_residual": self.share_residual,
-            "on_unfit_range": self.on_unfit_range,
-            "tensorrt_conv_transpose": self.tensorrt_conv_transpose,
-            "defaults": {"weight": asdict(self.weight), "input": asdict(self.input)},
-            "rules": [
-                {"layers": r.layers, "kinds": list(r.kinds), "weight": dict(r.weight), "input": dict(r.input)}
-                for r in self.rules
-            ],
-        }
+        rules = [{**asdict(rule), "kinds": list(rule.kinds)} for rule in self.rules]
+        return {**asdict(self), "rules": rules}
 
     def with_float(self, names: Iterable[str]) -> Scheme:
         """The scheme with a rule more for each of these layers, which leaves it in float."""
@@ -245,12 +280,13 @@ class Scheme:
         return resolved
 
     def _resolve_layer(self, name: str, kind: str) -> LayerScheme:
-        weight, input_, why_float = self.weight, self.input, "the defaults"
+        weight: QuantizerScheme = self.defaults.weight
+        input_, why_float = self.defaults.input, "the defaults"
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(name, kind):
                 where = f"scheme {self.name!r}, rule {number}"
-                weight = _override(weight, rule.weight, "weight", where)
-                input_ = _override(input_, rule.input, "input", where)
+                weight = _override(weight, rule.weight, f"{where}, weight")
+                input_ = _override(input_, rule.input, f"{where}, input")
                 why_float = f"rule {number} ({rule.layers})"
         if kind == "ResidualAdd":
             layer = LayerScheme(replace(weight, mode="off"), input_, has_weight=False)
@@ -261,67 +297,13 @@ class Scheme:
         return replace(layer, why_float=why_float) if layer.is_float else layer
 
 
-_KEYS = (
-    *("name", "defaults", "rules"),
-    *("share_residual", "on_unfit_range", "tensorrt_conv_transpose"),
-)
+_SCHEME: TypeAdapter[Scheme] = TypeAdapter(Annotated[Scheme, known_keys(Scheme)])
+
+Q = TypeVar("Q", bound=QuantizerScheme)
 
 
-def _check_keys(content: Any, accepted: Iterable[str], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise UserError(f"{where}: expected a mapping, got {content!r}")
-    unknown = sorted(set(map(str, content)) - set(accepted))
-    if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; accepted: {', '.join(sorted(accepted))}")
-
-
-def _rule(content: Any, where: str) -> Rule:
-    _check_keys(content, {"layers", "kinds", "weight", "input"}, where)
-    if "layers" not in content:
-        raise UserError(f"{where}: needs 'layers', a glob over module names")
-    kinds = tuple(content.get("kinds", KINDS))
-    for kind in kinds:
-        _one_of(kind, KINDS, f"{where}, kinds")
-    return Rule(
-        str(content["layers"]),
-        kinds,
-        _settings(content.get("weight", {})),
-        _settings(content.get("input", {})),
-    )
-
-
-def _settings(value: Any) -> Mapping[str, Any]:
-    """`off` (which YAML reads as False) stands for {mode: off}."""
-    return {"mode": "off"} if value in ("off", False) else value
-
-
-def _override(base: QuantizerScheme, settings: Any, role: str, where: str) -> QuantizerScheme:
-    settings = dict(_settings(settings))
-    where = f"{where}, {role}"
-    _check_keys(settings, [f.name for f in fields(QuantizerScheme)], where)
-    if settings.get("mode") is False:
-        settings["mode"] = "off"
-    result = replace(base, **settings)
-    _check(result, role, where)
-    return result
-
-
-def _check(scheme: QuantizerScheme, role: str, where: str) -> None:
-    is_weight = role == "weight"
-    _one_of(scheme.format, FORMATS, f"{where}, format")
-    _one_of(scheme.mode, MODES, f"{where}, mode")
-    _one_of(scheme.granularity, GRANULARITIES if is_weight else ("per_tensor",), f"{where}, granularity")
-    _one_of(scheme.method, WEIGHT_METHODS if is_weight else INPUT_METHODS, f"{where}, method")
-    if isinstance(scheme.bits, bool) or not isinstance(scheme.bits, int) or not 2 <= scheme.bits <= 16:
-        raise UserError(f"{where}, bits: got {scheme.bits!r}, accepted: whole numbers from 2 to 16")
-    if not 0 < scheme.percentile <= 100:
-        raise UserError(f"{where}, percentile: got {scheme.percentile!r}, accepted: above 0, up to 100")
-    if scheme.format == "fp8_e4m3" and (scheme.bits != 8 or not scheme.signed or scheme.narrow_range):
-        raise UserError(f"{where}: format fp8_e4m3 has 8 bits, signed, and no narrow_range; got {scheme!r}")
-    if is_weight and not scheme.signed:
-        raise UserError(f"{where}, signed: got False, accepted: True (weights have both signs)")
-
-
-def _one_of(value: Any, accepted: Iterable[str], where: str) -> None:
-    if value not in tuple(accepted):
-        raise UserError(f"{where}: got {value!r}, accepted: {', '.join(accepted)}")
+def _override(base: Q, settings: Mapping[str, Any], where: str) -> Q:
+    try:
+        return replace(base, **settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

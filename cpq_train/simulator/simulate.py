@@ -18,6 +18,7 @@ from typing import Any, Literal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cpq_train.common.child_processes import follow_parent
+from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.signals import signals_blocked
 from cpq_train.simulator.scene import SceneTask, simulate_scene
@@ -117,7 +118,7 @@ def _is_there(output: Path, manifest: dict[str, Any]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     found = output / MANIFEST
-    if found.is_file() and json.loads(found.read_text()) == manifest:
+    if found.is_file() and read_json(found, "manifest") == manifest:
         return True
     raise UserError(
         f"output {output} exists and is not the data set asked for; give a new or an empty directory"

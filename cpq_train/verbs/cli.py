@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, 
 
 from rich.console import Console
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
 
@@ -58,9 +58,10 @@ def main(args: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.exit(exit_code(stop))
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
-        )
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        if isinstance(error, OptionError):
+            console.print(f"python -m cpq_train {args[0]} --help lists the options", highlight=False)
         sys.exit(2)
 
 
@@ -89,11 +90,13 @@ def _run_plain(name: str, args: list[str]) -> None:
 def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> ArgumentParser:
     """Options from a signature and a docstring; a YAML file may hold them, unless `config` is one of them."""
     from docstring_parser import parse
-    from jsonargparse import ActionYesNo, ArgumentParser
+    from jsonargparse import ActionYesNo
+
+    from cpq_train.verbs.parsing import VerbParser
 
     doc, types = parse(inspect.getdoc(function) or ""), get_type_hints(function)
     texts = {parameter.arg_name: parameter.description for parameter in doc.params}
-    parser = ArgumentParser(prog=prog, description=doc.short_description)
+    parser = VerbParser(prog=prog, description=doc.short_description)
     for name, parameter in inspect.signature(function).parameters.items():
         # By itself jsonargparse would take a list in brackets only.
         item = _item_type(types[name])

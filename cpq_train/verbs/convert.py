@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-import yaml
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
+from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
@@ -113,10 +113,10 @@ def _check_options(
 def _network_config(path: Path | None) -> NetworkConfig:
     if path is None:
         return NetworkConfig()
+    content = read_yaml(path, "config")
     try:
-        content = yaml.safe_load(path.read_text())
         return NetworkConfig(**((content.get("model") or {}).get("network") or {}))
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise UserError(f"config {str(path)!r} has no readable model.network: {error}") from error
 
 

@@ -7,10 +7,12 @@ default: then it refuses to parse.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cpq_train.common.documents import parse_yaml, read_yaml
+from cpq_train.common.errors import UserError
 
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 
@@ -72,5 +74,8 @@ def _is_file(value: Any) -> bool:
 def _content(value: Any) -> Any:
     """What a configuration file, or a text in braces, holds; the value itself where it is neither."""
     if _is_file(value):
-        return yaml.safe_load(Path(value).read_text()) or {}
-    return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
+        return read_yaml(Path(value), "configuration file") or {}
+    if isinstance(value, str) and value.startswith("{"):
+        with suppress(UserError):
+            return parse_yaml(value, "option")
+    return value

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,7 +23,8 @@ from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
-from cpq_train.common.errors import UserError
+from cpq_train.common.documents import parse_yaml
+from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
@@ -36,6 +36,7 @@ from cpq_train.verbs.checkpoint_settings import (
     take_data_settings,
 )
 from cpq_train.verbs.given import Given
+from cpq_train.verbs.parsing import VerbParser
 from cpq_train.verbs.trainer import QuantTrainer
 
 WEIGHTS_OF_VERB = {
@@ -84,6 +85,10 @@ class SaveConfig(SaveConfigCallback):
             config = self.config.clone()
             config.ckpt_path = None  # how this command went on is no setting of the run
             self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
+
+
+class LightningParser(VerbParser, LightningArgumentParser):
+    """A parser for LightningCLI that says mistakes as `VerbParser` does."""
 
 
 class QuantCLI(HookedCLI):
@@ -180,7 +185,10 @@ class QuantCLI(HookedCLI):
             self.config[verb].ckpt_path = None
         elif asked.ckpt_path not in NO_FILES:
             read_checkpoint(asked.ckpt_path, mmap=True)  # with our own errors
-            super().take_settings_of_checkpoint()
+            try:
+                super().take_settings_of_checkpoint()
+            except OptionError as error:
+                raise UserError(f"checkpoint {asked.ckpt_path!r}, hyper_parameters: {error}") from error
         config = self.config[verb]
         if verb == "fit":
             keep_what_was_asked(config, asked, self.given)
@@ -203,7 +211,7 @@ class QuantCLI(HookedCLI):
                 logger.run_dir = Path(trainer.default_root_dir)
             if isinstance(logger, WandbRunLogger):
                 settings = self.parser.dump(self.config, skip_none=False)
-                logger.run_config = yaml.safe_load(settings)[self.subcommand]
+                logger.run_config = parse_yaml(settings, "configuration")[self.subcommand]
         return trainer
 
 
@@ -232,5 +240,6 @@ def run(args: list[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=None if args == sys.argv[1:] else args,  # LightningCLI warns of arguments that are handed over
+        parser_class=LightningParser,
         parser_kwargs={"prog": "cpq_train"},
     )

@@ -163,7 +163,8 @@ def _workload(name: str, root: Path | None, version: str) -> tuple[NetworkConfig
 def _max_ranges(path: Path) -> Scheme:
     """The scheme with max calibration, the quickest; how a range was found costs a step nothing."""
     scheme = Scheme.from_file(path)
-    return replace(scheme, input=replace(scheme.input, method="max"))
+    inputs = replace(scheme.defaults.input, method="max")
+    return replace(scheme, defaults=replace(scheme.defaults, input=inputs))
 
 
 def _to(batch: Batch, device: str) -> Batch:

@@ -176,7 +176,8 @@ def test_bad_submissions(change: Callable[[dict[str, Any]], None], message: str,
     ("text", "message"),
     [
         ('{"meta": {}, "results": {"sample0": [], "sample0": []}}', "'sample0' occurs twice"),
-        ("{", "not a readable submission"),
+        ("{", "is no JSON: .* line 1 column 2"),
+        ('{"meta": ' + "[" * 100_000, "is no JSON: it is nested too deep"),
         ("[]", "no submission"),
     ],
 )
@@ -187,7 +188,7 @@ def test_bad_files(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_absent_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.json: not a readable submission"):
+    with pytest.raises(UserError, match=r"submission .*absent\.json' does not exist"):
         read_submission(tmp_path / "absent.json", TOKENS)
 
 

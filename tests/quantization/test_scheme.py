@@ -1,5 +1,6 @@
 """Scheme files: rules, overrides, and errors that name what is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_later_rules_win_and_kinds_restrict() -> None:
     assert resolved["backbone_2d.deblocks.1.0"].is_float
 
 
+@pytest.mark.parametrize("file", sorted(Path("configs/schemes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_scheme_that_is_cut_short_says_less_or_nothing(file: Path, tmp_path: Path) -> None:
+    """Cut after any key that has lost its value, it is refused."""
+    content = file.read_text()
+    for end in (match.end() for match in re.finditer(r"^ *(- )?\w+:", content, re.MULTILINE)):
+        (tmp_path / "cut.yaml").write_text(content[:end])
+        with pytest.raises(UserError, match=r"cut\.yaml'.*: got None, accepted: |needs 'layers'"):
+            Scheme.from_file(tmp_path / "cut.yaml")
+
+
+def test_numbers_of_yaml_1_2(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("defaults: {input: {method: percentile, percentile: 9.99e1}}")
+    assert Scheme.from_file(tmp_path / "s.yaml").defaults.input.percentile == 99.9
+
+
 def test_yaml_off_without_quotes(tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("rules:\n  - layers: 'backbone_3d.*'\n    weight: off\n    input: {mode: off}\n")
@@ -96,6 +112,11 @@ def test_arithmetic() -> None:
     assert arithmetic(input={"mode": "off"}) == "simulated"
 
 
+def rule(**settings: object) -> dict[str, object]:
+    """A scheme of one rule."""
+    return {"rules": [{"layers": "*", **settings}]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -107,10 +128,41 @@ def test_arithmetic() -> None:
         ),
         ({"defaults": {"input": {"granularity": "per_channel"}}}, "got 'per_channel', accepted: per_tensor"),
         ({"defaults": {"input": {"mode": "sometimes"}}}, "got 'sometimes', accepted: static, dynamic, off"),
+        (rule(weight=True), "rule 1, weight: got True, accepted: a mapping, or off"),
+        (rule(weight=0), "rule 1, weight: got 0, accepted: a mapping, or off"),
+        (rule(input=""), "rule 1, input: got '', accepted: a mapping, or off"),
+        (rule(input={"mode": True}), "rule 1, input, mode: got True, accepted: static, dynamic, off"),
+        (rule(weight={"bits": 17}), "rule 1, weight, bits: got 17, accepted: whole numbers from 2 to 16"),
+        (rule(weight={"bits": True}), "bits: got True, accepted: whole numbers"),
+        (rule(weight={"method": "entropy"}), "rule 1, weight, method: got 'entropy', accepted: max, mse$"),
+        (rule(weight={"bit": 4}), "rule 1, weight: unknown key 'bit'; accepted: bits, count_zeros"),
+        (rule(input={"signed": "false"}), "rule 1, input, signed: got 'false', accepted: true, false"),
+        (rule(weight={"signed": False}), r"signed: got False, accepted: true \(weights have both signs\)"),
+        (rule(input={"percentile": "99.9"}), "percentile: got '99.9', accepted: above 0, up to 100"),
+        (rule(input={"percentile": 0}), "percentile: got 0, accepted: above 0, up to 100"),
+        (rule(kinds="Conv2d"), "rule 1, kinds: got 'Conv2d', accepted: a list of SubMConv3d"),
+        (rule(kinds=None), "rule 1, kinds: got None, accepted: a list of SubMConv3d"),
+        (rule(layers=3), "rule 1, layers: got 3, accepted: a text"),
+        (rule(layer="*"), "rule 1: unknown key 'layer'; accepted: input, kinds, layers, weight"),
+        (rule(input={"format": "fp8_e4m3", "bits": 4}), "rule 1, input: format fp8_e4m3 has 8 bits, signed"),
+        (
+            {"defaults": {"input": {"format": "fp8_e4m3"}}, **rule(input={"bits": 4})},
+            "scheme 'unnamed', rule 1, input: format fp8_e4m3 has 8 bits",
+        ),
+        ({"rules": ["*"]}, "rule 1: got '\\*', accepted: a mapping"),
+        ({"rules": 0}, "scheme, rules: got 0, accepted: a list"),
+        ({"rules": None}, "scheme, rules: got None, accepted: a list"),
+        ({"defaults": None}, "scheme, defaults: got None, accepted: a mapping"),
+        ({"defaults": {"weights": {}}}, "scheme, defaults: unknown key 'weights'; accepted: input, weight"),
+        ({"share_residual": "false"}, "share_residual: got 'false', accepted: true, false"),
+        ({"tensorrt_conv_transpose": 1}, "tensorrt_conv_transpose: got 1, accepted: true, false"),
+        ({"on_unfit_range": False}, "on_unfit_range: got False, accepted: error, float"),
+        ({"name": None}, "scheme, name: got None, accepted: a text"),
+        ({1: 2}, "unknown key 1; accepted: defaults"),
         ({"default": {}}, "unknown key 'default'; accepted: defaults, name, on_unfit_range, rules"),
         ({"rules": [{"weight": "off"}]}, "rule 1: needs 'layers'"),
         ({"rules": [{"layers": "*", "kinds": ["Linear"]}]}, "got 'Linear', accepted: SubMConv3d"),
-        (["int8"], "expected a mapping, got"),
+        (["int8"], r"scheme: got \['int8'\], accepted: a mapping"),
     ],
 )
 def test_errors(content: object, message: str) -> None:

@@ -346,7 +346,7 @@ def test_without_onnxruntime(
     [
         ("absent.onnx", "engine file '{}' does not exist"),
         ("lonely.onnx", "engine file '{}' has no lonely.json beside it"),
-        ("damaged.onnx", "damaged.json: not a readable sidecar"),
+        ("damaged.onnx", "damaged.json' is no JSON"),
     ],
 )
 def test_no_engine(

@@ -1,0 +1,98 @@
+"""YAML and JSON files: what they hold, and the one line that says why they are none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cpq_train.common.documents import parse_yaml, read_json, read_yaml
+from cpq_train.common.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("9.99e1", 99.9),
+        ("1e-3", 0.001),
+        ("-.5", -0.5),
+        ("1.", 1.0),
+        ("1.2.3", "1.2.3"),
+        ("12", 12),
+        ("[on, off]", [True, False]),
+        ("2026-02-31", "2026-02-31"),
+        ("", None),
+        (
+            "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a}",
+            {"b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}},
+        ),
+    ],
+)
+def test_values(text: str, value: Any) -> None:
+    found = parse_yaml(text, "text")
+    if isinstance(found, dict):
+        del found["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_loader_of_others_is_as_it_was() -> None:
+    assert yaml.safe_load("9.99e1") == "9.99e1"
+
+
+LISTS = "a0: &a0 [1, 1]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))
+MERGES = "a0: &a0 {x: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x: 1\na: [", r"f\.yaml' is no YAML: line 2: expected the node content"),
+        ("x: 1\ny: 1\nx: 2", r"line 3: key 'x' occurs twice"),
+        ("a:\n  - {b: 1, 'b': 2}", r"line 2: key 'b' occurs twice"),
+        ("a: !!python/object:os.system b", r"line 1: could not determine a constructor"),
+        ("? [a]\n: 1", r"line 1: found unhashable key"),
+        ("a: &a [*a]", r"line 1: an alias stands for what contains it"),
+        (LISTS, r"line \d+: more than 100000 entries, aliases written out"),
+        (MERGES, r"line \d+: more than 100000 entries, aliases written out"),
+        ("[" * 100_000, r"is no YAML: it is nested too deep"),
+        ("9" * 5000, r"is no YAML: Exceeds the limit"),
+        (b"a: \x00", r"is no YAML: unacceptable character"),
+        (b"a: \xff", r"f\.yaml' is not UTF-8 text: invalid start byte at byte 3"),
+    ],
+    ids=range(12),
+)
+def test_no_yaml(content: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
+        read_yaml(file, "scheme file")
+    assert str(error.value).startswith(f"scheme file '{file}' is no")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON: Expecting property name .* line 1 column 2"),
+        ('{"a": 1, "a": 2}', "is no JSON: 'a' occurs twice"),
+        ("[" * 100_000, "is no JSON: it is nested too deep"),
+        (b'"\xff"', "is not UTF-8 text: invalid start byte at byte 1"),
+    ],
+    ids=range(4),
+)
+def test_no_json(content: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"metrics file '.*f\.json' {message}"):
+        read_json(file, "metrics file")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"scheme file '.*none' does not exist"):
+        read_yaml(tmp_path / "none", "scheme file")
+    with pytest.raises(UserError, match=r"sidecar '.*' is a folder: expected a file"):
+        read_json(tmp_path, "sidecar")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"sidecar '.*' is not readable: Not a directory"):
+        read_json(tmp_path / "file/below", "sidecar")
