@@ -160,18 +160,23 @@ class HookedCLI(LightningCLI):
         """Complete `config` once it is parsed: by the hyperparameters in the file behind `--ckpt_path`."""
         super()._parse_ckpt_path()
 
-    def callbacks_of_run(self, named: Sequence[Callback], own: Sequence[Callback]) -> list[Callback]:
+    def callbacks_of_run(
+        self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
+    ) -> list[Callback]:
         """The callbacks of a run.
 
         Args:
             named: Those that `trainer.callbacks` names.
             own: Those that have options of their own.
+            has_logger: Whether the run logs.
         """
         return [*named, *own]
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        chosen = self.callbacks_of_run(config["callbacks"], callbacks)
+        named = config["callbacks"] or []
+        named = named if isinstance(named, list) else [named]
+        chosen = self.callbacks_of_run(named, callbacks, bool(config["logger"]))
         return super()._instantiate_trainer({**config, "callbacks": chosen}, [])
 
     @override

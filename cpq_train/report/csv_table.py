@@ -21,13 +21,15 @@ def read_table(path: Path, columns: Sequence[str], parse: Callable[[dict[str, st
         parse: May raise what `float("wide")` raises.
 
     Raises:
-        UserError: The file lacks a column, or a line is not readable.
+        UserError: The file is no text, lacks a column, or a line is not readable.
     """
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         try:
             missing = sorted(set(columns) - set(rows.fieldnames or ()))
             parsed = [] if missing else list(map(parse, rows))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not readable as text ({error})") from error
         except (TypeError, ValueError, csv.Error) as error:
             raise UserError(f"{path}: line {rows.line_num} is not readable ({error})") from error
     if missing:

@@ -187,8 +187,11 @@ class QuantCLI(HookedCLI):
             rank_zero_warn(sentence)
 
     @override
-    def callbacks_of_run(self, named: Sequence[Callback], own: Sequence[Callback]) -> list[Callback]:
-        """Our own, but those of a class that is named give way to the last one named."""
+    def callbacks_of_run(
+        self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
+    ) -> list[Callback]:
+        """Those named, and our own; of the classes of our own one each, the last that is named."""
+        own = [*([StartLoggers(), LearningRateMonitor("step")] if has_logger else []), *own]
         last_named = {type(callback): callback for callback in named}
         kinds = {type(callback) for callback in own}
         kept = [one for one in named if type(one) not in kinds or one is last_named[type(one)]]
@@ -199,11 +202,6 @@ class QuantCLI(HookedCLI):
         config = self.config_init[self.subcommand].trainer
         if config.logger is None:
             kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
-        named = config.callbacks or []
-        named = named if isinstance(named, list) else [named]
-        loggers_own = [StartLoggers(), LearningRateMonitor("step")]
-        has_logger = kwargs.get("logger", config.logger)
-        kwargs["callbacks"] = self.callbacks_of_run(named, loggers_own) if has_logger else named
         trainer = super().instantiate_trainer(**kwargs)
         for logger in trainer.loggers:
             if isinstance(logger, CSVRunLogger | WandbRunLogger):

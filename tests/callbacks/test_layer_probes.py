@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from tiny_model import BASE, tiny_options
 
 from cpq_train.callbacks.layer_latency import LayerLatency
@@ -17,8 +18,10 @@ from cpq_train.callbacks.layer_memory import LayerMemory
 from cpq_train.callbacks.layer_probe import LayerProbe
 from cpq_train.callbacks.throughput import Throughput
 from cpq_train.common.errors import UserError
+from cpq_train.loggers import StartLoggers
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
+from cpq_train.verbs.lightning_cli import QuantCLI
 
 CALLBACKS = {
     "cpq_train.callbacks.layer_latency.LayerLatency": {"every_n_steps": 2, "first_step": 0, "num_logged": 3},
@@ -67,6 +70,18 @@ def test_those_that_are_named_take_the_place_of_the_default_ones(run: Path) -> N
         names = [(row["step"], row["stage"], row["layer"]) for row in _rows(run / file)]
         assert len(set(names)) == len(names)
     assert [int(row["step"]) for row in _rows(run / "throughput.csv")] == [1, 2, 3, 5]
+
+
+def test_the_last_that_is_named_counts() -> None:
+    """Of the classes of our own; others may be there several times."""
+    cli: Any = object.__new__(QuantCLI)
+    stops = [EarlyStopping("val/NDS"), EarlyStopping("val/mAP")]
+    named = [LayerLatency(1), stops[0], LayerLatency(2), stops[1], LearningRateMonitor("epoch")]
+    own = [LayerLatency(), LayerMemory()]
+    assert cli.callbacks_of_run(named, own, False) == [*stops[:1], *named[2:], own[1]]
+    *most, own_memory = cli.callbacks_of_run(named, own, True)
+    assert [type(one) for one in most[-2:]] == [LearningRateMonitor, StartLoggers]
+    assert own_memory is own[1]
 
 
 def test_every_run_is_measured(arms: dict[str, Path]) -> None:
