@@ -53,9 +53,8 @@ class LayerProbe(Callback):
             ("num_logged", num_logged, 0),
         ):
             if value is not None and value < least:
-                raise UserError(
-                    f"{self.file_name.removesuffix('.csv')}.{name} is {value}: expected {least} or more"
-                )
+                group, or_null = self.file_name.removesuffix(".csv"), ", or null" * (name == "every_n_steps")
+                raise UserError(f"{group}.{name} is {value}: expected {least} or more{or_null}")
         self.every_n_steps, self.first_step, self.num_logged = every_n_steps, first_step, num_logged
         self._logged: dict[str, list[str]] = {}
         self._of_validation: tuple[Sequence[Record], int] | None = None
