@@ -27,7 +27,7 @@ class LayerMemory(LayerProbe):
     says which steps are measured.
 
     The allocator's statistics on a GPU (whose peak since the start is reset by that); counted tensors on the
-    CPU, which makes a measured step about half as long again. The other steps cost nothing.
+    CPU, which makes a measured step about a tenth longer. The other steps cost nothing.
 
     Args:
         every_n_steps: Batches from one that is measured to the next; null measures nothing.

@@ -1,6 +1,7 @@
 """AmaxDrift in fits: its file, its picture, its metrics, and that it changes nothing."""
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -126,6 +127,8 @@ def test_off_leaves_no_trace_and_the_same_weights(
     for name, value in measured.items():
         assert torch.equal(value, plain[name]), name
     assert (whole / "layer_memory.csv").exists()
+    scores, plain_scores = (json.loads((run / "metrics.json").read_text()) for run in (whole, tmp_path))
+    assert scores["metrics"] == plain_scores["metrics"]
     assert [path.name for path in tmp_path.glob("*.csv")] == ["metrics.csv"]
     assert not list(tmp_path.glob("amax_drift*"))
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
