@@ -13,10 +13,11 @@ from cpq_train.callbacks.layer_probe import LayerProbe, Record
 from cpq_train.profiling.detector_parts import STEP_FUNCTIONS
 from cpq_train.profiling.instrument import Part, observing
 from cpq_train.profiling.latency import Stopwatch
+from cpq_train.report.training_costs import LAYER_LATENCY_FILE, WHOLE
 from cpq_train.training.detector import CenterPointDetector
 
 BACKWARD = Part("backward", "backward")
-WHOLE, REST = "step", "unattributed"
+REST = "unattributed"
 
 
 class LayerLatency(LayerProbe):
@@ -24,22 +25,23 @@ class LayerLatency(LayerProbe):
 
     Layers are timed in the forward pass; rulebooks, targets, loss, the backward pass as one, decode and NMS
     have rows of their own, and so have the whole step and what no row names, the optimizer among it. Writes
-    `layer_latency.csv` into the run directory and logs `latency_ms/<layer>` for the slowest (in
-    validation `val/latency_ms/<layer>`).
+    `layer_latency.csv` into the run directory and logs `latency_ms/step`, and `latency_ms/<layer>` for the
+    slowest, in validation with `val/` before it. `LayerProbe` says which steps are measured.
 
     CUDA events on a GPU, read when the step is over; the clock on the CPU. A measured step takes a few per
     cent longer, on a GPU it also waits for the device at its end; the other steps cost nothing.
 
     Args:
-        every_n_steps: Steps from one that is measured to the next.
-        first_step: The first one, counted from the start of the process; those before it warm up.
-        num_logged: Layers, the slowest, whose times go to the loggers too.
+        every_n_steps: Batches from one that is measured to the next; null measures nothing.
+        first_step: The first one of an interval, counted from 0; those before it warm up.
+        num_logged: Layers, the slowest, whose times go to the loggers too, `metrics.csv` left out.
     """
 
-    file_name = "layer_latency.csv"
+    file_name = LAYER_LATENCY_FILE
+    shift = 0
     columns = ("layer", "kind", "ms")
 
-    def __init__(self, every_n_steps: int = 500, first_step: int = 10, num_logged: int = 10) -> None:
+    def __init__(self, every_n_steps: int | None = 500, first_step: int = 10, num_logged: int = 10) -> None:
         super().__init__(every_n_steps, first_step, num_logged)
         self._watch: Stopwatch | None = None
         self._records: list[Record] = []

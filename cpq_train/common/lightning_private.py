@@ -6,12 +6,12 @@ cannot use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -151,7 +151,7 @@ class LateWandbLogger(WandbLogger):
 
 
 class HookedCLI(LightningCLI):
-    """A LightningCLI with hooks for the options of a single verb and for what a checkpoint settles."""
+    """A LightningCLI with hooks: options of a single verb, what a checkpoint settles, callbacks of a run."""
 
     def add_verb_arguments(self, parser: LightningArgumentParser, verb: str) -> None:
         """Add options to one verb; Lightning's `add_arguments_to_parser` is not told for which one it is."""
@@ -159,6 +159,25 @@ class HookedCLI(LightningCLI):
     def take_settings_of_checkpoint(self) -> None:
         """Complete `config` once it is parsed: by the hyperparameters in the file behind `--ckpt_path`."""
         super()._parse_ckpt_path()
+
+    def callbacks_of_run(
+        self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
+    ) -> list[Callback]:
+        """The callbacks of a run.
+
+        Args:
+            named: Those that `trainer.callbacks` names.
+            own: Those that have options of their own.
+            has_logger: Whether the run logs.
+        """
+        return [*named, *own]
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        named = config["callbacks"] or []
+        named = named if isinstance(named, list) else [named]
+        chosen = self.callbacks_of_run(named, callbacks, bool(config["logger"]))
+        return super()._instantiate_trainer({**config, "callbacks": chosen}, [])
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -70,10 +70,10 @@ class CountedTensors(TorchDispatchMode):
         """Run an operation, and count what it made."""
         kwargs = kwargs or {}
         # What comes in uncounted was made outside, and what comes out may be a view of it.
-        for tensor in _plain_tensors((args, dict(kwargs))):
+        for tensor in _plain_tensors((*args, *kwargs.values())):
             self._meet(tensor, 0)
         output = func(*args, **kwargs)
-        for tensor in _plain_tensors(output):
+        for tensor in _plain_tensors((output,)):
             self._meet(tensor, tensor.untyped_storage().nbytes())
         return output
 
@@ -113,7 +113,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
-def _plain_tensors(value: Any) -> list[Tensor]:
-    """Every tensor with a storage in nested containers; oneDNN's packed weights have none."""
-    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-    return [tensor for tensor in tensors if tensor.layout == torch.strided]
+def _plain_tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Every tensor with a storage that an operation takes or makes; oneDNN's packed weights have none."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                yield value
+        elif isinstance(value, list | tuple):
+            yield from _plain_tensors(value)

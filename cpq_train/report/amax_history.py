@@ -5,14 +5,13 @@ One row for each quantizer and recorded step: `step, quantizer, amax, start_amax
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpq_train.common.errors import UserError
+from cpq_train.report.csv_table import read_table
 
 AMAX_DRIFT_FILE = "amax_drift.csv"
 AMAX_DRIFT_PICTURE = "amax_drift.png"
@@ -48,16 +47,13 @@ def read_amax_history(path: Path) -> History:
         UserError: The file lacks a column, or a value is no number.
     """
     history: History = defaultdict(dict)
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if missing := set(_COLUMNS) - set(rows.fieldnames or ()):
-            raise UserError(f"{path}: columns {sorted(missing)} are missing; accepted: {', '.join(_COLUMNS)}")
-        for row in rows:
-            try:
-                history[row["quantizer"]][int(row["step"])] = _reading(row)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}: line {rows.line_num} is not readable ({error})") from error
+    for quantizer, step, reading in read_table(path, _COLUMNS, _row):
+        history[quantizer][step] = reading
     return dict(history)
+
+
+def _row(row: dict[str, str]) -> tuple[str, int, Reading]:
+    return row["quantizer"], int(row["step"]), _reading(row)
 
 
 def _reading(row: dict[str, str]) -> Reading:

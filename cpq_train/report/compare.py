@@ -26,6 +26,7 @@ from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
 from cpq_train.report.runs import Run, load_runs, relative
 from cpq_train.report.text import print_report, write_markdown
+from cpq_train.report.training_costs import describe_training_cost
 from cpq_train.report.wandb_report import log_report
 
 SCHEMA = 1
@@ -44,7 +45,8 @@ def compare(
     Args:
         run_dirs: run directories with `metrics.json`. Where they have them, `matches.npz` gives paired
             intervals, curves, calibration and lost objects, `bev_sample.npz` the pictures from above,
-            `amax_drift.csv` and `sensitivity.json` with its picture what became of the quantizers.
+            `amax_drift.csv` and `sensitivity.json` with its picture what became of the quantizers,
+            `layer_latency.csv`, `layer_memory.csv` and `throughput.csv` what training cost.
         output: folder of the report.
         wandb: W&B project to log the report to; null logs nothing.
         latency: `latency.json` of `profile`, for a table of times that were measured in turn. Its rows belong
@@ -115,6 +117,7 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: D
         "reliability": None if run.matches is None else reliability(run.matches).to_document(),
         "lost_objects": None if changed is None else counts(changed),
         "amax_drift": _amax_drift(run.folder / AMAX_DRIFT_FILE),
+        "training_cost": describe_training_cost(run.folder),
         "gap_to_float": {metric: _gap(run, baseline, no_baseline, metric) for metric in COMPARED_METRICS},
         "ptq_loss_won_back": {metric: _won_back(run, runs, metric) for metric in COMPARED_METRICS},
     }

@@ -14,6 +14,7 @@ from cpq_train.evaluation.reliability import NUM_BINS
 from cpq_train.report.costs import cost_notes, cost_tables
 from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
 from cpq_train.report.tables import NONE, Table, number
+from cpq_train.report.training_costs import WHAT_TRAINING_COSTS, training_cost_tables
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def sections(report: Document) -> list[Section]:
         Section("confidence", "Calibration of confidence", _CONFIDENCE, [_calibration(report)]),
         Section("lost", "Objects lost and won", _LOST, _lost_objects(report)),
         Section("quantizers", "Quantizers", "", _drifts(report)),
+        Section("training", "What training cost by layer", WHAT_TRAINING_COSTS, training_cost_tables(report)),
         Section("checkpoints", "Checkpoints", "", [_checkpoints(report)]),
     ]
     filled = (_with_contents(part, report) for part in parts)

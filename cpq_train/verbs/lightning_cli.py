@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,8 +20,11 @@ from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
+from cpq_train.callbacks.layer_latency import LayerLatency
+from cpq_train.callbacks.layer_memory import LayerMemory
 from cpq_train.callbacks.predictions import WritePredictions
 from cpq_train.callbacks.resume_point import ResumePoint
+from cpq_train.callbacks.throughput import Throughput
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.documents import parse_yaml
@@ -145,6 +149,9 @@ class QuantCLI(HookedCLI):
         parser.add_lightning_class_args(ResumePoint, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(AmaxDrift, "amax_drift")
+        parser.add_lightning_class_args(LayerLatency, "layer_latency")
+        parser.add_lightning_class_args(LayerMemory, "layer_memory")
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -198,13 +205,22 @@ class QuantCLI(HookedCLI):
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)
 
+    @override
+    def callbacks_of_run(
+        self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
+    ) -> list[Callback]:
+        """Those named, and our own; of the classes of our own one each, the last that is named."""
+        own = [*([StartLoggers(), LearningRateMonitor("step")] if has_logger else []), *own]
+        last_named = {type(callback): callback for callback in named}
+        kinds = {type(callback) for callback in own}
+        kept = [one for one in named if type(one) not in kinds or one is last_named[type(one)]]
+        return [*kept, *(one for one in own if type(one) not in last_named)]
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
         config = self.config_init[self.subcommand].trainer
         if config.logger is None:
             kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
-        if kwargs.get("logger", config.logger):
-            kwargs["callbacks"] = [*(config.callbacks or []), StartLoggers(), LearningRateMonitor("step")]
         trainer = super().instantiate_trainer(**kwargs)
         for logger in trainer.loggers:
             if isinstance(logger, CSVRunLogger | WandbRunLogger):

@@ -3,8 +3,9 @@
 
 Fits the qat arm with each callback in turn, present in every second step and measuring there. The median of
 these steps over that of the steps between them is the cost of a measurement; divided by the interval at
-which the callback measures by default it is the overhead. The clock is the process's CPU time, so that other
-work on the machine does not count. On CUDA the clock is wall time, and every step waits for the device.
+which the callback measures by default it is the overhead of a long fit. The clock is the process's CPU time,
+so that other work on the machine does not count. On CUDA the clock is wall time, and every step waits for the
+device.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing_extensions import override
 from cpq_train.callbacks.amax_drift import AmaxDrift
 from cpq_train.callbacks.layer_latency import LayerLatency
 from cpq_train.callbacks.layer_memory import LayerMemory
+from cpq_train.callbacks.throughput import Throughput
 from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import Batch
 from cpq_train.models import NetworkConfig
@@ -49,8 +51,9 @@ NUM_WARM_UP_STEPS = 4
 
 CALLBACKS: dict[str, tuple[Callable[[], Callback], int]] = {
     "AmaxDrift": (lambda: AmaxDrift(every_n_steps=1), AmaxDrift().every_n_steps or 1),
-    "LayerLatency": (lambda: LayerLatency(every_n_steps=1, first_step=0), LayerLatency().every_n_steps),
-    "LayerMemory": (lambda: LayerMemory(every_n_steps=1, first_step=0), LayerMemory().every_n_steps),
+    "LayerLatency": (lambda: LayerLatency(every_n_steps=1, first_step=0), LayerLatency().every_n_steps or 1),
+    "LayerMemory": (lambda: LayerMemory(every_n_steps=1, first_step=0), LayerMemory().every_n_steps or 1),
+    "Throughput": (lambda: Throughput(every_n_steps=1), Throughput().every_n_steps or 1),
 }
 """Name -> one that measures in every step it is present in, and its interval in steps by default."""
 

@@ -1,6 +1,7 @@
 """AmaxDrift in fits: its file, its picture, its metrics, and that it changes nothing."""
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -115,11 +116,20 @@ def test_a_resumed_run_writes_the_same_file(
 def test_off_leaves_no_trace_and_the_same_weights(
     whole: Path, ptq: Path, simulated_root: Path, tmp_path: Path
 ) -> None:
-    main(_command(simulated_root, tmp_path, ptq, *LEARNED, *EPOCHS, EVERY, "null"))
-    on, off = _state(whole), _state(tmp_path)
-    assert on.keys() == off.keys()
-    for name, value in on.items():
-        assert torch.equal(value, off[name]), name
+    off = [
+        arg
+        for name in ("layer_latency", "layer_memory", "throughput")
+        for arg in (f"--{name}.every_n_steps", "null")
+    ]
+    main(_command(simulated_root, tmp_path, ptq, *LEARNED, *EPOCHS, EVERY, "null", *off))
+    measured, plain = _state(whole), _state(tmp_path)
+    assert measured.keys() == plain.keys()
+    for name, value in measured.items():
+        assert torch.equal(value, plain[name]), name
+    assert (whole / "layer_memory.csv").exists()
+    scores, plain_scores = (json.loads((run / "metrics.json").read_text()) for run in (whole, tmp_path))
+    assert scores["metrics"] == plain_scores["metrics"]
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["metrics.csv"]
     assert not list(tmp_path.glob("amax_drift*"))
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert "AmaxDrift" not in checkpoint["callbacks"]
@@ -142,6 +152,9 @@ def test_two_ranks_write_one_file(ptq: Path, simulated_root: Path, tmp_path: Pat
     keys = [(row["step"], row["quantizer"]) for row in rows]
     assert len(set(keys)) == len(keys) > 0
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    for name in ("layer_latency.csv", "layer_memory.csv"):  # rank 0's
+        lines = [line.rsplit(",", line.count(",") - 2)[0] for line in (tmp_path / name).open()]
+        assert len(set(lines)) == len(lines) > 1
 
 
 READINGS = [

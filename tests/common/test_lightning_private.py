@@ -1,14 +1,14 @@
 """The installed Lightning still has the private members that we use, and they do what we use them for."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.fabric.loggers import logger as fabric_logger
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import WandbLogger
@@ -38,6 +38,7 @@ SIGNATURES = {
     "ModelCheckpoint._monitor_candidates": (ModelCheckpoint, ["self", "trainer"]),
     "LightningCLI._prepare_subcommand_parser": (LightningCLI, ["self", "klass", "subcommand", "kwargs"]),
     "LightningCLI._parse_ckpt_path": (LightningCLI, ["self"]),
+    "LightningCLI._instantiate_trainer": (LightningCLI, ["self", "config", "callbacks"]),
     "logger._DummyExperiment.__getattr__": (fabric_logger._DummyExperiment, ["self", "_"]),
 }
 
@@ -169,10 +170,21 @@ class _CLI(HookedCLI):
         self.settled = self.config.fit.ckpt_path
         self.config.fit.ckpt_path = None
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LearningRateFinder, "finder")
 
-def test_hooks_of_the_command_line() -> None:
-    """The checkpoint is gone before the trainer looks for it."""
+    def callbacks_of_run(
+        self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
+    ) -> list[Callback]:
+        self.asked = ([type(one) for one in named], [type(one) for one in own], has_logger)
+        return list(named)
+
+
+@pytest.mark.parametrize("name", ["callbacks", "callbacks+"])
+def test_hooks_of_the_command_line(name: str) -> None:
+    """The checkpoint is gone before the trainer looks for it; a callback may be named without a list."""
     trainer = ["--trainer.fast_dev_run", "true", "--trainer.enable_checkpointing", "false"]
+    trainer += [f"--trainer.{name}", "LambdaCallback", "--trainer.logger", "false"]
     cli = _CLI(
         BoringModel,
         BoringDataModule,
@@ -182,4 +194,8 @@ def test_hooks_of_the_command_line() -> None:
     )
     assert cli.config.fit.only_fit == 3
     assert cli.settled == "c.ckpt"
+    assert cli.asked == ([LambdaCallback], [LearningRateFinder], False)
+    callbacks = {type(one) for one in cli.trainer.callbacks}
+    assert LambdaCallback in callbacks
+    assert LearningRateFinder not in callbacks
     assert cli.trainer.global_step == 1

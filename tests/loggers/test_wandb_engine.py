@@ -48,3 +48,4 @@ def test_its_job_type_is_deployed(
     assert run.read_artifacts() == used
     assert run.written() == {}
     assert [path.name for path in (run_dir / "wandb").glob("*.id")] == ["deployed.id"]
+    assert not (run_dir / "layer_latency.csv").exists(), "an engine has no layers to measure"

@@ -1,5 +1,6 @@
 """The arms of a tiny model logged to W&B offline, read back from its files by `offline_run`."""
 
+import csv
 import json
 import os
 import shutil
@@ -19,6 +20,10 @@ from cpq_train.verbs.cli import main
 
 WANDB = ("--trainer.logger", "WandbRunLogger")
 BOTH = ("--trainer.logger+=WandbRunLogger", "--trainer.logger+=CSVRunLogger")
+OF_THE_CLOCK = {
+    *("latency_ms/step", "val/latency_ms/step"),
+    *("throughput/samples_per_s", "throughput/data_wait_share"),
+}
 
 
 def _artifact(path: Path) -> str:
@@ -127,7 +132,36 @@ def test_history_and_summary(experiment: Path, logged: dict[str, list[OfflineRun
 
 
 def test_csv_of_a_requeued_job(experiment: Path) -> None:
-    assert (experiment / "qat/metrics.csv").read_text() == (experiment / "undisturbed.csv").read_text()
+    """The same rows, and the same numbers but for those of the clock."""
+    resumed, undisturbed = (
+        [
+            {name: bool(value) if name in OF_THE_CLOCK else value for name, value in row.items()}
+            for row in csv.DictReader((experiment / file).read_text().splitlines())
+        ]
+        for file in ("qat/metrics.csv", "undisturbed.csv")
+    )
+    assert resumed[0].keys() >= OF_THE_CLOCK
+    assert resumed == undisturbed
+
+
+def test_layers_are_logged(logged: dict[str, list[OfflineRun]]) -> None:
+    """The whole step and ten layers, of each interval and of each validation at the step of its scores."""
+    qat, resumed = logged["qat"]
+    (_, validated) = logged["ptq"]
+    for prefix, kind, steps in (
+        ("", "latency_ms", [0, 3]),
+        ("val/", "latency_ms", [2, 5]),
+        ("", "memory_mib", [1, 4]),
+        ("val/", "memory_mib", [2, 5]),
+    ):
+        names = {name for row in qat.history for name in row if name.startswith(f"{prefix}{kind}/")}
+        assert f"{prefix}{kind}/step" in names
+        assert len(names) == 11
+        for name in names:
+            assert [step for step, _ in qat.at_step(name)] == steps
+        assert [step for step, _ in resumed.at_step(f"{prefix}{kind}/step")] == steps[1:]
+        assert len(validated.at_step(f"{prefix}{kind}/step")) == bool(prefix)
+    assert [step for step, _ in qat.at_step("throughput/samples_per_s")] == [2, 5]
 
 
 def test_validate_logs_the_score(experiment: Path, logged: dict[str, list[OfflineRun]]) -> None:
@@ -197,8 +231,9 @@ def test_two_ranks_make_one_run(experiment: Path, simulated_root: Path, tmp_path
     (run,) = offline_runs(tmp_path / "exp/qat")
     assert (run.run.run_group, run.run.job_type) == ("exp", "qat")
     assert [step for step, _ in run.at_step("train/loss")] == [0, 1]  # 5 samples in batches of 2 x 2
-    # A header, then learning rate, loss and drift of ranges of each step, and the score.
-    assert (tmp_path / "exp/qat/metrics.csv").read_text().count("\n") == 1 + 2 * 3 + 1
+    # A header, then learning rate, loss and drift of ranges of each step, and the score; throughput, and time
+    # and memory of a step and of a validation.
+    assert (tmp_path / "exp/qat/metrics.csv").read_text().count("\n") == 1 + 2 * 3 + 1 + 5
 
 
 def test_a_failed_run_says_so(experiment: Path, simulated_root: Path, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "qat/amax_drift.csv").write_text(
             f"step,quantizer,amax,start_amax,clipped_share,sqnr_db\n{DRIFT}"
         )
+        (root / "qat/layer_latency.csv").write_text(
+            f"step,stage,layer,kind,ms\n10,train,backbone_3d.{'conv.' * 20}0:rulebook,rulebook,1.5\n"
+        )
         compare([root / arm for arm in NOISE_M], root / "report")
     return root / "report/report.html"
 
@@ -56,7 +59,14 @@ def test_renders_without_complaint_or_request(report: Path, page: Page) -> None:
 def test_headings_and_tables_are_there(report: Path, page: Page) -> None:
     page.open(report, width=1280)
     headings = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
-    for heading in ("Scores", "Against float", "From above", "Objects lost and won", "Quantizers"):
+    for heading in (
+        "Scores",
+        "Against float",
+        "From above",
+        "Objects lost and won",
+        "Quantizers",
+        "What training cost by layer",
+    ):
         assert heading in headings
     sizes = page.evaluate(
         "[...document.querySelectorAll('table')].map(t => [t.rows.length, t.offsetWidth, t.offsetHeight])"
