@@ -30,6 +30,10 @@ from cpq_train.training.scoring import score_detector
 Score = dict[str, float]
 
 
+BASELINES = {"qat": ("float", "ptq"), "float_tuned": ("float",)}
+"""Arm -> what it is compared with while it trains."""
+
+
 class Baselines(Callback):
     """Float and PTQ scores of the network that is being tuned, and how far it is from them.
 
@@ -54,7 +58,7 @@ class Baselines(Callback):
         if why := left_out_by(trainer):
             rank_zero_info(f"{why}: partial scores are compared with no baseline")
             return
-        for arm in {"qat": ("float", "ptq"), "float_tuned": ("float",)}.get(pl_module.subject.arm, ()):
+        for arm in BASELINES.get(pl_module.subject.arm, ()):
             score = self._score(arm, trainer, pl_module)
             if score is not None:
                 self.scores[arm] = score
@@ -99,6 +103,14 @@ def gaps(now: Score, baselines: dict[str, Score]) -> Score:
     return logs
 
 
+def gap_names(arm: str) -> list[str]:
+    """What `gaps` may log for an arm."""
+    baselines = BASELINES.get(arm, ())
+    names = [f"val/{metric}_minus_{baseline}" for metric in COMPARED_METRICS for baseline in baselines]
+    won_back = [f"val/{metric}_ptq_loss_won_back" for metric in COMPARED_METRICS if "ptq" in baselines]
+    return names + won_back
+
+
 def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule) -> str:
     """Hash of all that the score of a baseline depends on."""
     subject = module.subject
@@ -124,5 +136,9 @@ def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuS
 
 
 def _write(file: Path, score: Score) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(score))
+    """Keep a score, where that can be done: it was worth its time, and the next run may do without."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(score))
+    except OSError as error:
+        rank_zero_warn(f"a baseline's score is not kept in {str(file.parent)!r} ({error.strerror})")

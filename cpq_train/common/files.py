@@ -56,26 +56,43 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
         file.write(data)
 
 
-def make_writable(folder: Path, option: str) -> None:
-    """Make a folder where it is not there, and see that files can be written to it, before there is any work.
+def check_writable(folder: Path, option: str) -> None:
+    """See that files can be written to a folder, or that it can be made, before there is any work.
 
     Args:
         folder: The folder.
         option: What names it, for the message.
 
     Raises:
-        UserError: It is no folder, cannot be made, or takes no file.
+        UserError: It or what it lies in is no folder, or takes no file.
     """
-    probe = folder / f".{os.getpid()}{PARTIAL}"
+    there = next(place for place in (folder, *folder.parents) if _exists(place))
+    if not there.is_dir():
+        what = "is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to"
+    else:
+        return
+    accepted = "a folder to write to, or one that can be made"
+    raise UserError(f"{option} {str(folder)!r}: {str(there)!r} {what}; accepted: {accepted}")
+
+
+def check_output(file: Path, option: str = "output") -> None:
+    """See that a file can be written, before there is any work.
+
+    Raises:
+        UserError: It is a folder, or what it lies in takes no file.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} {str(file)!r} is a folder; accepted: a file")
+    check_writable(file.parent, option)
+
+
+def _exists(path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{option} {str(folder)!r}: nothing can be written there ({error.strerror}: {error.filename}); "
-            "accepted: a folder to write to, or one that can be made"
-        ) from error
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 def remove_partial(folder: Path) -> None:

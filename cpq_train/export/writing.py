@@ -14,7 +14,7 @@ from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import replacing
+from cpq_train.common.files import check_output, replacing
 from cpq_train.data.settings import DataSettings
 from cpq_train.export.graph import OPSET, onnx
 from cpq_train.export.plan import FEATURES, Plan, differences
@@ -89,11 +89,12 @@ def check_place(output: Path) -> None:
     """Whether a deployment file may be written there.
 
     Raises:
-        UserError: It does not end in .onnx, is a folder, or the place of its sidecar is taken by something
-            else.
+        UserError: It does not end in .onnx, cannot be written, or the place of its sidecar is taken by
+            something else.
     """
-    if output.suffix != ENGINE_SUFFIX or output.is_dir():
+    if output.suffix != ENGINE_SUFFIX:
         raise UserError(f"output {str(output)!r}: expected a file that ends in .onnx")
+    check_output(output)
     beside = sidecar_path(output)
     if not beside.exists():
         return

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cpq_train.common.files import replacing, write_whole
+from cpq_train.common.files import check_writable, replacing, write_whole
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
@@ -59,6 +59,7 @@ def compare(
         UserError: A run or the latency file is missing or damaged, or two runs differ in data, split or
             post-processing.
     """
+    check_writable(Path(output), "output")
     runs = load_runs([Path(folder) for folder in run_dirs])
     times = None if latency is None else read_latency(Path(latency))
     output = Path(output)

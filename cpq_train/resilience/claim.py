@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import make_writable
+from cpq_train.common.files import check_writable
 
 CLAIM_FILE = "claim.json"
 
@@ -120,7 +120,8 @@ def claimed(folder: Path) -> Iterator[Claim]:
     Raises:
         UserError: A fit that may still run has it, or nothing can be written there.
     """
-    make_writable(folder, "trainer.default_root_dir")
+    check_writable(folder, "trainer.default_root_dir")
+    folder.mkdir(parents=True, exist_ok=True)
     claim = Claim(folder / CLAIM_FILE)
     claim.take()
     try:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import check_writable
 from cpq_train.common.signals import signals_blocked
 from cpq_train.simulator.scene import SceneTask, simulate_scene
 from cpq_train.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
@@ -76,6 +77,7 @@ def simulate(
     output = Path(output)
     if _is_there(output, manifest):
         return
+    check_writable(output.parent, "output")
     with _whole_or_nothing(output) as root:
         _write(root, manifest, num_workers or _num_cores())
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
+from cpq_train.verbs.mistakes import naming_mistakes
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        with raising_signals(), naming_lost_processes():
+        with raising_signals(), naming_mistakes(), naming_lost_processes():
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))

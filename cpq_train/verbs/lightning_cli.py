@@ -29,6 +29,7 @@ from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import OptionError, UserError
+from cpq_train.common.files import check_writable
 from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
@@ -39,6 +40,7 @@ from cpq_train.verbs.checkpoint_settings import (
     leave_to_engine,
     take_data_settings,
 )
+from cpq_train.verbs.fit_checks import check_fit
 from cpq_train.verbs.given import Given
 from cpq_train.verbs.parsing import VerbParser
 from cpq_train.verbs.trainer import QuantTrainer
@@ -53,8 +55,8 @@ WEIGHTS_OF_VERB = {
 VERBS_OF_ENGINES = ("validate", "test", "predict")
 """Verbs that run a deployment file in the network's place."""
 
-NO_FILES = (None, "last", "best", "hpc", "registry")
-"""Values of `--ckpt_path` that name no file; of `last` the command line counts."""
+NO_FILES = ("best", "hpc", "registry")
+"""Values of `--ckpt_path` that mean something to Lightning, and nothing here."""
 
 ARRAY_TASK = "{SLURM_ARRAY_TASK_ID}"
 """In `trainer.default_root_dir`: tasks of an array have the same command line, and each needs its folder."""
@@ -74,6 +76,8 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See Callback."""
         if stage != "fit":
+            if trainer.is_global_zero:
+                check_writable(Path(trainer.default_root_dir), "trainer.default_root_dir")
             super().setup(trainer, pl_module, stage)
 
     @override
@@ -127,6 +131,10 @@ class QuantCLI(HookedCLI):
         if verb in WEIGHTS_OF_VERB:
             parser.add_argument("--ckpt_path", type=str | None, help=argparse.SUPPRESS)
             parser.add_argument("--weights_only", type=bool | None, help=argparse.SUPPRESS)
+
+    def before_fit(self) -> None:
+        """Look for what would fail late."""
+        check_fit(self.trainer, self.model)
 
     def predict(self, model: LightningModule, **arguments: Any) -> None:
         """Predict without keeping in memory what is written."""
@@ -190,7 +198,12 @@ class QuantCLI(HookedCLI):
             if asked.ckpt_path is not None and self.given.on_command_line("ckpt_path"):
                 raise UserError(f"{verb} {WEIGHTS_OF_VERB[verb]}, not from --ckpt_path")
             self.config[verb].ckpt_path = None
-        elif asked.ckpt_path not in NO_FILES:
+        elif asked.ckpt_path in NO_FILES:
+            raise UserError(
+                f"ckpt_path is {asked.ckpt_path!r}; accepted: a checkpoint file, or last, the newest of "
+                "trainer.default_root_dir"
+            )
+        elif asked.ckpt_path not in (None, "last"):
             read_checkpoint(asked.ckpt_path, mmap=True)  # with our own errors
             try:
                 super().take_settings_of_checkpoint()

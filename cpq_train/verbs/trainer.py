@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import check_output, check_writable
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
@@ -61,15 +65,20 @@ class QuantTrainer(ResilientTrainer):
         val_check_interval: int | float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
-            val_check_interval=val_check_interval,
-            **kwargs,
-        )
+        if kwargs.get("barebones"):
+            raise UserError(
+                "trainer.barebones is true, which means no checkpoints, loggers or callbacks; accepted: false"
+            )
+        with _naming_devices(kwargs):
+            super().__init__(
+                *args,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                val_check_interval=val_check_interval,
+                **kwargs,
+            )
         if self.precision not in PRECISIONS:
             raise UserError(f"trainer.precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
 
@@ -99,6 +108,7 @@ class QuantTrainer(ResilientTrainer):
         model.refuse_engine()
         if model.weights is None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
+        check_output(output)
         self._on_every_rank(self._calibrate, model, datamodule, output, ranges_file)
 
     def _calibrate(
@@ -194,6 +204,7 @@ class QuantTrainer(ResilientTrainer):
         settings = SensitivitySettings(
             output, by, bits, input_bits, budget_mib, budget_bit_macs, metric, num_samples
         )
+        check_writable(output, "output")
         datamodule.prepare_data()
         analyse(model, datamodule, settings, self.strategy.root_device)
 
@@ -242,6 +253,8 @@ class QuantTrainer(ResilientTrainer):
                 f"checkpoints {', '.join(map(str, checkpoints))} and model.weights {model.weights} are both "
                 "given: accepted: one of the two"
             )
+        if output is not None:
+            check_writable(output, "output")
         settings = ProfileSettings(output, sample, cloud, num_passes, trace, checkpoints, engine_file)
         device, precision = self.strategy.root_device, self.precision_plugin.forward_context
         self.accelerator.setup_device(device)
@@ -249,6 +262,17 @@ class QuantTrainer(ResilientTrainer):
             profile_several(datamodule, settings, device, precision)
         else:
             profile(model, datamodule, settings, device, precision)
+
+
+@contextmanager
+def _naming_devices(asked: Mapping[str, Any]) -> Iterator[None]:
+    """Say with what Lightning refuses what was asked for, and what this machine has."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        names = ("accelerator", "devices", "num_nodes", "strategy")
+        settings = ", ".join(f"trainer.{name} {asked[name]}" for name in names if name in asked)
+        raise UserError(f"{settings}: {error} This machine has {torch.cuda.device_count()} GPUs") from error
 
 
 def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from cpq_train.arms.description import Description
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import check_output, write_whole
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
@@ -91,7 +92,7 @@ def verify(
     _print(findings)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(_document(checkpoint, findings, failures), indent=2) + "\n")
+        write_whole(output, json.dumps(_document(checkpoint, findings, failures), indent=2) + "\n")
     if failures:
         raise UserError(
             f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
@@ -111,8 +112,8 @@ def _check_arguments(
     for name, value in (("num_samples", num_samples), ("num_sweeps", num_sweeps)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: expected 1 or more")
-    if output is not None and output.is_dir():
-        raise UserError(f"output {str(output)!r} is a folder: expected a file")
+    if output is not None:
+        check_output(output)
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
 

@@ -1,0 +1,52 @@
+"""What of a fit's settings would fail only after an hour, told before it begins."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateFinder
+
+from cpq_train.callbacks.baselines import gap_names
+from cpq_train.common.errors import UserError
+from cpq_train.training.detector import CenterPointDetector
+
+SCORES = ("val/mAP", "val/NDS")
+
+
+def check_fit(trainer: Trainer, model: CenterPointDetector) -> None:
+    """See that a fit can come to its end.
+
+    Raises:
+        UserError: It has no end, a callback does not fit this network, or one monitors what nobody logs.
+    """
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise UserError(
+            "trainer.max_epochs and trainer.max_steps are -1: the schedule of the rate needs an end; "
+            "accepted: one of them above 0"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        _check_kind(callback)
+        _check_monitor(callback, model)
+
+
+def _check_kind(callback: Callback) -> None:
+    why = {
+        LearningRateFinder: "one rate for all weights, where model.optimizer has a schedule",
+        BaseFinetuning: "parts of a network to be frozen, where all of this one is trained",
+    }
+    for kind, reason in why.items():
+        if isinstance(callback, kind):
+            raise UserError(
+                f"trainer.callbacks names {type(callback).__name__}, which is for {reason}; accepted: any "
+                f"but {' and '.join(sorted(one.__name__ for one in why))}"
+            )
+
+
+def _check_monitor(callback: Callback, model: CenterPointDetector) -> None:
+    """Names of losses depend on the network; a fit logs them at its first step."""
+    monitor = getattr(callback, "monitor", None)
+    accepted = (*SCORES, *gap_names(model.arm or "qat"))
+    if monitor is not None and monitor not in accepted and not monitor.startswith("train/"):
+        raise UserError(
+            f"monitor of {type(callback).__name__} is {monitor!r}; accepted: {', '.join(accepted)}, and "
+            "train/loss or other losses of training"
+        )
