@@ -73,7 +73,7 @@ class ResilientTrainer(HookedTrainer):
     @contextmanager
     def _having_its_folder(self) -> Iterator[None]:
         """Keep other fits out of the run folder, where this one writes to it."""
-        if self.fast_dev_run or not self.is_global_zero:  # type: ignore[attr-defined]
+        if not self.is_global_zero:
             yield
             return
         with claimed(Path(self.default_root_dir)) as self._claim:

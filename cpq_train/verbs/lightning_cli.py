@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -186,13 +188,7 @@ class QuantCLI(HookedCLI):
     def take_settings_of_checkpoint(self) -> None:
         """As LightningCLI has it, but the command line counts where a run goes on with `last`."""
         verb = self.config.subcommand
-        trainer = self.config[verb].trainer
-        trainer.default_root_dir = _of_this_task(str(trainer.default_root_dir))
-        if ARRAY_TASK in trainer.default_root_dir:
-            raise UserError(
-                f"trainer.default_root_dir is {trainer.default_root_dir!r}, and this is no task of an array; "
-                "accepted: a folder without the number, or a job that sbatch --array started"
-            )
+        self._settle_run_folder(self.config[verb])
         asked = self.config[verb].clone()
         if verb in WEIGHTS_OF_VERB:
             if asked.ckpt_path is not None and self.given.on_command_line("ckpt_path"):
@@ -228,6 +224,20 @@ class QuantCLI(HookedCLI):
         kinds = {type(callback) for callback in own}
         kept = [one for one in named if type(one) not in kinds or one is last_named[type(one)]]
         return [*kept, *(one for one in own if type(one) not in last_named)]
+
+    def _settle_run_folder(self, config: Namespace) -> None:
+        """Fill in the number of an array's task; what a trial run writes goes when it ends."""
+        trainer = config.trainer
+        trainer.default_root_dir = _of_this_task(str(trainer.default_root_dir))
+        if ARRAY_TASK in trainer.default_root_dir:
+            raise UserError(
+                f"trainer.default_root_dir is {trainer.default_root_dir!r}, and this is no task of an array; "
+                "accepted: a folder without the number, or a job that sbatch --array started"
+            )
+        if trainer.fast_dev_run:
+            self._scratch = TemporaryDirectory(prefix="fast_dev_run_")
+            trainer.default_root_dir = self._scratch.name
+            config.checkpoint.dirpath = _checkpoint_dir(self._scratch.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
