@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,9 +24,6 @@ BEAT_S = 30.0
 
 STALE_S = 10 * BEAT_S
 """Without a heartbeat, after which a claim counts no more."""
-
-_WRITING_S = 1.0
-"""A claim that is empty for longer is torn."""
 
 Claimant = dict[str, str | int]
 
@@ -53,13 +49,10 @@ class Claim:
             UserError: A fit that may still run has it.
         """
         while not self._created():
-            age_s, found = _age_s(self._file), _read(self._file)
-            if found is None and age_s < _WRITING_S:
-                time.sleep(_WRITING_S / 2)
-            elif found is not None and not self._yields(found, age_s):
+            found, age_s = _read(self._file), _age_s(self._file)
+            if not self._yields(found, age_s):
                 raise UserError(_in_use(self._file, found, age_s))
-            else:
-                self._clear_away(found)
+            self._clear_away(found)
         self._thread.start()
 
     def check(self) -> None:
@@ -85,11 +78,15 @@ class Claim:
         try:
             with self._file.open("x") as file:
                 json.dump(self._ours, file)
+                file.flush()
+                os.fsync(file.fileno())  # a job that comes back after a crash of its node has to know its own
         except FileExistsError:
             return False
         return True
 
-    def _yields(self, found: Claimant, age_s: float) -> bool:
+    def _yields(self, found: Claimant | None, age_s: float) -> bool:
+        if found is None:
+            return age_s > STALE_S
         same_job = found["job"] != "" and found["job"] == self._ours["job"]
         return same_job or _is_dead_here(found) or age_s > STALE_S
 
@@ -164,12 +161,12 @@ def _started(pid: int) -> str:
 
 
 def _read(file: Path) -> Claimant | None:
-    """Who has claimed; None where nobody has, or where it cannot be told."""
+    """Who has claimed; None where nobody has, or it cannot be told, as while the file is written."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.keys() == this_process().keys() else None
+    return found if isinstance(found, dict) and found.keys() >= this_process().keys() else None
 
 
 def _age_s(file: Path) -> float:
@@ -184,7 +181,7 @@ def _age_s(file: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _in_use(file: Path, found: Claimant, age_s: float) -> str:
+def _in_use(file: Path, found: Claimant | None, age_s: float) -> str:
     return (
         f"trainer.default_root_dir {str(file.parent)!r} is in use by a fit, {_named(found)}, whose last "
         f"heartbeat was {age_s:.0f} s ago; accepted: another folder, or this one when that fit has ended or "
@@ -192,6 +189,8 @@ def _in_use(file: Path, found: Claimant, age_s: float) -> str:
     )
 
 
-def _named(found: Claimant) -> str:
+def _named(found: Claimant | None) -> str:
+    if found is None:
+        return "which does not say what it is"
     job = f"SLURM job {found['job']}, " if found["job"] else ""
     return f"{job}process {found['pid']} on {found['host']}"

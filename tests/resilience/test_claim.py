@@ -51,6 +51,7 @@ def test_a_fit_has_its_folder_and_gives_it_back(tmp_path: Path) -> None:
         {"host": "elsewhere", "job": ""},  # a process id says nothing of another machine
         {"pid_namespace": "pid:[1]", "pid": 2, "job": ""},
         {"host": "elsewhere", "job": "7"},
+        {"host": "elsewhere", "added": "by a later release", "job": ""},
     ],
 )
 def test_another_fit_that_may_live_has_it(
@@ -68,10 +69,9 @@ def test_another_fit_that_may_live_has_it(
 @pytest.mark.parametrize("why", ["same job", "dead", "another life of the same id", "silent", "torn"])
 def test_a_claim_that_yields(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    monkeypatch.setattr(claim, "_WRITING_S", 0.02)
     file = leave(
         tmp_path,
-        *([STALE_S + 20] if why == "silent" else []),
+        *([STALE_S + 20] if why in ("silent", "torn") else []),
         **{
             "same job": {"host": "elsewhere", "job": "8"},
             "dead": {"pid": dead_pid(), "job": ""},
@@ -81,7 +81,11 @@ def test_a_claim_that_yields(why: str, tmp_path: Path, monkeypatch: pytest.Monke
         }[why],
     )
     if why == "torn":
-        file.write_text('{"host":')
+        os.truncate(file, 8)
+        now_s = file.stat().st_mtime
+        with pytest.raises(UserError, match="which does not say what it is"), claimed(tmp_path):
+            pass
+        os.utime(file, (now_s - STALE_S - 20, now_s - STALE_S - 20))
     with claimed(tmp_path):
         assert json.loads(file.read_text()) == this_process()
         assert [one.name for one in tmp_path.iterdir()] == [CLAIM_FILE]
@@ -115,8 +119,6 @@ def test_a_folder_that_cannot_be_one(
     simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    said = fails(["fit", "-c", BASE, *tiny_options(simulated_root, tmp_path / "file/run")], capsys)
-    assert (
-        f"trainer.default_root_dir '{tmp_path}/file/run': nothing can be written there (Not a directory"
-        in said
-    )
+    run = tmp_path / "file/run"
+    said = fails(["fit", "-c", BASE, *tiny_options(simulated_root, run)], capsys)
+    assert f"trainer.default_root_dir '{run}': '{tmp_path}/file' is no folder; accepted" in said
