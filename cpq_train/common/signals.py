@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum, auto
 from types import FrameType
+from typing import Any
 
 
 class Request(IntEnum):
@@ -82,9 +84,12 @@ def raising_signals() -> Iterator[None]:
         return
     earlier_mode, _mode, _received = _mode, _Mode.RAISING, Request.NONE
     earlier = {number: signal.signal(number, _handle) for number in SIGNALS}
+    earlier[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
+    earlier_hook, sys.unraisablehook = sys.unraisablehook, _Again(sys.unraisablehook)
     try:
         yield
     finally:
+        sys.unraisablehook = earlier_hook
         for number, handler in earlier.items():
             signal.signal(number, handler)
         _mode = earlier_mode
@@ -113,6 +118,27 @@ def _handle(number: int, _: FrameType | None) -> None:
     elif _mode is _Mode.RAISING or (_mode is _Mode.NOTING and request is Request.INTERRUPT):
         _mode = _Mode.STOPPING
         raise Stopped(request)
+
+
+class _Again:
+    """Python drops what is raised in a destructor, or around a fork: raise it once more where it counts.
+
+    Args:
+        earlier: Told of all other exceptions that are dropped.
+    """
+
+    def __init__(self, earlier: Callable[[sys.UnraisableHookArgs], Any]) -> None:
+        self._earlier = earlier
+
+    def __call__(self, dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+        else:
+            self._earlier(dropped)
+
+
+def _raise_again(_: int, __: FrameType | None) -> None:
+    raise Stopped(_received)
 
 
 def exit_code(stop: Stopped) -> int:

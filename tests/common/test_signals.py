@@ -76,6 +76,30 @@ def test_a_second_interrupt_ends_training_at_once(capfd: pytest.CaptureFixture[s
     assert "Ctrl-C once more" in capfd.readouterr().err
 
 
+class Dying:
+    """Gets a signal while it is deleted, where Python drops all exceptions."""
+
+    def __del__(self) -> None:
+        send(signal.SIGTERM)
+        time.sleep(0)
+
+
+def delete_and_go_on() -> None:
+    dying = Dying()
+    del dying
+    time.sleep(20)
+
+
+def test_a_stop_that_python_drops_is_raised_again(capfd: pytest.CaptureFixture[str]) -> None:
+    hook, started_s = sys.unraisablehook, time.monotonic()
+    with pytest.raises(Stopped) as stop, raising_signals():
+        delete_and_go_on()
+    assert stop.value.request is Request.STOP
+    assert time.monotonic() - started_s < 10
+    assert capfd.readouterr().err == ""
+    assert sys.unraisablehook is hook
+
+
 def test_outside_a_fit_nothing_is_noted() -> None:
     note_signals()
     with pytest.raises(Stopped), raising_signals():
