@@ -168,10 +168,11 @@ def _run(tasks: list[SceneTask], num_workers: int) -> Iterator[Tables]:
     # Spawned: a fork would copy whatever threads and locks the caller has.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(tasks)), context, follow_parent) as pool:
+        with signals_blocked():
+            scenes = [pool.submit(simulate_scene, task) for task in tasks]
         try:
-            with signals_blocked():
-                scenes = pool.map(simulate_scene, tasks)
-            yield from scenes
+            for scene in scenes:
+                yield scene.result()
         except BaseException:  # the pool would wait for the scenes that it has begun
             for process in multiprocessing.active_children():
                 process.terminate()
