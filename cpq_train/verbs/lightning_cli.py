@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -20,12 +20,14 @@ from cpq_train.callbacks.baselines import Baselines
 from cpq_train.callbacks.checkpoints import RunCheckpoints
 from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.callbacks.predictions import WritePredictions
+from cpq_train.callbacks.progress import ProgressLines
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.lightning_private import HookedCLI
+from cpq_train.common.progress import draws_bars
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
@@ -145,6 +147,7 @@ class QuantCLI(HookedCLI):
         parser.add_lightning_class_args(ResumePoint, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(AmaxDrift, "amax_drift")
+        parser.add_lightning_class_args(ProgressLines, "progress")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -199,12 +202,20 @@ class QuantCLI(HookedCLI):
             rank_zero_warn(sentence)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
+        """What the configuration leaves open.
+
+        Without a logger a fit logs to `metrics.csv`; none costs nothing. A bar is drawn on a terminal, which
+        `ProgressLines` take the place of elsewhere.
+        """
         config = self.config_init[self.subcommand].trainer
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.enable_progress_bar is None and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["enable_progress_bar"] = draws_bars()
         if config.logger is None:
             kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
         if kwargs.get("logger", config.logger):
-            kwargs["callbacks"] = [*(config.callbacks or []), StartLoggers(), LearningRateMonitor("step")]
+            kwargs["callbacks"] = [*callbacks, StartLoggers(), LearningRateMonitor("step")]
         trainer = super().instantiate_trainer(**kwargs)
         for logger in trainer.loggers:
             if isinstance(logger, CSVRunLogger | WandbRunLogger):
