@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from cpq_train.common.progress import track
+from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
@@ -71,8 +71,9 @@ def build_parts(
         num_workers=num_workers,
         worker_init_fn=start_worker,
     )
-    done = f" ({len(files) - len(tasks)} scenes were done)" if len(tasks) < len(files) else ""
-    for _ in track(loader, f"Collecting objects{done}", len(tasks)):
+    if len(tasks) < len(files):
+        say(f"objects of {len(files) - len(tasks)} of {len(files)} scenes are there already")
+    for _ in track(loader, "Collecting objects (scenes)", len(tasks)):
         pass
     return files
 
