@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from cpq_train.arms.coverage import coverage_table
 from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
 from cpq_train.arms.subject import Subject
+from cpq_train.common.progress import track
 from cpq_train.quantization.health import Problem, refuse, table
 from cpq_train.quantization.prepare import leave_in_float
 from cpq_train.quantization.ranges.calibration import collecting_ranges
@@ -72,7 +72,7 @@ def calibrate(
 
 def _collect_ranges(subject: Subject, batches: Batches, forward: Forward, show: bool) -> None:
     with collecting_ranges(subject.network, partial(_on_unfit, subject, show)):
-        for batch in track(batches, "Calibrating", disable=not show):
+        for batch in track(batches, "Calibrating (batches)" if show else None):
             forward(subject.network, batch)
 
 

@@ -130,7 +130,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
 
 
 def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> Score:
-    title = f"Scoring the {arm} baseline" if trainer.is_global_zero else None
+    title = f"Scoring the {arm} baseline (batches)" if trainer.is_global_zero else None
     with quantizers_off(module.network) if arm == "float" else nullcontext():
         return score_detector(module, data, title, trainer.global_rank, trainer.world_size)
 

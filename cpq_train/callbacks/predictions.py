@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import track
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of, left_out_by
 from cpq_train.common.errors import UserError
+from cpq_train.common.progress import track
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps, read_cloud
 from cpq_train.evaluation.boxes import Ints, Predictions, Strings

@@ -38,6 +38,9 @@ class ResumePoint(Callback):
     Args:
         every_n_minutes: Minutes of training that a crash may cost; null is no limit.
         every_n_steps: Steps of the optimizer that a crash may cost; null is no limit.
+
+    Attributes:
+        saved_step: The step that was saved last; before the first save the one that the fit began at.
     """
 
     def __init__(self, every_n_minutes: float | None = 10.0, every_n_steps: int | None = None) -> None:
@@ -46,7 +49,7 @@ class ResumePoint(Callback):
                 raise UserError(f"resume.{name} is {value}: expected a number above 0, or null")
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self._run_started_s, self._ordinal = 0.0, 0
-        self._saved_at_s, self._saved_step = 0.0, 0
+        self._saved_at_s, self.saved_step = 0.0, 0
         self._num_shared_val_batches = self._num_logged_steps = 0
         self._group: distributed.ProcessGroup | None = None
         self._moment: Moment = "other"
@@ -66,7 +69,7 @@ class ResumePoint(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_at_s, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at_s, self.saved_step = time.monotonic(), trainer.global_step
         note_signals()
 
     @override
@@ -146,7 +149,7 @@ class ResumePoint(Callback):
             set_random_state(loaded["random_states"][trainer.global_rank])
 
     def _is_due(self, trainer: Trainer) -> bool:
-        num_steps = trainer.global_step - self._saved_step
+        num_steps = trainer.global_step - self.saved_step
         if self.every_n_steps is not None and num_steps >= self.every_n_steps:
             return True
         # Rank 0's clock counts for all.
@@ -172,7 +175,7 @@ class ResumePoint(Callback):
         self._moment = moment
         trainer.save_checkpoint(newest, weights_only=False)
         self._moment = "other"
-        self._saved_at_s, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at_s, self.saved_step = time.monotonic(), trainer.global_step
 
     def _stop(self, trainer: Trainer, request: Request) -> None:
         if request:
@@ -180,7 +183,7 @@ class ResumePoint(Callback):
                 if isinstance(logger, WandbRunLogger):
                     logger.mark_preempting()
             file = checkpoint_folder(trainer) / RESUME_FILE
-            said = f"saved at step {self._saved_step} in {str(file)!r}: --ckpt_path last goes on from there"
+            said = f"saved at step {self.saved_step} in {str(file)!r}: --ckpt_path last goes on from there"
             # Lightning's launcher kills all ranks where one of its own ends with another code than 0.
             raise Stopped(request, said, is_watched=not is_started_by_rank_0(trainer))
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 from torch.utils.data import Dataset
 
+from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
@@ -43,7 +43,7 @@ def object_annotations(index: NuScenesIndex, row: int) -> Rows:
 def build_parts(
     index: NuScenesIndex, rows: Rows, folder: Path, num_sweeps: int, num_workers: int
 ) -> list[Path]:
-    """Builds the parts that a folder lacks, with a progress bar.
+    """Builds the parts that a folder lacks, and shows how far it has come.
 
     Args:
         index: the data set.
@@ -71,8 +71,9 @@ def build_parts(
         num_workers=num_workers,
         worker_init_fn=start_worker,
     )
-    done = f" ({len(files) - len(tasks)} scenes were done)" if len(tasks) < len(files) else ""
-    for _ in track(loader, f"Collecting objects{done}", total=len(tasks)):
+    if len(tasks) < len(files):
+        say(f"objects of {len(files) - len(tasks)} of {len(files)} scenes are there already")
+    for _ in track(loader, "Collecting objects (scenes)", len(tasks)):
         pass
     return files
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
+from cpq_train.common.progress import progress
 from cpq_train.data import derived
 from cpq_train.data.tables import TABLES, TableReader
 
@@ -30,7 +31,7 @@ _SCHEMA = 1
 """Counted up when the columns change, so that older indexes are built anew."""
 
 _PROGRESS_FROM_BYTES = 64 << 20
-"""Smaller tables are read within a few seconds and need no progress bar."""
+"""Smaller tables are read within a few seconds and need no progress shown."""
 
 
 @dataclass(frozen=True)
@@ -276,17 +277,12 @@ def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
 
 @contextmanager
 def _progress(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes, where there are enough of them to wait for."""
+    """How far the bytes are read, where there are enough of them to wait for."""
     if num_bytes < _PROGRESS_FROM_BYTES:
         yield lambda _: None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    ) as bar:
-        task = bar.add_task(title, total=num_bytes)
-        yield lambda count: bar.advance(task, count)
+    with progress(f"{title} (MB)", num_bytes / 1e6) as advance:
+        yield lambda count: advance(count / 1e6)
 
 
 def _load(folder: Path, root: Path) -> NuScenesIndex:

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_writable
+from cpq_train.common.progress import track
 from cpq_train.common.signals import signals_blocked
 from cpq_train.simulator.scene import SceneTask, simulate_scene
 from cpq_train.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
@@ -149,7 +148,7 @@ def _write(root: Path, manifest: dict[str, Any], num_workers: int) -> None:
         for name in manifest["scenes"]
     ]
     tables: Tables = {name: [] for name in SCENE_TABLES}
-    for rows in _progress(_run(tasks, num_workers), len(tasks)):
+    for rows in track(_run(tasks, num_workers), "Simulating scenes", len(tasks)):
         for name in SCENE_TABLES:
             tables[name] += rows[name]
     tables.update(shared_tables(tables["log"]))
@@ -177,12 +176,6 @@ def _run(tasks: list[SceneTask], num_workers: int) -> Iterator[Tables]:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-
-
-def _progress(scenes: Iterator[Tables], total: int) -> Iterator[Tables]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        yield from bar.track(scenes, total=total, description="Simulating scenes")
 
 
 def _blank_png(width: int, height: int) -> bytes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from rich.progress import track
 
+from cpq_train.common.progress import track
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.training.detector import CenterPointDetector
@@ -22,7 +22,7 @@ def score_detector(
     Args:
         detector: On its device; its mode is kept.
         data: Gives each rank its share of the samples.
-        title: Of the progress bar; None shows none.
+        title: Of its progress; None shows none.
         rank: This process.
         world_size: Number of processes; all of them take part.
 
@@ -34,7 +34,7 @@ def score_detector(
     was_training = detector.training
     detector.eval()
     with torch.no_grad():
-        for batch in track(loader, title or "", disable=title is None):
+        for batch in track(loader, title):
             metric.update(batch["sample_rows"], detector.detect(detector.to_device(batch)))
     detector.train(was_training)
     scores = metric.compute().scores

@@ -13,7 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
@@ -25,6 +25,7 @@ from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.callbacks.layer_latency import LayerLatency
 from cpq_train.callbacks.layer_memory import LayerMemory
 from cpq_train.callbacks.predictions import WritePredictions
+from cpq_train.callbacks.progress import ProgressLines
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.callbacks.throughput import Throughput
 from cpq_train.callbacks.watchdog import Watchdog
@@ -33,6 +34,7 @@ from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.files import check_writable
 from cpq_train.common.lightning_private import HookedCLI
+from cpq_train.common.progress import draws_bars
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
@@ -162,6 +164,7 @@ class QuantCLI(HookedCLI):
         parser.add_lightning_class_args(LayerLatency, "layer_latency")
         parser.add_lightning_class_args(LayerMemory, "layer_memory")
         parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(ProgressLines, "progress")
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs/default",
@@ -240,8 +243,16 @@ class QuantCLI(HookedCLI):
             config.checkpoint.dirpath = _checkpoint_dir(self._scratch.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Where the configuration names no logger, a fit logs to `metrics.csv`; none costs nothing."""
+        """What the configuration leaves open.
+
+        Without a logger a fit logs to `metrics.csv`; none costs nothing. A bar is drawn on a terminal, which
+        `ProgressLines` take the place of elsewhere.
+        """
         config = self.config_init[self.subcommand].trainer
+        callbacks = config.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.enable_progress_bar is None and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["enable_progress_bar"] = draws_bars()
         if config.logger is None:
             kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
         trainer = super().instantiate_trainer(**kwargs)

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.progress import track
 from rich.table import Table
 
 from cpq_train.arms.description import Description
@@ -19,6 +18,7 @@ from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, write_whole
+from cpq_train.common.progress import track
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
@@ -86,7 +86,7 @@ def verify(
     findings = Findings()
     probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
     with _samples(data, cloud, root, version, num_samples) as samples:
-        for batch in track(samples, "Verifying", total=len(cloud) if cloud else num_samples):
+        for batch in track(samples, "Verifying", len(cloud) if cloud else num_samples):
             _verify_one(detector, batch, findings, probe)
     failures = findings.failures(max_flipped_share)
     _print(findings)

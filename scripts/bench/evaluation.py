@@ -24,9 +24,9 @@ from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
 from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionBox, DetectionMetrics
-from rich.progress import track
 
 from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
+from cpq_train.common.progress import track
 from cpq_train.data.boxes import yaw_quaternions
 from cpq_train.evaluation.boxes import Boxes, Floats, GroundTruth, Ints, Predictions, Samples
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth

@@ -32,11 +32,11 @@ from arms_to_compare import build_arms, run
 from jsonargparse import auto_cli
 from lidar_like import load_batch, synthetic_batch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.progress import progress
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme
@@ -114,8 +114,7 @@ def main(
     torch.set_num_threads(threads)
     clock = "CUDA events" if device == "cuda" else "CPU time" if threads == 1 else "wall time"
     rows: list[Row] = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=len(networks) * len(parts) * (num_rounds + 1))
+    with progress("measuring", len(networks) * len(parts) * (num_rounds + 1)) as advance:
         for name in networks:
             config, batch = _workload(name, root, version)
             batch = _to(batch, device)
@@ -125,7 +124,7 @@ def main(
             }
             for part in parts:
                 steps = _steps(arms, part, batch, _timer(clock))
-                times = _interleaved(steps, num_rounds, lambda: progress.advance(task))
+                times = _interleaved(steps, num_rounds, lambda: advance(1))
                 rows.append(_row(name, part, len(batch["voxel_coords"]), times))
     context = {"clock": clock, "threads": threads, "num_rounds": num_rounds, **_machine(device)}
     _show(rows, context)

@@ -3,7 +3,9 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +233,20 @@ def test_cache_dir_keeps_the_root_clean(root: Path, tmp_path: Path) -> None:
     assert not (root / ".cpq_train").exists()
 
 
-def test_progress_bar_over_all_bytes(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_over_all_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, float]] = []
+    read: list[float] = []
+
+    @contextmanager
+    def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
+        shown.append((description, total))
+        yield read.append
+
     monkeypatch.setattr(index_module, "_PROGRESS_FROM_BYTES", 0)
+    monkeypatch.setattr(index_module, "progress", progress)
     open_index(root, "v1.0-mini")
-    assert "Indexing v1.0-mini" in capsys.readouterr().out
+    assert shown == [("Indexing v1.0-mini (MB)", pytest.approx(sum(read)))]
+    assert shown[0][1] > 0
 
 
 def test_wrong_root_version_and_split(root: Path, index: NuScenesIndex) -> None:

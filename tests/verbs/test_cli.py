@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -122,16 +123,34 @@ def test_config_of_a_fit_feeds_other_verbs(arms: Run, tmp_path: Path) -> None:
     assert again["arm"] == "qat"
 
 
-def test_qat_from_float_weights_calibrates_first(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+def test_qat_from_float_weights_calibrates_first(
+    arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = arms["float"] / "checkpoints/last.ckpt"
-    options = tiny_options(simulated_root, tmp_path / "qat")
+    options = [*tiny_options(simulated_root, tmp_path / "qat"), "--trainer.enable_progress_bar", "null"]
     main(["fit", "-c", BASE, "-c", OVERLAY, *options, "--model.weights", str(weights)])
+    _check_log(*capsys.readouterr())
     new = torch.load(tmp_path / "qat/checkpoints/last.ckpt", weights_only=True)
     ptq = torch.load(arms["ptq"] / "ptq.ckpt", weights_only=True)
     amax = {k: v for k, v in ptq["state_dict"].items() if k.endswith("_input_quantizer._amax")}
     assert amax
     for name, value in amax.items():
         assert torch.equal(new["state_dict"][name], value), name
+
+
+def _check_log(out: str, err: str) -> None:
+    """No terminal, no bars; each moment of the fit has its line."""
+    assert "Epoch 0/0" not in out
+    lines = [line[20:] for line in err.splitlines() if re.match(r"\d{4}-\d\d-\d\d ", line)]
+    expected = [
+        "training begins: epoch 0/0, step 0/3",
+        "saved at step 3",
+        r"validation: epoch 0/0, step 3/3, mAP \S+ \(\S+ to float, \S+ to PTQ\), NDS \S+ \(.+\), 0:0\d:\d\d",
+        r"training ends: step 3/3, 0:0\d:\d\d",
+    ]
+    assert len(lines) == len(expected), lines
+    for pattern, line in zip(expected, lines, strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 def test_two_ranks_calibrate_as_one(arms: Run, simulated_root: Path, tmp_path: Path) -> None:

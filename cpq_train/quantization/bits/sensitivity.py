@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.progress import track
 from torch import nn
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.progress import track
 from cpq_train.quantization.bits.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized

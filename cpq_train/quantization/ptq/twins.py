@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
+from cpq_train.common.progress import track
 from cpq_train.quantization.switches import quantizers
 from cpq_train.sparse import SparseConvTensor
 
@@ -26,7 +26,7 @@ class Twins:
         float_network: The same with float weights and every quantizer off.
         batches: Few: they are held in memory.
         forward: Runs either network on one batch.
-        show_progress: Whether progress bars are drawn.
+        show_progress: Whether it is shown how far a method has come.
     """
 
     network: nn.Module
@@ -50,8 +50,8 @@ class Twins:
         return cls(network, float_network, batches, forward, show_progress)
 
     def track(self, items: Iterable[T], text: str) -> Iterable[T]:
-        """The items, with a progress bar."""
-        return track(list(items), text, disable=not self.show_progress)
+        """The items, and how far their loop has come."""
+        return track(list(items), text if self.show_progress else None)
 
 
 def ordered_tensors(value: Any) -> list[Tensor]:
