@@ -75,6 +75,12 @@ def take_signals() -> None:
         signal.signal(number, _handle)
 
 
+def leave_signals() -> None:
+    """From now on the system's signals change nothing: the work is done, and its exit code is settled."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def raising_signals() -> Iterator[None]:
     """Have signals raise `Stopped` inside; the earlier handlers come back afterwards."""

@@ -141,6 +141,16 @@ def test_a_signal_while_importing(number: str, rank: int, scontrol: str, code: i
     assert (asked.read_text() if asked.exists() else "") == ("requeue 40_2\n" if is_asked else "")
 
 
+def test_a_signal_behind_the_work(tmp_path: Path) -> None:
+    """The exit code is that of the work, though Python takes its time to end."""
+    late = "import atexit, os, signal\nfor name in ('SIGTERM', 'SIGUSR1'):\n"
+    late += "    atexit.register(os.kill, os.getpid(), getattr(signal, name))\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    done = subprocess.run([sys.executable, "-m", "cpq_train", "--help"], env=environment, capture_output=True)
+    assert done.returncode == 0
+
+
 def child(ready: Path) -> None:
     follow_parent()
     ready.touch()
