@@ -20,6 +20,7 @@ from cpq_train.callbacks.evaluation import (
     log_equal,
     postprocessing_sha256,
 )
+from cpq_train.callbacks.validations import has_validation
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
@@ -54,6 +55,8 @@ class Baselines(Callback):
         if why := left_out_by(trainer):
             rank_zero_info(f"{why}: partial scores are compared with no baseline")
             return
+        if not has_validation(trainer):
+            return  # nothing would be compared with them
         for arm in {"qat": ("float", "ptq"), "float_tuned": ("float",)}.get(pl_module.subject.arm, ()):
             score = self._score(arm, trainer, pl_module)
             if score is not None:
