@@ -20,6 +20,7 @@ from cpq_train.callbacks.evaluation import (
     log_equal,
     postprocessing_sha256,
 )
+from cpq_train.callbacks.validations import has_validation
 from cpq_train.common.files import write_whole
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
@@ -55,6 +56,8 @@ class Baselines(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, CenterPointDetector)
+        if not has_validation(trainer):
+            return  # nothing would be compared with them
         if why := left_out_by(trainer):
             rank_zero_info(f"{why}: partial scores are compared with no baseline")
             return

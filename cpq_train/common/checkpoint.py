@@ -8,17 +8,21 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import ForeignCheckpointError, UserError
 from cpq_train.common.files import write_whole
 
 NETWORK_PREFIX = "network."
 """The detector keeps its network under this name."""
+
+NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
+"""What every reader expects of a checkpoint, where one was not written by Lightning but by `convert`."""
 
 NUM_KEYS_SHOWN = 8
 
@@ -31,18 +35,20 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         mmap: Leave the tensors on the disk until they are used: for what a checkpoint says.
 
     Returns:
-        Lightning's dictionary, with at least `state_dict` and `quantization`.
+        Lightning's dictionary, with at least `state_dict`, `quantization` and what `NOT_TRAINED` has.
 
     Raises:
-        UserError: The file is missing, corrupt, holds pickled code, or is no checkpoint of this project.
+        UserError: The file is missing or corrupt.
+        ForeignCheckpointError: It holds pickled code, or is no checkpoint of this project.
     """
     checkpoint = read_plain(path, mmap)
     if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
-        raise UserError(
+        raise ForeignCheckpointError(
             f"checkpoint {str(path)!r} is none of this project's: it holds {_content(checkpoint)}; "
-            "expected state_dict and quantization"
+            "expected state_dict and quantization",
+            Path(path),
         )
-    return checkpoint
+    return {**NOT_TRAINED, **checkpoint}
 
 
 def _content(checkpoint: Any) -> str:
@@ -91,7 +97,8 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
         mmap: Leave the tensors on the disk until they are used, where the format has it (a zip archive).
 
     Raises:
-        UserError: The file is missing, corrupt, or holds pickled code.
+        UserError: The file is missing or corrupt.
+        ForeignCheckpointError: It holds pickled code.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,9 +108,10 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
-            raise UserError(
+            raise ForeignCheckpointError(
                 f"checkpoint {str(path)!r} holds pickled code and is refused{_named(str(error))}; "
-                "accepted: tensors and plain values"
+                "accepted: tensors and plain values",
+                path,
             ) from error
         raise UserError(f"checkpoint {str(path)!r} is corrupt: no file that torch can read") from error
     except Exception as error:  # of garbage, torch's unpickler may raise anything

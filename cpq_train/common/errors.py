@@ -1,5 +1,7 @@
 """Errors that are the user's to mend; the command line prints them without a traceback."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in what the user gave; names the thing, the value seen and the values accepted."""
@@ -7,6 +9,18 @@ class UserError(ValueError):
 
 class OptionError(UserError):
     """A mistake in the options of a verb, which `--help` lists."""
+
+
+class ForeignCheckpointError(UserError):
+    """A file that is no checkpoint of this project; another may have written it.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 def shown(value: object) -> str:

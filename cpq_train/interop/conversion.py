@@ -13,7 +13,11 @@ from cpq_train.common.errors import UserError
 from cpq_train.interop.conventions import Convention, sources_of, unwrapped
 from cpq_train.interop.sparse_layouts import TO_KRSC, SparseLayout, choose_layout
 
-AS_IT_IS, FILLED, DROPPED = "taken as they are", "filled with zero", "dropped"
+AS_IT_IS, FILLED, DROPPED = (
+    "taken as they are",
+    "filled with zero, not in the file",
+    "left out, of no use here",
+)
 
 _BIAS_BEFORE_NORM = re.compile(
     r"^(backbone_3d\.conv\d\.\d+\.conv[12]|dense_head\.shared_conv\.0|dense_head\.heads_list\.\d+\.\w+\.0\.0)\.bias$"
@@ -37,12 +41,14 @@ class Converted:
 
     Attributes:
         state: Our name -> tensor, complete, in the order of ours.
-        changes: What was done -> the names of the tensors; theirs for those dropped, else ours.
+        changes: What became of the numbers -> the names of the tensors; theirs for those dropped, else ours.
+        named: Our name -> theirs, of those that the file has.
         layout: Axes of the sparse weights in the file.
     """
 
     state: dict[str, Tensor]
     changes: dict[str, list[str]]
+    named: dict[str, str]
     layout: SparseLayout
 
 
@@ -72,15 +78,17 @@ def to_ours(
     tensors = {name: theirs[named[name]] for name in own if name in named}
     sparse = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in tensors.items() if own[n].dim() == 5}
     layout = choose_layout(sparse, asked_layout)
-    changes: dict[str, list[str]] = {AS_IT_IS: []}
+    changes: dict[str, list[str]] = {}
     state = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
     for name, tensor in tensors.items():
         change, state[name] = _in_our_convention(name, tensor, own[name], convention, layout)
+        if tensor.dtype != own[name].dtype:
+            change += f", {tensor.dtype} to {own[name].dtype}".replace("torch.", "")
         changes.setdefault(change, []).append(name)
     changes |= {what: names for what, names in ((FILLED, filled), (DROPPED, dropped)) if names}
     _check_values(state, own)
     state = {name: tensor.to(own[name].dtype).contiguous() for name, tensor in state.items()}
-    return Converted(state, changes, layout)
+    return Converted(state, changes, named, layout)
 
 
 def _check_source(theirs: Iterable[str], convention: Convention) -> None:

@@ -32,10 +32,10 @@ def openpcdet_content(checkpoint: dict[str, Any], path: str | Path) -> dict[str,
             f"checkpoint {str(path)!r} is {arm!r} with BatchNorm {batchnorm}; OpenPCDet's network takes "
             "float and float_tuned with BatchNorm trained or frozen"
         )
-    step = int(checkpoint.get("global_step", 0))
+    step = int(checkpoint["global_step"])
     state = {name: tensor.contiguous() for name, tensor in network_state(checkpoint).items()}
     return {
-        "epoch": int(checkpoint.get("epoch", 0)),
+        "epoch": int(checkpoint["epoch"]),
         "it": step,
         "model_state": OrderedDict(global_step=torch.tensor([step]), **state),
         "optimizer_state": None,

@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import read_plain, write_checkpoint
+from cpq_train.common.checkpoint import NOT_TRAINED, read_plain, write_checkpoint
 from cpq_train.common.errors import UserError
-
-NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
-"""What Lightning expects of any checkpoint, where one was not written by it but by `convert`."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, 
 
 from rich.console import Console
 
-from cpq_train.common.errors import OptionError, UserError
+from cpq_train.common.errors import ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
 from cpq_train.verbs.mistakes import naming_mistakes
@@ -60,10 +60,19 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(exit_code(stop))
     except UserError as error:
         console = Console(stderr=True, soft_wrap=True)
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        console.print(f"error: {_said(error)}", style="red", markup=False, highlight=False)
         if isinstance(error, OptionError):
             console.print(f"python -m cpq_train {args[0]} --help lists the options", highlight=False)
         sys.exit(2)
+
+
+def _said(error: UserError) -> str:
+    """Its message; of a file that is not ours also what it is, and how to convert it."""
+    if not isinstance(error, ForeignCheckpointError):
+        return str(error)
+    from cpq_train.interop.recognition import conversion_advice
+
+    return f"{error}; {conversion_advice(error.path)}"
 
 
 def _dispatch(args: list[str]) -> None:

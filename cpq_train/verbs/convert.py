@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -15,16 +17,17 @@ from cpq_train.arms.loading import load
 from cpq_train.arms.state import check_finite
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
-from cpq_train.common.checkpoint import NETWORK_PREFIX, read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import replacing
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
-from cpq_train.interop.conversion import Converted, to_ours
-from cpq_train.interop.foreign_file import foreign_state, read_foreign, stated_mmdet3d_version
+from cpq_train.interop.conversion import DROPPED, FILLED, Converted, to_ours
+from cpq_train.interop.foreign_file import read_foreign, stated_mmdet3d_version
 from cpq_train.interop.openpcdet_file import openpcdet_content
 from cpq_train.interop.sparse_layouts import SparseLayout
+from cpq_train.interop.weight_sets import Weights, WeightSet, chosen_weights
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import branches_of
 from cpq_train.training.settings import HYPER_PARAMETERS, plain
@@ -42,6 +45,7 @@ def convert(
     target: Literal["openpcdet"] | None = None,
     mmdet3d_version: Literal[0, 1] | None = None,
     sparse_layout: SparseLayout | None = None,
+    weights: Weights | None = None,
     config: Path | None = None,
 ) -> None:
     """Turn a float checkpoint of another project into one for `model.weights`, or ours into OpenPCDet's.
@@ -56,13 +60,19 @@ def convert(
         mmdet3d_version: Major version that trained a checkpoint of mmdet3d; 1.0 changed what its boxes mean.
         sparse_layout: Axes of the sparse weights (out k, kernel r s t, in c), where shapes do not tell them:
             krsc (spconv 2), rsck (spconv 1), rskc (Native of spconv 2.0 and 2.1).
+        weights: Which to take of a file that holds two sets: raw, as trained, or ema, their moving average.
         config: YAML file whose `model.network` has the sizes of the network; default: nuScenes.
 
     Raises:
         UserError: The file is unreadable, holds code, is of another project or network, or an option is
             missing or contradicts it.
     """
-    _check_options(input, output, source, target, mmdet3d_version, sparse_layout)
+    _check_options(input, output, source, target, mmdet3d_version)
+    if target is not None and (sparse_layout is not None or weights is not None):
+        raise UserError(
+            f"sparse_layout {sparse_layout!r}, weights {weights!r}: both say how to read a file of another "
+            "project; target needs neither"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     console = table_console()
     if source is None:
@@ -76,12 +86,13 @@ def convert(
     subject = build(_network_config(config), "float", None)
     content = read_foreign(input)
     convention = _convention(source, mmdet3d_version, content)
-    converted = _converted(input, content, convention, subject.network, sparse_layout)
+    taken = _weights(input, content, weights)
+    converted = _converted(input, taken, convention, subject.network, sparse_layout)
     subject.parents = {source: sha256_of(input)}
     with replacing(output) as part:
-        torch.save(_checkpoint(subject, converted, convention, source), part)
+        torch.save(_checkpoint(subject, taken, converted, convention, source), part)
         num_voxels = _run(load(subject.network.config, part).network)
-    console.print(_report(input, converted))
+    _report(console, input, content, taken, converted)
     console.print(
         f"forward pass of {output} on {num_voxels} random voxels: "
         f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
@@ -94,12 +105,9 @@ def _check_options(
     source: Source | None,
     target: str | None,
     mmdet3d_version: int | None,
-    sparse_layout: str | None,
 ) -> None:
     if (source is None) == (target is None):
         raise UserError(f"source is {source}, target is {target}: expected one of the two")
-    if target is not None and sparse_layout is not None:
-        raise UserError(f"sparse_layout {sparse_layout!r} says how `source` wrote a file; target needs none")
     if (source == "mmdet3d") != (mmdet3d_version is not None):
         raise UserError(
             f"mmdet3d_version is {mmdet3d_version} with source {source}: expected 0 or 1 with source mmdet3d "
@@ -129,32 +137,37 @@ def _convention(source: Source, mmdet3d_version: int | None, content: Any) -> Co
     return (MMDET3D_0, MMDET3D_1)[mmdet3d_version or 0]
 
 
+def _weights(path: Path, content: Any, asked: Weights | None) -> WeightSet:
+    if isinstance(content, Mapping) and "quantization" in content:
+        raise UserError(f"checkpoint {str(path)!r} is of this project: it can be model.weights as it is")
+    return chosen_weights(content, path, asked)
+
+
 def _converted(
     path: Path,
-    content: Any,
+    taken: WeightSet,
     convention: Convention,
     network: CenterPoint,
     sparse_layout: SparseLayout | None,
 ) -> Converted:
-    if isinstance(content, Mapping) and "quantization" in content:
-        raise UserError(f"checkpoint {str(path)!r} is of this project: it can be model.weights as it is")
-    theirs = foreign_state(content, path)
     try:
-        return to_ours(theirs, convention, network.state_dict(), sparse_layout)
+        return to_ours(taken.state, convention, network.state_dict(), sparse_layout)
     except UserError as error:
         raise UserError(f"checkpoint {str(path)!r}: {error}") from error
 
 
 def _checkpoint(
-    subject: Subject, converted: Converted, convention: Convention, source: Source
+    subject: Subject, taken: WeightSet, converted: Converted, convention: Convention, source: Source
 ) -> dict[str, Any]:
     return {
+        **NOT_TRAINED,
         "state_dict": {NETWORK_PREFIX + name: tensor for name, tensor in converted.state.items()},
         HYPER_PARAMETERS: plain({"network": subject.network.config}),
         "quantization": subject.describe(),
         "conversion": {
             "source": convention.project,
             "sparse_layout": converted.layout,
+            "weights": taken.name,
             "input_sha256": subject.parents[source],
         },
     }
@@ -195,19 +208,45 @@ def _random_voxels(config: NetworkConfig) -> tuple[Tensor, Tensor]:
     return features[:, : config.num_point_features], coords.int()
 
 
-def _report(path: Path, converted: Converted) -> Table:
-    title = f"{path}: sparse weights were {converted.layout}"
-    table = Table(title=title, title_justify="left")
+def _report(console: Console, path: Path, content: Any, taken: WeightSet, converted: Converted) -> None:
+    which = f"{taken.name} weights ({taken.place})" if taken.name else f"weights of {taken.place}"
+    console.print(f"{path}: {which}; sparse weights were {converted.layout}", soft_wrap=True)
+    console.print(_table(taken, converted))
+    console.print(_sums(taken, converted, content), soft_wrap=True)
+
+
+def _table(taken: WeightSet, converted: Converted) -> Table:
+    table = Table()
     table.add_column("tensors", justify="right")
-    table.add_column("what was done")
+    table.add_column("renamed", justify="right")
+    table.add_column("their numbers")
     table.add_column("which", overflow="fold")
-    for change, names in converted.changes.items():
-        table.add_row(str(len(names)), change, _which(names))
+    rows = {**converted.changes, **({"left out, of the other set": list(taken.left)} if taken.left else {})}
+    for change, names in rows.items():
+        num_renamed = sum(converted.named.get(name, name) != name for name in names)
+        table.add_row(str(len(names)), str(num_renamed or ""), change, _which(names))
     return table
 
 
 def _which(names: list[str]) -> str:
-    """The names, all heads' as one; the first few where they are many."""
+    """The names, all heads' as one; where they are many, how many there are of each kind or in each part."""
     distinct = list(dict.fromkeys(re.sub(r"(heads_list)\.\d+", r"\1.*", name) for name in names))
-    rest = f", and {len(distinct) - NUM_NAMES_SHOWN} more" if len(distinct) > NUM_NAMES_SHOWN else ""
-    return ", ".join(distinct[:NUM_NAMES_SHOWN]) + rest
+    if len(distinct) <= NUM_NAMES_SHOWN:
+        return ", ".join(distinct)
+    by_kind = Counter(re.sub(r"\..*\.", ".*.", name) for name in names)
+    by_part = Counter(name.split(".")[0] for name in names)
+    groups = by_kind if len(by_kind) <= NUM_NAMES_SHOWN else by_part
+    return ", ".join(f"{count} of {group}" for group, count in groups.items())
+
+
+def _sums(taken: WeightSet, converted: Converted, content: Any) -> str:
+    """How the numbers of tensors in the file and in the network come about, and what else the file holds."""
+    num_filled, num_dropped = (len(converted.changes.get(what, ())) for what in (FILLED, DROPPED))
+    num_left = num_dropped + len(taken.left)
+    num_taken = len(converted.state) - num_filled
+    rest = [] if taken.key is None else [str(key) for key in content if key != taken.key]
+    return (
+        f"in the file {num_taken + num_left} tensors: {num_taken} taken, {num_left} left out; "
+        f"in the network {len(converted.state)}: {num_taken} taken, {num_filled} filled with zero; "
+        f"beside them in the file, left out: {', '.join(rest) or 'nothing'}"
+    )

@@ -42,7 +42,7 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
         "data": data.to_dict() if data else "not stated",
         "not finite": ", ".join(not_finite(network_state(content))) or "none",
         "numbers": f"{sum(t.numel() for t in network_state(content).values()):,}",
-        "epoch, step": f"{content.get('epoch')}, {content.get('global_step')}",
+        "epoch, step": f"{content['epoch']}, {content['global_step']}",
         "calibration": said.calibration or "none",
         "parents": said.parents or "none",
         "sha256": sha256_of(path),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.models.topology import blocks_of
@@ -30,6 +31,9 @@ from cpq_train.verbs.sensitivity_bench import SensitivityBench
 
 Record = dict[str, Any]
 
+ADVISED_NUM_SAMPLES = 8
+"""Of `--num_samples`, which is also the default; on fewer the order of the units is that of these samples."""
+
 BUDGET_UNITS: dict[Budget, str] = {"mib": "MiB of weights", "bit_macs": "of the float network's bit-MACs"}
 
 
@@ -48,7 +52,7 @@ class SensitivitySettings:
     budget_mib: float | None = None
     budget_bit_macs: float | None = None
     metric: Literal["proxy", "nds"] = "proxy"
-    num_samples: int = 8
+    num_samples: int = ADVISED_NUM_SAMPLES
 
     def __post_init__(self) -> None:
         if self.input_bits is not None and len(self.input_bits) != len(self.bits):
@@ -87,6 +91,12 @@ def analyse(
         raise UserError("sensitivity needs model.weights, a float checkpoint, and model.scheme")
     folder = settings.output / "schemes"
     bench = SensitivityBench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
+    if settings.num_samples < ADVISED_NUM_SAMPLES:
+        table_console().print(
+            f"caution: losses on few samples (--num_samples {settings.num_samples}) rank units badly: "
+            f"others may turn their order round; advised: {ADVISED_NUM_SAMPLES} or more",
+            style="yellow",
+        )
     plan = _plan(Scheme.from_file(model.scheme_file), bench, settings)
     folder.mkdir(parents=True, exist_ok=True)
     log = MeasurementLog(settings.output / "measurements.jsonl")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import fails
 from foreign_networks import (
     MMDET3D,
     OPENPCDET,
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.structure import build
-from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.checkpoint import NOT_TRAINED, sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.interop import conventions
-from cpq_train.interop.conversion import to_ours
+from cpq_train.interop.conversion import DROPPED, FILLED, to_ours
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.verbs.cli import main
@@ -133,8 +134,10 @@ def test_what_a_converted_file_says_of_itself(config_file: Path, tmp_path: Path)
     assert content["conversion"] == {
         "source": "tianweiy",
         "sparse_layout": "rsck",
+        "weights": None,
         "input_sha256": sha256_of(path),
     }
+    assert NOT_TRAINED.items() <= content.items()
     assert content["quantization"]["arm"] == "float"
     assert content["quantization"]["parents"] == {"tianweiy": sha256_of(path)}
     ptq = from_weights(TINY, tmp_path / "theirs.ckpt", "ptq", Scheme.from_dict({"name": "int8"}))
@@ -211,8 +214,8 @@ def test_what_is_filled_and_what_is_dropped() -> None:
     own = CenterPoint(TINY).state_dict()
     converted = to_ours(state, conventions.MMDET3D_1, own)
     assert list(converted.state) == list(own)
-    filled = converted.changes["filled with zero"]
-    assert converted.changes["dropped"] == ["global_step"]
+    filled = converted.changes[FILLED]
+    assert converted.changes[DROPPED] == ["global_step"]
     # 16 residual convolutions, the shared one and six of each of six heads.
     assert sum(name.endswith(".bias") for name in filled) == 16 + 1 + 36
     assert len(filled) == 16 + 1 + 36 + len(lost)
@@ -373,7 +376,8 @@ def test_the_version_that_a_file_states(
         ({"source": "openpcdet", "target": "openpcdet"}, "expected one of the two"),
         ({"source": "mmdet3d"}, "expected 0 or 1 with source mmdet3d"),
         ({"source": "openpcdet", "mmdet3d_version": 1}, "mmdet3d_version is 1 with source openpcdet"),
-        ({"target": "openpcdet", "sparse_layout": "krsc"}, "target needs none"),
+        ({"target": "openpcdet", "sparse_layout": "krsc"}, "target needs neither"),
+        ({"target": "openpcdet", "weights": "ema"}, "weights 'ema': both say how to read"),
         ({"source": "openpcdet", "output": Path("in.pth")}, "is the input"),
         ({"source": "openpcdet", "output": Path()}, "output '.' is a folder"),
         ({"source": "openpcdet", "config": Path("none.yaml")}, "config 'none.yaml' does not exist"),
@@ -391,6 +395,36 @@ def test_a_config_without_sizes(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=r"c.yaml' (has no readable model.network|is no YAML: line 1)"):
         convert(tmp_path / "in.pth", tmp_path / "out.ckpt", "openpcdet", config=tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("verb", ["describe", "verify", "validate"])
+def test_a_foreign_file_in_place_of_a_checkpoint(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _file(foreign_network(TIANWEIY, "rsck"), "tianweiy", tmp_path / "theirs.pth")
+    said = fails([verb, *(("--model.weights",) if verb == "validate" else ()), str(path)], capsys)
+    assert "theirs.pth' is none of this project's: it holds state_dict, epoch;" in said
+    assert said.endswith(f"convert --source tianweiy --input {path} --output {path.with_suffix('.ckpt')}")
+
+
+def test_what_is_left_out_and_what_was_another_precision(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {
+        n: t.half() if t.is_floating_point() else t
+        for n, t in foreign_network(OPENPCDET, "krsc").state.items()
+    }
+    path = _file(ForeignNetwork(OPENPCDET, "krsc", state=state), "openpcdet", tmp_path / "theirs.pth", it=3)
+    main(_options(path, "openpcdet", None, config_file))
+    printed = capsys.readouterr().out
+    assert "taken as they are, float16 to float32" in printed
+    sums = (
+        f"in the file {len(state) + 1} tensors: {len(state)} taken, 1 left out; in the network {len(state)}: "
+    )
+    assert (
+        f"{sums}{len(state)} taken, 0 filled with zero; beside them in the file, left out: epoch, it"
+        in printed
+    )
 
 
 # --- and back

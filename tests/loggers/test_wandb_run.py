@@ -183,6 +183,25 @@ def test_validate_of_another_run(experiment: Path, tmp_path: Path) -> None:
     assert not (folder / "metrics.csv").exists()
 
 
+def test_a_checkpoint_that_an_earlier_release_converted(
+    experiment: Path, simulated_root: Path, tmp_path: Path
+) -> None:
+    """It says nothing of a training; its score stands at the start."""
+    content = torch.load(experiment / "float/checkpoints/last.ckpt", weights_only=True)
+    written = ("state_dict", "hyper_parameters", "quantization")
+    torch.save({key: content[key] for key in written}, tmp_path / "float.ckpt")
+    options = [
+        *_options(simulated_root, tmp_path / "exp/float"),
+        "--model.weights",
+        str(tmp_path / "float.ckpt"),
+    ]
+    main(["validate", "-c", BASE, *options, *WANDB])
+    (run,) = offline_runs(tmp_path / "exp/float")
+    assert run.read_artifacts() == [_artifact(tmp_path / "float.ckpt")]
+    assert json.loads(run.artifacts[0].metadata)["global_step"] == 0
+    assert [step for step, _ in run.at_step("val/NDS")] == [0]
+
+
 def test_lineage(experiment: Path, logged: dict[str, list[OfflineRun]]) -> None:
     """QAT reads the artifact that PTQ wrote, which reads the one that float wrote: same name, same digest."""
     (float_run,), (ptq, validated), (qat, resumed) = logged.values()

@@ -33,6 +33,7 @@ def test_measures_once_and_assigns_within_a_budget(
 ) -> None:
     output = tmp_path / "sensitivity"
     main(_sensitivity(arms, simulated_root, output))
+    assert "caution: losses on few samples (--num_samples 1) rank units badly" in capsys.readouterr().out
     log = (output / "measurements.jsonl").read_text().splitlines()
     assert len(log) == 2 + 2 * NUM_BLOCKS
     report = json.loads((output / "sensitivity.json").read_text())
