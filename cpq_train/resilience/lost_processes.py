@@ -36,8 +36,8 @@ def naming_lost_processes() -> Iterator[None]:
 
 
 def _memory(said: str) -> str:
-    """What to try where the system may have killed a worker."""
-    if "Killed" not in said and "Bus error" not in said:
+    """What to try where the system may have killed a worker; torch does not always know the signal."""
+    if "by signal" in said and not any(how in said for how in ("Killed", "Bus error")):
         return ""
     return (
         ". Often the memory of the machine or /dev/shm is full: lower data.num_workers or data.batch_size; "

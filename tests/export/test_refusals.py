@@ -288,7 +288,7 @@ def test_a_file_that_does_not_end_in_onnx(name: str, tmp_path: Path) -> None:
 
 def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").mkdir()
-    with pytest.raises(UserError, match=r"expected a file that ends in \.onnx"):
+    with pytest.raises(UserError, match=r"net\.onnx' is a folder; accepted: a file"):
         check_place(tmp_path / "net.onnx")
 
 
