@@ -10,7 +10,7 @@ from types import TracebackType
 
 from cpq_train.common.errors import UserError
 
-_LIBRARIES = ("lightning.", "jsonargparse.", "wandb.")
+_LIBRARIES = ("lightning.", "jsonargparse.", "wandb.", "mlflow.")
 """Packages whose own `raise` is addressed to whoever configured them."""
 
 _OF_FILES = (
