@@ -21,7 +21,7 @@ from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkp
 from cpq_train.common.console import table_console
 from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import replacing
+from cpq_train.common.files import check_output, replacing
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
 from cpq_train.interop.conversion import DROPPED, FILLED, Converted, to_ours
 from cpq_train.interop.foreign_file import read_foreign, stated_mmdet3d_version
@@ -113,9 +113,9 @@ def _check_options(
             f"mmdet3d_version is {mmdet3d_version} with source {source}: expected 0 or 1 with source mmdet3d "
             "(1.0 changed what its boxes mean), and none with another"
         )
-    if output.is_dir() or input.resolve() == output.resolve():
-        what = "a folder" if output.is_dir() else "the input"
-        raise UserError(f"output {str(output)!r} is {what}: expected another file")
+    check_output(output)
+    if input.resolve() == output.resolve():
+        raise UserError(f"output {str(output)!r} is the input: expected another file")
 
 
 def _network_config(path: Path | None) -> NetworkConfig:

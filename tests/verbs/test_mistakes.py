@@ -69,6 +69,7 @@ def test_places_that_take_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 OUTPUTS = {
     "simulate": ["simulate", "--num_scenes", "1", "--output", "FILE/x"],
     "compare": ["compare", "runs/none", "--output", "FILE/x"],
+    "convert": ["convert", "--input", "none.pth", "--source", "openpcdet", "--output", "FILE/x.ckpt"],
     "export": ["export", "none.ckpt", "--output", "FILE/x.onnx"],
     "verify": ["verify", "none.ckpt", "--output", "FILE/x.json"],
     "calibrate": ["calibrate", "-c", BASE, "--model.weights", "none.ckpt", "--output", "FILE/x.ckpt"],
