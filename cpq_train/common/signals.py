@@ -71,7 +71,7 @@ _received = Request.NONE
 
 def take_signals() -> None:
     """From now on a signal ends this process on the spot, but not without a word, nor without its job."""
-    for number in SIGNALS:
+    for number in _heeded():
         signal.signal(number, _handle)
 
 
@@ -89,7 +89,7 @@ def raising_signals() -> Iterator[None]:
         yield  # Python sets handlers in the main thread only
         return
     earlier_mode, _mode, _received = _mode, _Mode.RAISING, Request.NONE
-    earlier = {number: signal.signal(number, _handle) for number in SIGNALS}
+    earlier = {number: signal.signal(number, _handle) for number in _heeded()}
     earlier[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
     earlier_hook, sys.unraisablehook = sys.unraisablehook, _Again(sys.unraisablehook)
     try:
@@ -99,6 +99,11 @@ def raising_signals() -> Iterator[None]:
         for number, handler in earlier.items():
             signal.signal(number, handler)
         _mode = earlier_mode
+
+
+def _heeded() -> list[signal.Signals]:
+    """Signals that this process was not started to ignore, as a shell starts its background with Ctrl-C."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def note_signals() -> None:

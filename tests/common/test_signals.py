@@ -67,6 +67,17 @@ def test_training_notes_the_largest_request() -> None:
         assert received() is Request.REQUEUE
 
 
+def test_what_a_process_is_to_ignore_it_ignores() -> None:
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with raising_signals():
+            send(signal.SIGINT)
+            assert received() is Request.NONE
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def test_a_second_interrupt_ends_training_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with raising_signals():
         train_and_send(signal.SIGINT)
