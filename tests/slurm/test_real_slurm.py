@@ -19,3 +19,10 @@ def test_nothing_is_lost_under_a_real_slurm() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_does_not_start_where_a_slurm_is() -> None:
+    environment = {**os.environ, "SLURM_CONF": "/etc/slurm/slurm.conf"}
+    done = subprocess.run(["bash", "scripts/slurm_check.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "accepted: a machine without a SLURM of its own" in done.stderr
