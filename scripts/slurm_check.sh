@@ -8,16 +8,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+accepted="accepted: a machine without a SLURM of its own"
 refuse() {
-  echo "slurm_check: $1; accepted: a machine without a SLURM of its own" >&2
+  echo "slurm_check: $1" >&2
   exit 2
 }
 
-[ "$(id -u)" -eq 0 ] || refuse "not root"
-[ -z "${SLURM_CONF:-}${SLURM_JOB_ID:-}" ] || refuse "SLURM_CONF or SLURM_JOB_ID is set: this machine belongs to a SLURM"
-! pgrep -x 'slurm(ctld|d|dbd)' > /dev/null || refuse "a SLURM is running here"
+[ "$(id -u)" -eq 0 ] || refuse "not root; accepted: root, as which SLURM's daemons start"
+[ -z "${SLURM_CONF:-}${SLURM_JOB_ID:-}" ] || refuse "SLURM_CONF or SLURM_JOB_ID is set: this machine belongs to a SLURM; $accepted"
+! pgrep -x 'slurm(ctld|d|dbd)' > /dev/null || refuse "a SLURM is running here; $accepted"
 for conf in /etc/slurm/slurm.conf /etc/slurm-llnl/slurm.conf; do
-  [ ! -e "$conf" ] || refuse "$conf configures a SLURM"
+  [ ! -e "$conf" ] || refuse "$conf configures a SLURM; $accepted"
 done
 if ! command -v slurmctld slurmd sbatch munged > /dev/null; then
   apt-get update > /dev/null
