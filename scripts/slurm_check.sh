@@ -14,13 +14,13 @@ refuse() {
   exit 2
 }
 
-[ "$(id -u)" -eq 0 ] || refuse "not root; accepted: root, as which SLURM's daemons start"
 [ -z "${SLURM_CONF:-}${SLURM_JOB_ID:-}" ] || refuse "SLURM_CONF or SLURM_JOB_ID is set: this machine belongs to a SLURM; $accepted"
 ! pgrep -x 'slurm(ctld|d|dbd)' > /dev/null || refuse "a SLURM is running here; $accepted"
 for conf in /etc/slurm/slurm.conf /etc/slurm-llnl/slurm.conf; do
   [ ! -e "$conf" ] || refuse "$conf configures a SLURM; $accepted"
 done
-if ! command -v slurmctld slurmd sbatch munged > /dev/null; then
+[ "$(id -u)" -eq 0 ] || refuse "not root; accepted: root, as which SLURM's daemons start"
+if ! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } > /dev/null; then
   apt-get update > /dev/null
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge > /dev/null
 fi
