@@ -212,6 +212,8 @@ def came_from(log: Path, steps: dict[str, int | None]) -> str:
     """What a start said of the checkpoint that it went on from, and that one's step."""
     said = [line for line in log.read_text(errors="replace").splitlines() if "--ckpt_path last:" in line]
     names = [name for name in steps if said and f"/{name}'" in said[-1]]
+    if not said:
+        return "ended before it looked for a checkpoint"
     return f"resumed at {told({name: steps[name] for name in names})}" if names else "started afresh"
 
 

@@ -30,7 +30,7 @@ from cpq_train.training.detector import CenterPointDetector
 class Evaluation(Callback):
     """nuScenes mAP, NDS and true-positive errors of every validation.
 
-    Logs `val/mAP`, `val/NDS` and the five mean errors. `validate`, and `fit` at its end, write
+    Logs `val/mAP` and `val/NDS`. `validate`, and `fit` at its end, write
     `metrics.json`, `results_nusc.json` (the submission), `matches.npz` and `bev_sample.npz` into
     `trainer.default_root_dir`. Where the trainer leaves samples out, those that it takes are scored, and
     no file is written: the score is not that of the split.
@@ -44,6 +44,7 @@ class Evaluation(Callback):
         self.engine: MetricEngine = engine
         self.scored: ScoredSplit | None = None
         self._metric: NuScenesDetectionMetric | None = None
+        self._is_whole = False
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,25 +75,23 @@ class Evaluation(Callback):
         if trainer.sanity_checking:
             return
         self.scored = self._metric.compute()
-        why = left_out_by(trainer)
-        if why and trainer.is_global_zero:
-            num_all = len(datamodule_of(trainer).eval_rows)
-            print(
-                f"partial score: {len(self.scored.sample_tokens)} of {num_all} samples ({why}); "
-                f"{METRICS_FILE} is not written"
-            )
+        num_scored, num_all = len(self.scored.sample_tokens), len(datamodule_of(trainer).eval_rows)
+        self._is_whole = num_scored == num_all
+        if not self._is_whole and trainer.is_global_zero:
+            why = left_out_by(trainer)
+            print(f"partial score: {num_scored} of {num_all} samples ({why}); {METRICS_FILE} is not written")
         scores = self.scored.scores
         log_equal(pl_module, {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate" and trainer.is_global_zero and not left_out_by(trainer):
+        if trainer.state.fn == "validate" and trainer.is_global_zero and self._is_whole:
             self._write(trainer, pl_module, checkpoint_of(trainer, pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        if self.scored is not None and last and trainer.is_global_zero and not left_out_by(trainer):
+        if self.scored is not None and last and trainer.is_global_zero and self._is_whole:
             self._write(trainer, pl_module, Path(last))
 
     def _write(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> None:
@@ -176,13 +175,15 @@ def log_equal(module: LightningModule, values: dict[str, float], prog_bar: bool 
 
 
 def left_out_by(trainer: Trainer) -> str:
-    """What makes the trainer leave samples out of an evaluation, for a sentence; empty where it takes all."""
+    """What lets the trainer leave samples out of an evaluation, for a sentence; empty where it takes all."""
+    for name in ("fast_dev_run", "overfit_batches"):
+        if value := getattr(trainer, name):
+            return f"trainer.{name} {value}"
     split = {"test": "test", "predict": "predict"}.get(str(trainer.state.fn.value), "val")  # type: ignore[union-attr]
-    usual = {"fast_dev_run": False, "overfit_batches": 0.0, f"limit_{split}_batches": 1.0}
-    given = {name: getattr(trainer, name) for name in usual}
+    limit = getattr(trainer, f"limit_{split}_batches")
     # 1 is one batch, and equal to 1.0, which is all.
-    changed = [f"trainer.{n} {v}" for n, v in given.items() if (type(v), v) != (type(usual[n]), usual[n])]
-    return changed[0] if changed else ""
+    is_all = isinstance(limit, float) and limit == 1.0
+    return "" if is_all else f"trainer.limit_{split}_batches {limit}"
 
 
 def datamodule_of(trainer: Trainer) -> NuScenesDataModule:

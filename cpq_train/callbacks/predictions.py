@@ -75,11 +75,12 @@ class WritePredictions(Callback):
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         detections = self._of_all_ranks()
-        why = left_out_by(trainer)
-        if trainer.is_global_zero and why:
+        data, path = datamodule_of(trainer), Path(trainer.default_root_dir) / SUBMISSION_FILE
+        if not trainer.is_global_zero:
+            return
+        if len(detections) < len(data.test_rows) and (why := left_out_by(trainer)):
             print(f"{len(detections)} samples are detected in ({why}); {SUBMISSION_FILE} is not written")
-        elif trainer.is_global_zero:
-            data, path = datamodule_of(trainer), Path(trainer.default_root_dir) / SUBMISSION_FILE
+        else:
             _write(path, _in_global_frame(data, data.test_rows, detections), _tokens(data, data.test_rows))
 
     @override
@@ -129,17 +130,23 @@ def _write(path: Path, found: Predictions, names: Strings, **meta: str) -> None:
 
 
 def _write_predictions(path: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
-    rows = data.predict_rows
+    rows = _detected(data, detections)
     if data.clouds is None:
         _write(path, _in_global_frame(data, rows, detections), _tokens(data, rows), frame="global")
         return
     found = predictions_in_lidar_frame([detections[row] for row in rows.tolist()])
-    _write(path, found, np.array([str(cloud) for cloud in data.clouds]), frame="LIDAR_TOP")
+    clouds = np.array([str(data.clouds[row]) for row in rows.tolist()])
+    _write(path, found, clouds, frame="LIDAR_TOP")
+
+
+def _detected(data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> Ints:
+    """Rows of the samples that the trainer took: all, unless it was told to leave some out."""
+    return np.array([row for row in data.predict_rows.tolist() if row in detections], dtype=np.int64)
 
 
 def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
     """A picture of each sample, named after its token, or after the place and name of its file."""
-    rows = data.predict_rows.tolist()
+    rows = _detected(data, detections).tolist()
     for row in track(rows[:MAX_PICTURES], "Drawing"):
         sample = _sample(data, row, detections[row])
         name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"

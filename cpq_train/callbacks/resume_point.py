@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import num_logged_steps, set_num_logged_steps
-from cpq_train.common.signals import Request, Stopped, note_signals, received
+from cpq_train.common.signals import Request, Stopped, note_signals, raise_signals, received
 from cpq_train.loggers import WandbRunLogger
 from cpq_train.resilience.random_state import random_state, set_random_state
 from cpq_train.resilience.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
@@ -83,6 +83,12 @@ class ResumePoint(Callback):
         if request or is_due:
             self._save(trainer, "before_step")
         self._stop(trainer, Request(request))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What comes now writes files of its own, and no step is left after which a signal would be obeyed.
+        raise_signals()
+        self._stop(trainer, Request(self._largest(received())[0]))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,7 +191,8 @@ class ResumePoint(Callback):
             file = checkpoint_folder(trainer) / RESUME_FILE
             said = f"saved at step {self.saved_step} in {str(file)!r}: --ckpt_path last goes on from there"
             # Lightning's launcher kills all ranks where one of its own ends with another code than 0.
-            raise Stopped(request, said, is_watched=not is_started_by_rank_0(trainer))
+            is_watched = not is_started_by_rank_0(trainer)
+            raise Stopped(request, said if file.exists() else "nothing is saved", is_watched, is_agreed=True)
 
 
 def _is_in_training(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum, auto
@@ -44,13 +45,19 @@ class Stopped(SystemExit):
         request: What was asked for.
         said: What has become of its work.
         is_watched: Whether this process' exit code says how the run ended.
+        is_agreed: Whether all ranks stop together, of which rank 0 speaks for all.
     """
 
     def __init__(
-        self, request: Request, said: str = "ended before it was done", is_watched: bool = True
+        self,
+        request: Request,
+        said: str = "ended before it was done",
+        is_watched: bool = True,
+        is_agreed: bool = False,
     ) -> None:
         super().__init__(128 + _signal_of(request))
-        self.request, self.said, self.is_watched = request, said, is_watched
+        self.request, self.said = request, said
+        self.is_watched, self.is_agreed = is_watched, is_agreed
 
 
 class _Mode(Enum):
@@ -64,9 +71,13 @@ class _Mode(Enum):
     """The process is on its way out, which only a second Ctrl-C cuts short."""
 
 
+_RANK_0_S = 10.0
+"""How long rank 0 has for putting the job back in line, before another rank does."""
+
 # Signals belong to the process, and so does what became of them.
 _mode = _Mode.ENDING
 _received = Request.NONE
+_is_interrupted = False
 
 
 def take_signals() -> None:
@@ -84,17 +95,20 @@ def leave_signals() -> None:
 @contextmanager
 def raising_signals() -> Iterator[None]:
     """Have signals raise `Stopped` inside; the earlier handlers come back afterwards."""
-    global _mode, _received
+    global _mode, _received, _is_interrupted
     if threading.current_thread() is not threading.main_thread():
         yield  # Python sets handlers in the main thread only
         return
-    earlier_mode, _mode, _received = _mode, _Mode.RAISING, Request.NONE
+    earlier_mode, _mode, _received, _is_interrupted = _mode, _Mode.RAISING, Request.NONE, False
     earlier = {number: signal.signal(number, _handle) for number in _heeded()}
     earlier[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
     earlier_hook, sys.unraisablehook = sys.unraisablehook, _Again(sys.unraisablehook)
     try:
         yield
+        if any(signal.getitimer(signal.ITIMER_REAL)):
+            raise Stopped(_received)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = earlier_hook
         for number, handler in earlier.items():
             signal.signal(number, handler)
@@ -113,22 +127,31 @@ def note_signals() -> None:
         _mode = _Mode.NOTING
 
 
+def raise_signals() -> None:
+    """From here on raise again: nobody asks any more for what is noted."""
+    global _mode
+    if _mode is _Mode.NOTING:
+        _mode = _Mode.RAISING
+
+
 def received() -> Request:
     """What this process was asked for since `raising_signals` began."""
     return _received
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    global _mode, _received
+    global _mode, _received, _is_interrupted
     request = SIGNALS[signal.Signals(number)]
-    is_first, _received = request > _received, max(_received, request)
+    _received = max(_received, request)
+    is_again, _is_interrupted = _is_interrupted, _is_interrupted or request is Request.INTERRUPT
+    is_impatient = is_again and request is Request.INTERRUPT
     if _mode is _Mode.ENDING or (_mode is _Mode.STOPPING and request is Request.INTERRUPT):
         os._exit(exit_code(Stopped(request)))
-    if _mode is _Mode.NOTING and request is Request.INTERRUPT and is_first:
-        _say("saving after the present step; Ctrl-C once more ends now, without saving")
-    elif _mode is _Mode.RAISING or (_mode is _Mode.NOTING and request is Request.INTERRUPT):
+    if _mode is _Mode.RAISING or (_mode is _Mode.NOTING and is_impatient):
         _mode = _Mode.STOPPING
         raise Stopped(request)
+    if _mode is _Mode.NOTING and request is Request.INTERRUPT:
+        _say("saving after the present step; Ctrl-C once more ends now, without saving")
 
 
 class _Again:
@@ -165,9 +188,18 @@ def exit_code(stop: Stopped) -> int:
     number = _signal_of(stop.request)
     _say(f"{number.name}: {stop.said}")
     if stop.request is Request.REQUEUE and "SLURM_JOB_ID" in os.environ:
-        # Where another rank than 0 ended with an error, srun would end rank 0 before it has asked.
-        return 0 if not _is_rank_0() or _requeue() else 128 + number
+        return 0 if _is_requeued_by_rank_0(stop) or _requeue() else 128 + number
     return 128 + number if stop.is_watched else 0
+
+
+def _is_requeued_by_rank_0(stop: Stopped) -> bool:
+    """Whether to leave it to rank 0, which srun would end before it has asked where this one failed."""
+    if _is_rank_0() or stop.is_agreed:
+        return not _is_rank_0()
+    time.sleep(
+        _RANK_0_S
+    )  # in which SLURM ends this process, unless rank 0 waits for it where no signal counts
+    return False
 
 
 def _signal_of(request: Request) -> signal.Signals:

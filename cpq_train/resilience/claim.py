@@ -39,7 +39,6 @@ class Claim:
         self._file = file
         self._ours = this_process()
         self._ended = threading.Event()
-        self._taken_by: Claimant | None = None
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def take(self) -> None:
@@ -59,12 +58,14 @@ class Claim:
         """See that the folder is still this process's.
 
         Raises:
-            UserError: Another fit has taken it, as this one did not beat for `STALE_S`.
+            UserError: Another fit has taken it, as it may where this one did not beat for `STALE_S`.
         """
-        if self._taken_by is not None:
+        found = _read(self._file)
+        if found != self._ours:
+            now = "nobody" if found is None else _named(found)
             raise UserError(
-                f"run folder {str(self._file.parent)!r} was taken over by {_named(self._taken_by)}, as this "
-                f"process stood still for more than {STALE_S:g} s: it ends, and leaves the folder as it is"
+                f"run folder {str(self._file.parent)!r} was this fit's and is now claimed by {now}: it ends, "
+                "and leaves the folder as it is"
             )
 
     def release(self) -> None:
@@ -76,19 +77,25 @@ class Claim:
 
     def _created(self) -> bool:
         try:
-            with self._file.open("x") as file:
+            file = self._file.open("x")
+        except FileExistsError:
+            return False
+        try:
+            with file:
                 json.dump(self._ours, file)
                 file.flush()
                 os.fsync(file.fileno())  # a job that comes back after a crash of its node has to know its own
-        except FileExistsError:
-            return False
+        except OSError:
+            self._file.unlink(missing_ok=True)
+            raise
         return True
 
     def _yields(self, found: Claimant | None, age_s: float) -> bool:
         if found is None:
             return age_s > STALE_S
-        same_job = found["job"] != "" and found["job"] == self._ours["job"]
-        return same_job or _is_dead_here(found) or age_s > STALE_S
+        if _is_here(found):
+            return _is_dead(found) or age_s > STALE_S
+        return age_s > STALE_S or found["job"] == self._ours["job"] != ""
 
     def _clear_away(self, judged: Claimant | None) -> None:
         """Remove the claim that was judged, and not one that another fit has put in its place meanwhile."""
@@ -103,11 +110,8 @@ class Claim:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             with suppress(OSError):  # a disk that does not answer for a while is no reason to end
-                found = _read(self._file)
-                if found is not None and found != self._ours:
-                    self._taken_by = found
-                    return
-                os.utime(self._file)
+                if _read(self._file) == self._ours:
+                    os.utime(self._file)
 
 
 @contextmanager
@@ -138,9 +142,12 @@ def this_process() -> Claimant:
     }
 
 
-def _is_dead_here(found: Claimant) -> bool:
-    here = (socket.gethostname(), _pid_namespace())
-    return (found["host"], found["pid_namespace"]) == here and found["started"] != _started(int(found["pid"]))
+def _is_here(found: Claimant) -> bool:
+    return (found["host"], found["pid_namespace"]) == (socket.gethostname(), _pid_namespace())
+
+
+def _is_dead(found: Claimant) -> bool:
+    return found["started"] != _started(int(found["pid"]))
 
 
 def _pid_namespace() -> str:

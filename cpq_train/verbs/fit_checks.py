@@ -42,11 +42,18 @@ def _check_kind(callback: Callback) -> None:
 
 
 def _check_monitor(callback: Callback, model: CenterPointDetector) -> None:
-    """Names of losses depend on the network; a fit logs them at its first step."""
     monitor = getattr(callback, "monitor", None)
     accepted = (*SCORES, *gap_names(model.arm or "qat"))
-    if monitor is not None and monitor not in accepted and not monitor.startswith("train/"):
+    if monitor is not None and monitor not in accepted and monitor not in _losses(model):
         raise UserError(
             f"monitor of {type(callback).__name__} is {monitor!r}; accepted: {', '.join(accepted)}, and "
             "train/loss or other losses of training"
         )
+
+
+def _losses(model: CenterPointDetector) -> set[str]:
+    """Names that training logs, see `models.losses` and `models.distillation`."""
+    heads = range(len(model.network_config.class_groups))
+    parts = {f"{part}_loss_head_{number}" for part in ("hm", "loc") for number in heads}
+    distilled = set() if model.distillation is None else {"distill_heatmap", "distill_box", "distill_bev"}
+    return {f"train/{name}" for name in ("loss", "grad_norm", *parts, *distilled)}

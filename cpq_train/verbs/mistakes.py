@@ -13,9 +13,12 @@ from cpq_train.common.errors import UserError
 _LIBRARIES = ("lightning.", "jsonargparse.", "wandb.", "mlflow.")
 """Packages whose own `raise` is addressed to whoever configured them."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Met while a file is written, when the system does not say which."""
+
 _OF_FILES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ELOOP, *_FULL),
 )
 """What a person does something about; any other error of the system is told as it is."""
 
@@ -32,9 +35,10 @@ def naming_mistakes() -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno not in _OF_FILES or error.filename is None:
+        if error.errno not in _OF_FILES or (error.filename is None and error.errno not in _FULL):
             raise
-        raise UserError(f"{str(error.filename)!r} cannot be used: {error.strerror}") from error
+        name = "a file" if error.filename is None else repr(str(error.filename))
+        raise UserError(f"{name} cannot be used: {error.strerror}") from error
     except Exception as error:
         found = _said_to_a_person(error)
         if found is None:

@@ -70,7 +70,7 @@ class VerbParser(ArgumentParser):
 def _check_names(content: Mapping[Any, Any], names: Collection[str], where: str, above: str = "") -> None:
     """All that a file sets are options, and every section of it holds some."""
     for key, value in content.items():
-        name = f"{above}{key}"
+        name = f"{above}{key}".removesuffix("+")  # which appends to a list
         if not any(one.startswith(f"{name}.") for one in names):
             if name not in names:
                 raise OptionError(f"{where}: unknown option {name!r}{_near(name, names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,6 +271,9 @@ def _naming_devices(asked: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError) as error:
+        is_of_devices = re.search("accelerator|devices|nodes|strategy|gpu", str(error), re.IGNORECASE)
+        if isinstance(error, UserError) or not is_of_devices:
+            raise
         names = ("accelerator", "devices", "num_nodes", "strategy")
         settings = ", ".join(f"trainer.{name} {asked[name]}" for name in names if name in asked)
         raise UserError(f"{settings}: {error} This machine has {torch.cuda.device_count()} GPUs") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cpq_train.common import signals
 from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.signals import (
     SIGNALS,
@@ -18,6 +19,7 @@ from cpq_train.common.signals import (
     Stopped,
     exit_code,
     note_signals,
+    raise_signals,
     raising_signals,
     received,
     signals_blocked,
@@ -36,6 +38,12 @@ def send_and_clean_up(number: int, *while_cleaning: int) -> None:
         send(number)
     finally:
         send(*while_cleaning)
+
+
+def train_to_the_end_and_send(number: int) -> None:
+    note_signals()
+    raise_signals()
+    send(number)
 
 
 def train_and_send(*numbers: int) -> None:
@@ -67,6 +75,20 @@ def test_training_notes_the_largest_request() -> None:
         assert received() is Request.REQUEUE
 
 
+@pytest.mark.parametrize(("is_agreed", "num_asked"), [(True, 0), (False, 1)])
+def test_who_asks_for_the_job_to_be_requeued(
+    is_agreed: bool, num_asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0; another rank where it is on its own, and SLURM has not ended it meanwhile."""
+    asked: list[str] = []
+    monkeypatch.setattr(signals, "_RANK_0_S", 0.0)
+    monkeypatch.setattr(signals, "_requeue", lambda: asked.append("asked") or True)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert exit_code(Stopped(Request.REQUEUE, is_agreed=is_agreed)) == 0
+    assert len(asked) == num_asked
+
+
 def test_what_a_process_is_to_ignore_it_ignores() -> None:
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -76,6 +98,23 @@ def test_what_a_process_is_to_ignore_it_ignores() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_first_interrupt_is_noted_whatever_was_before() -> None:
+    with raising_signals():
+        train_and_send(signal.SIGUSR1, signal.SIGINT)
+        assert received() is Request.REQUEUE
+
+
+def test_behind_training_signals_raise_again() -> None:
+    with pytest.raises(Stopped), raising_signals():
+        train_to_the_end_and_send(signal.SIGTERM)
+
+
+def test_a_stop_that_python_drops_at_the_end() -> None:
+    with pytest.raises(Stopped), raising_signals():
+        Dying()
+    time.sleep(0.05)  # in which a forgotten alarm would end the process
 
 
 def test_a_second_interrupt_ends_training_at_once(capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,16 +157,15 @@ def test_outside_a_fit_nothing_is_noted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "scontrol", "code"),
+    ("number", "scontrol", "code"),
     [
-        ("SIGTERM", 0, "exit 0", 143),
-        ("SIGINT", 0, "exit 0", 130),
-        ("SIGUSR1", 0, "exit 0", 0),
-        ("SIGUSR1", 0, "exit 1", 138),
-        ("SIGUSR1", 1, "exit 1", 0),  # rank 0 asks, and its code says how that went
+        ("SIGTERM", "exit 0", 143),
+        ("SIGINT", "exit 0", 130),
+        ("SIGUSR1", "exit 0", 0),
+        ("SIGUSR1", "exit 1", 138),
     ],
 )
-def test_a_signal_while_importing(number: str, rank: int, scontrol: str, code: int, tmp_path: Path) -> None:
+def test_a_signal_while_importing(number: str, scontrol: str, code: int, tmp_path: Path) -> None:
     """The job has begun nothing: it ends with a line, and is requeued."""
     asked, program = tmp_path / "asked", tmp_path / "scontrol"
     program.write_text(f"#!/bin/sh\necho $@ >> {asked}\n{scontrol}\n")
@@ -138,7 +176,6 @@ def test_a_signal_while_importing(number: str, rank: int, scontrol: str, code: i
     environment = {
         **os.environ,
         **job,
-        "SLURM_PROCID": str(rank),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": f"{tmp_path}:{os.getcwd()}",
     }
@@ -146,9 +183,9 @@ def test_a_signal_while_importing(number: str, rank: int, scontrol: str, code: i
         [sys.executable, "-m", "cpq_train", "fit"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == code
-    assert done.stderr.startswith(f"{number}: ended before it was done\n") == (rank == 0)
+    assert done.stderr.startswith(f"{number}: ended before it was done\n")
     assert "Traceback" not in done.stderr
-    is_asked = number == "SIGUSR1" and rank == 0
+    is_asked = number == "SIGUSR1"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 40_2\n" if is_asked else "")
 
 

@@ -1,5 +1,6 @@
 """Two fits in one folder: the second one is told, unless the first is known to be dead."""
 
+import errno
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from tiny_model import BASE, tiny_options
 from cpq_train.common.errors import UserError
 from cpq_train.resilience import claim
 from cpq_train.resilience.claim import CLAIM_FILE, STALE_S, claimed, this_process
+from cpq_train.verbs.mistakes import naming_mistakes
 
 
 def leave(folder: Path, age_s: float = 0.0, **other: str | int) -> Path:
@@ -51,6 +53,7 @@ def test_a_fit_has_its_folder_and_gives_it_back(tmp_path: Path) -> None:
         {"host": "elsewhere", "job": ""},  # a process id says nothing of another machine
         {"pid_namespace": "pid:[1]", "pid": 2, "job": ""},
         {"host": "elsewhere", "job": "7"},
+        {"job": "8"},  # the same job, and alive here
         {"host": "elsewhere", "added": "by a later release", "job": ""},
     ],
 )
@@ -91,18 +94,34 @@ def test_a_claim_that_yields(why: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert [one.name for one in tmp_path.iterdir()] == [CLAIM_FILE]
 
 
-def test_who_is_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stood still, another fit took its folder, and it leaves what that one has."""
+@pytest.mark.parametrize("now", ["another", "nobody"])
+def test_who_is_taken_over_ends(now: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still, another fit took its folder, and perhaps is done already: what that one left stays."""
     monkeypatch.setattr(claim, "BEAT_S", 0.01)
+    file = tmp_path / CLAIM_FILE
     with claimed(tmp_path) as ours:
-        beaten_s = (tmp_path / CLAIM_FILE).stat().st_mtime
-        while (tmp_path / CLAIM_FILE).stat().st_mtime == beaten_s:
+        beaten_s = file.stat().st_mtime
+        while file.stat().st_mtime == beaten_s:
             ours.check()
-        leave(tmp_path, host="elsewhere")
-        ours._thread.join(20)
-        with pytest.raises(UserError, match=r"taken over by process .* on elsewhere"):
+        leave(tmp_path, host="elsewhere") if now == "another" else file.unlink()
+        by = r"process \d+ on elsewhere" if now == "another" else "nobody"
+        with pytest.raises(UserError, match=f"was this fit's and is now claimed by {by}: it ends"):
             ours.check()
-    assert json.loads((tmp_path / CLAIM_FILE).read_text())["host"] == "elsewhere"
+    assert file.exists() == (now == "another")
+
+
+def test_a_full_disk_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(UserError, match="a file cannot be used: No space left"),
+        naming_mistakes(),
+        claimed(tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_second_fit_is_told(
