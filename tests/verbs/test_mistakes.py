@@ -27,6 +27,8 @@ FITS = {
     "--trainer.max_epochs -1": "trainer.max_epochs and trainer.max_steps are -1: .*accepted: one",
     "--ckpt_path hpc": "ckpt_path is 'hpc'; accepted: a checkpoint file, or last",
     "--ckpt_path best": "ckpt_path is 'best'; accepted",
+    "--checkpoint.monitor train/los": "monitor of RunCheckpoints is 'train/los'; accepted: val/mAP",
+    "--trainer.val_check_interval 1.5": "^error: You have passed invalid value 1.5 for val_check_interval",
     "--checkpoint.monitor val/foo": "monitor of RunCheckpoints is 'val/foo'; accepted: val/mAP, val/NDS",
     "--trainer.callbacks+=LearningRateFinder": "trainer.callbacks names LearningRateFinder",
     "--trainer.callbacks+=BackboneFinetuning": "trainer.callbacks names BackboneFinetuning",
@@ -125,6 +127,9 @@ def test_a_partial_score(arms: dict, simulated_root: Path, tmp_path: Path, capfd
     )
     assert "val/NDS" in printed
     assert not (tmp_path / "metrics.json").exists()
+    main(["validate", "-c", BASE, "-c", OVERLAY, *options[:-1], "9", "--model.weights", weights])
+    assert "partial" not in capfd.readouterr().out  # more than there are
+    assert (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("limit", ["fast_dev_run 1", "overfit_batches 1", "limit_val_batches 0"])
