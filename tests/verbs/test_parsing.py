@@ -103,6 +103,12 @@ def test_what_is_good_is_taken(parser: VerbParser, tmp_path: Path) -> None:
     assert found.cloud is found.callbacks is None
 
 
+def test_a_file_may_append_to_a_list(parser: VerbParser, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("callbacks+: [{class_path: lightning.pytorch.callbacks.Timer}]\n")
+    found = parser.parse_args(["--config", str(tmp_path / "c.yaml")])
+    assert [one.class_path for one in found.callbacks] == ["lightning.pytorch.callbacks.Timer"]
+
+
 def test_verbs_with_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--model.arm", "foo"], "model.arm: got 'foo', accepted: float, float_tuned, ptq, qat, null"),

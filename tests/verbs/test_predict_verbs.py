@@ -152,6 +152,15 @@ def test_predict_clouds_without_a_data_root(arms: Run, simulated_root: Path, tmp
     assert sorted(p.name for p in (tmp_path / "clouds/bev").iterdir()) == [f"0_{stem}.png", f"1_{stem}.png"]
 
 
+def test_predict_a_part_of_the_clouds(arms: Run, simulated_root: Path, tmp_path: Path) -> None:
+    clouds = [str(cloud) for cloud in sorted((simulated_root / "samples/LIDAR_TOP").iterdir())[:2]]
+    options = _verb("predict", simulated_root, tmp_path, arms["float"] / "checkpoints/last.ckpt")
+    few = ["--data.batch_size", "1", "--trainer.limit_predict_batches", "1"]
+    main([*options, *few, "--clouds", *clouds])
+    assert list(_results(tmp_path / "predictions.json")) == clouds[:1]
+    assert len(list((tmp_path / "bev").iterdir())) == 1
+
+
 def test_bad_clouds(
     arms: Run, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
