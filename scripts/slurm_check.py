@@ -77,8 +77,9 @@ class Job:
         time.sleep(0.7)
 
     def start_again(self) -> None:
-        """A requeued job waits two minutes by itself."""
+        """A requeued job waits two minutes by itself; at once slurmd may still revoke its credential."""
         self.wait_for_state("PENDING")
+        time.sleep(5.0)
         command_output("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         self.wait_for_state("RUNNING", "COMPLETED")
 

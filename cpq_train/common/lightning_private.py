@@ -18,6 +18,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from typing_extensions import override
 
+from cpq_train.common.signals import raising_signals
+
 
 class HookedTrainer(Trainer):
     """A Trainer that leaves signals alone, and asks which checkpoint a fit resumes.
@@ -178,6 +180,11 @@ class HookedCLI(LightningCLI):
         named = named if isinstance(named, list) else [named]
         chosen = self.callbacks_of_run(named, callbacks, bool(config["logger"]))
         return super()._instantiate_trainer({**config, "callbacks": chosen}, [])
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        with raising_signals():  # all is imported now, and there is work to end in order
+            super()._run_subcommand(subcommand)
 
     @override
     def _parse_ckpt_path(self) -> None:

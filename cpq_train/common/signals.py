@@ -1,7 +1,7 @@
 """Signals that ask a process to stop: Ctrl-C, SIGTERM, and SIGUSR1, which SLURM sends before a job's end.
 
-A process that still imports ends at once, a verb ends in order, and a fit that trains ends between two steps,
-when it is saved. Imported before everything else, and so without torch.
+A process that imports and parses ends at once, a verb ends in order, and a fit that trains ends between two
+steps, when it is saved. Imported before everything else, and so without torch.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        with raising_signals(), naming_mistakes(), naming_lost_processes():
+        with naming_mistakes(), naming_lost_processes():
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))
@@ -94,7 +94,9 @@ def _run_plain(name: str, args: list[str]) -> None:
     verb = PLAIN_VERBS[name]
     function = getattr(import_module(verb.module), verb.function)
     given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
-    function(**{parameter: given[parameter] for parameter in inspect.signature(function).parameters})
+    arguments = {parameter: given[parameter] for parameter in inspect.signature(function).parameters}
+    with raising_signals():
+        function(**arguments)
 
 
 def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> ArgumentParser:

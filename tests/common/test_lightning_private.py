@@ -38,6 +38,7 @@ SIGNATURES = {
     "ModelCheckpoint._monitor_candidates": (ModelCheckpoint, ["self", "trainer"]),
     "LightningCLI._prepare_subcommand_parser": (LightningCLI, ["self", "klass", "subcommand", "kwargs"]),
     "LightningCLI._parse_ckpt_path": (LightningCLI, ["self"]),
+    "LightningCLI._run_subcommand": (LightningCLI, ["self", "subcommand"]),
     "LightningCLI._instantiate_trainer": (LightningCLI, ["self", "config", "callbacks"]),
     "logger._DummyExperiment.__getattr__": (fabric_logger._DummyExperiment, ["self", "_"]),
 }
