@@ -59,7 +59,7 @@ class Baselines(Callback):
         if not has_validation(trainer):
             return  # nothing would be compared with them
         if why := left_out_by(trainer):
-            rank_zero_info(f"{why}: partial scores are compared with no baseline")
+            rank_zero_info(f"{why}: scores may be partial, and are compared with no baseline")
             return
         for arm in BASELINES.get(pl_module.subject.arm, ()):
             score = self._score(arm, trainer, pl_module)

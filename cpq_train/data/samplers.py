@@ -51,8 +51,8 @@ class EvaluationSampler(DistributedSampler[int]):
 
     def __init__(self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        self._first = rank if rank < len(dataset) or not len(dataset) else rank % len(dataset)
-        self.num_samples = max(0, math.ceil((len(dataset) - self._first) / world_size))
+        self._first = rank % max(1, len(dataset))
+        self.num_samples = math.ceil((len(dataset) - self._first) / world_size)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self._first, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]

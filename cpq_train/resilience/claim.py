@@ -60,6 +60,10 @@ class Claim:
         Raises:
             UserError: Another fit has taken it, as it may where this one did not beat for `STALE_S`.
         """
+        with suppress(OSError):  # where it cannot be read now, the checkpoint will say what is wrong
+            self._check_is_ours()
+
+    def _check_is_ours(self) -> None:
         found = _read(self._file)
         if found != self._ours:
             now = "nobody" if found is None else _named(found)
@@ -72,8 +76,9 @@ class Claim:
         """Give the folder back."""
         self._ended.set()
         self._thread.join()
-        if _read(self._file) == self._ours:
-            self._file.unlink(missing_ok=True)
+        with suppress(OSError):  # a claim that stays yields to the next fit, as this process is dead then
+            if _read(self._file) == self._ours:
+                self._file.unlink(missing_ok=True)
 
     def _created(self) -> bool:
         try:
@@ -171,7 +176,7 @@ def _read(file: Path) -> Claimant | None:
     """Who has claimed; None where nobody has, or it cannot be told, as while the file is written."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) and found.keys() >= this_process().keys() else None
 

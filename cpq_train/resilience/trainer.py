@@ -76,9 +76,11 @@ class ResilientTrainer(HookedTrainer):
         if not self.is_global_zero:
             yield
             return
-        with claimed(Path(self.default_root_dir)) as self._claim:
-            yield
-        self._claim = None
+        try:
+            with claimed(Path(self.default_root_dir)) as self._claim:
+                yield
+        finally:
+            self._claim = None
 
     @override
     def save_checkpoint(

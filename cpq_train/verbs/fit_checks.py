@@ -7,9 +7,10 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateFi
 
 from cpq_train.callbacks.baselines import gap_names
 from cpq_train.common.errors import UserError
+from cpq_train.evaluation.gaps import COMPARED_METRICS
 from cpq_train.training.detector import CenterPointDetector
 
-SCORES = ("val/mAP", "val/NDS")
+SCORES = tuple(f"val/{metric}" for metric in COMPARED_METRICS)
 
 
 def check_fit(trainer: Trainer, model: CenterPointDetector) -> None:
@@ -44,14 +45,14 @@ def _check_kind(callback: Callback) -> None:
 def _check_monitor(callback: Callback, model: CenterPointDetector) -> None:
     monitor = getattr(callback, "monitor", None)
     accepted = (*SCORES, *gap_names(model.arm or "qat"))
-    if monitor is not None and monitor not in accepted and monitor not in _losses(model):
+    if monitor is not None and monitor not in accepted and monitor not in losses(model):
         raise UserError(
             f"monitor of {type(callback).__name__} is {monitor!r}; accepted: {', '.join(accepted)}, and "
             "train/loss or other losses of training"
         )
 
 
-def _losses(model: CenterPointDetector) -> set[str]:
+def losses(model: CenterPointDetector) -> set[str]:
     """Names that training logs, see `models.losses` and `models.distillation`."""
     heads = range(len(model.network_config.class_groups))
     parts = {f"{part}_loss_head_{number}" for part in ("hm", "loc") for number in heads}

@@ -5,12 +5,14 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest_failure import Killed, Options, step_of
 from torch import nn
 
+from cpq_train.callbacks.evaluation import Evaluation
 from cpq_train.common.checkpoint import write_checkpoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import PARTIAL, remove_partial, write_whole
@@ -141,6 +143,30 @@ def test_a_nan_stops_the_run(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     new = {name for name, value in os.environ.items() if environment.get(name) != value}
     assert new <= {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+
+
+@pytest.mark.parametrize("moment", ["while scoring the last validation", "while writing the scores"])
+def test_a_signal_behind_the_last_step(
+    moment: str, fit_options: Options, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the fit, which leaves nothing half done, and the next start writes what is missing."""
+    options = fit_options(tmp_path / "run", "--trainer.max_epochs", "1")
+    method = "on_validation_epoch_end" if moment == "while scoring the last validation" else "on_fit_end"
+    whole = getattr(Evaluation, method)
+
+    def signalled(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        whole(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluation, method, signalled)
+        with pytest.raises(SystemExit) as stop:
+            main(options)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM: " in capfd.readouterr().err
+    assert not (tmp_path / "run/metrics.json").exists()
+    main(options)
+    assert (tmp_path / "run/metrics.json").exists()
 
 
 def test_a_finished_run_ends_at_once(

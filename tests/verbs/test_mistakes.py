@@ -1,5 +1,6 @@
 """Mistakes that end in one line and code 2 before there is any work, runs on few batches, and Ctrl-C."""
 
+import csv
 import errno
 import os
 import re
@@ -15,7 +16,9 @@ from tiny_model import BASE, OVERLAY, tiny_options
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, check_writable
+from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
+from cpq_train.verbs.fit_checks import losses
 from cpq_train.verbs.mistakes import naming_mistakes
 
 Capture = pytest.CaptureFixture[str]
@@ -137,7 +140,8 @@ def test_a_fit_on_few_batches(
     limit: str, arms: dict, simulated_root: Path, tmp_path: Path, capfd: Capture
 ) -> None:
     run = tmp_path / "run"
-    options = [*tiny_options(simulated_root, run), *f"--trainer.{limit}".split()]
+    often = ["--trainer.log_every_n_steps", "1"]
+    options = [*tiny_options(simulated_root, run), *f"--trainer.{limit}".split(), *often]
     weights = str(arms["ptq"] / "ptq.ckpt")
     main(["fit", "-c", BASE, "-c", OVERLAY, *options, "--model.weights", weights])
     printed = capfd.readouterr().out
@@ -145,6 +149,11 @@ def test_a_fit_on_few_batches(
     assert not (run / "metrics.json").exists()
     assert not (tmp_path / "baselines").exists()  # a part of the samples is compared with no baseline
     is_kept = limit != "fast_dev_run 1"
+    if is_kept:  # a monitor may name every loss that is logged, and no other
+        with (run / "metrics.csv").open() as file:
+            logged = {name.removesuffix("_step") for name in next(csv.reader(file))}
+        model = CenterPointDetector.load_from_checkpoint(run / "checkpoints/last.ckpt")
+        assert {name for name in logged if name.startswith("train/")} == losses(model)
     assert (run / "checkpoints/last.ckpt").exists() == is_kept
     assert run.exists() == is_kept
 
