@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cpq_train.common.arm_names import ARMS, Arm
+from pydantic import TypeAdapter
+
+from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
-from cpq_train.common.schema import check_schema
+from cpq_train.common.schema import Count, CountAboveZero, Flag, check_schema, keys, mapping_to, validated
 from cpq_train.quantization.batchnorm import BatchNormPolicy
 from cpq_train.quantization.prepare import RESIDUAL, Prepared
 from cpq_train.quantization.ranges.policy import AmaxPolicy
@@ -18,6 +20,40 @@ from cpq_train.quantization.scheme import QuantizerScheme, Scheme
 SCHEMA = 1
 CHANGES_OF_WEIGHTS = ("bias_correction", "adaround_num_steps")
 """Entries of `calibration` that say, where they are not 0, that weights are no longer the float ones."""
+
+_Quantizer = keys(
+    {
+        "format": str,
+        "bits": CountAboveZero,
+        "signed": Flag,
+        "narrow_range": Flag,
+        "axis": Count | None,
+        "method": str,
+        "mode": Literal["static", "dynamic", "off"],
+        "amax": AmaxPolicy,
+    }
+)
+_Layer = keys(
+    {
+        "kind": str,
+        "arithmetic": str,
+        "weight": _Quantizer,
+        "input": _Quantizer,
+        "shares_input_with": str | None,
+    }
+)
+_ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(
+    keys(
+        {
+            "arm": Arm,
+            "scheme": dict[str, Any] | None,
+            "batchnorm": BatchNormPolicy,
+            "layers": mapping_to(_Layer),
+            "calibration": dict[str, Any] | None,
+            "parents": dict[str, str],
+        }
+    )
+)
 
 
 @dataclass(kw_only=True)
@@ -56,10 +92,7 @@ class Description:
         if not isinstance(entry, Mapping):
             raise UserError(f"{where} does not say what it is (no 'quantization')")
         check_schema(entry.get("schema"), SCHEMA, f"{where}, quantization")
-        if missing := {"arm", "scheme", "batchnorm", "layers", "calibration", "parents"} - set(entry):
-            raise UserError(f"{where}: its 'quantization' lacks {', '.join(sorted(missing))}")
-        if entry["arm"] not in ARMS:
-            raise UserError(f"{where} is of arm {entry['arm']!r}; accepted: {', '.join(ARMS)}")
+        validated(_ENTRY, entry, f"{where}, quantization")
         scheme = None if entry["scheme"] is None else Scheme.from_dict(entry["scheme"], where)
         return Description(
             arm=entry["arm"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cpq_train.common.checkpoint import is_alike
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.health import refuse
 from cpq_train.quantization.ranges.calibration import AMAX, problems_of_state
@@ -70,7 +71,7 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     kinds = [
         f"{name} {state[name].dtype} instead of {own[name].dtype}"
         for name in common
-        if state[name].is_floating_point() != own[name].is_floating_point()
+        if not is_alike(state[name].dtype, own[name].dtype)
     ]
     parts = {
         "missing": sorted(set(own) - set(state)),

@@ -19,7 +19,13 @@ from cpq_train.common.lightning_private import num_logged_steps, set_num_logged_
 from cpq_train.common.signals import Request, Stopped, note_signals, raise_signals, received
 from cpq_train.loggers import WandbRunLogger
 from cpq_train.resilience.random_state import random_state, set_random_state
-from cpq_train.resilience.resume import PREVIOUS_FILE, RESUME_FILE, RESUME_KEY, checkpoint_folder
+from cpq_train.resilience.resume import (
+    PREVIOUS_FILE,
+    RESUME_FILE,
+    RESUME_KEY,
+    checkpoint_folder,
+    next_run_number,
+)
 from cpq_train.resilience.trainer import is_started_by_rank_0
 
 Moment = Literal["before_step", "before_validation", "other"]
@@ -48,7 +54,7 @@ class ResumePoint(Callback):
             if value is not None and not value > 0:
                 raise UserError(f"resume.{name} is {value}: expected a number above 0, or null")
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
-        self._run_started_s, self._ordinal = 0.0, 0
+        self._run_number, self._run_started_s, self._ordinal = 0, 0.0, 0
         self._saved_at_s, self.saved_step = 0.0, 0
         self._num_shared_val_batches = self._num_logged_steps = 0
         self._group: distributed.ProcessGroup | None = None
@@ -58,7 +64,9 @@ class ResumePoint(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._run_started_s = trainer.strategy.broadcast(time.time())
+            number = next_run_number(checkpoint_folder(trainer)) if trainer.is_global_zero else 0
+            began = (number, time.time())
+            self._run_number, self._run_started_s = trainer.strategy.broadcast(began)
             if distributed.is_available() and distributed.is_initialized():
                 # Ranks agree through the CPU: a GPU's collective would wait for all of its work.
                 self._group = distributed.new_group(backend="gloo")
@@ -118,6 +126,7 @@ class ResumePoint(Callback):
     ) -> None:
         self._ordinal += 1
         checkpoint[RESUME_KEY] = {
+            "run_number": self._run_number,
             "run_started_s": self._run_started_s,
             "ordinal": self._ordinal,
             "moment": self._moment,
@@ -138,6 +147,7 @@ class ResumePoint(Callback):
             self._loaded, self._ordinal = loaded, loaded["ordinal"]
             self._num_logged_steps = num_logged_steps(checkpoint["loops"]["fit_loop"])
             if getattr(trainer, "continues_run", False):
+                self._run_number = loaded.get("run_number", 0)
                 self._run_started_s = loaded["run_started_s"]
 
     def _restore(self, trainer: Trainer) -> None:

@@ -6,17 +6,23 @@ import hashlib
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainValidator, TypeAdapter
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
+from cpq_train.common.archive import check_archive, pickled
+from cpq_train.common.bounds import check_bounds
 from cpq_train.common.errors import ForeignCheckpointError, UserError
-from cpq_train.common.files import write_whole
+from cpq_train.common.files import check_regular, write_whole
+from cpq_train.common.schema import Count, accepts, keys, validated
 
 NETWORK_PREFIX = "network."
 """The detector keeps its network under this name."""
@@ -24,7 +30,44 @@ NETWORK_PREFIX = "network."
 NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
 """What every reader expects of a checkpoint, where one was not written by Lightning but by `convert`."""
 
+_MAKES_BYTES = b"\nbytearray\n"
+"""In a pickle that calls bytearray, which torch admits, and which takes as much memory as it is told."""
+
+UNCHECKED = "has no checksums: whether it is damaged cannot be told"
+
 NUM_KEYS_SHOWN = 8
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor of numbers in memory, as weights are."""
+    is_strided = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return is_strided and value.device.type == "cpu"
+
+
+def is_alike(one: torch.dtype, other: torch.dtype) -> bool:
+    """Whether numbers of one type can take the place of another's: both real, or both whole."""
+    kinds = [(kind.is_floating_point, kind.is_complex, kind == torch.bool) for kind in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def _dense(value: Any) -> Tensor:
+    if not is_dense(value):
+        raise PydanticCustomError("dense", "dense")
+    tensor: Tensor = value
+    return tensor
+
+
+_Weights = Annotated[Any, PlainValidator(_dense), accepts("a dense tensor")]
+_OURS: TypeAdapter[dict[str, Any]] = TypeAdapter(
+    keys(
+        {
+            "state_dict": dict[str, _Weights],
+            "quantization": dict[str, Any],
+            "epoch": Count,
+            "global_step": Count,
+        }
+    )
+)
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -41,14 +84,20 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
         UserError: The file is missing or corrupt.
         ForeignCheckpointError: It holds pickled code, or is no checkpoint of this project.
     """
-    checkpoint = read_plain(path, mmap)
+    return checked(read_plain(path, mmap), path)
+
+
+def checked(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, if it is one of this project; see `read_checkpoint`."""
     if not isinstance(checkpoint, dict) or not {"state_dict", "quantization"} <= set(checkpoint):
         raise ForeignCheckpointError(
             f"checkpoint {str(path)!r} is none of this project's: it holds {_content(checkpoint)}; "
             "expected state_dict and quantization",
             Path(path),
         )
-    return {**NOT_TRAINED, **checkpoint}
+    completed = {**NOT_TRAINED, **checkpoint}
+    validated(_OURS, completed, f"checkpoint {str(path)!r}")
+    return completed
 
 
 def _content(checkpoint: Any) -> str:
@@ -74,38 +123,33 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def check_intact(path: str | Path) -> None:
-    """Compare every tensor's bytes with its checksum, which `torch.load` does not.
-
-    Raises:
-        UserError: They differ, or the file cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"checkpoint {str(path)!r} is corrupt: {error}") from error
-    if damaged is not None:
-        raise UserError(f"checkpoint {str(path)!r} is corrupt: the checksum of {damaged} is wrong")
-
-
 def read_plain(path: str | Path, mmap: bool = False) -> Any:
-    """Load any file of `torch.save` on the CPU, with `weights_only=True`.
+    """Load any file of `torch.save` on the CPU, with `weights_only=True`, and compare its checksums.
 
     Args:
-        path: The file.
-        mmap: Leave the tensors on the disk until they are used, where the format has it (a zip archive).
+        path: The file; local, never a URL.
+        mmap: Leave the tensors on the disk until they are used, and unchecked, where the format has it (a zip
+            archive): for what a checkpoint says.
 
     Raises:
-        UserError: The file is missing or corrupt.
+        UserError: The file is missing, corrupt, or stands for more than it holds.
         ForeignCheckpointError: It holds pickled code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist")
+    check_regular(path, "checkpoint")
+    is_checked = check_archive(path, "checkpoint", leave_tensors=mmap)
+    if _MAKES_BYTES in pickled(path):
+        raise ForeignCheckpointError(f"checkpoint {str(path)!r} makes bytes as it is read: refused", path)
+    content = _loaded(path, mmap and zipfile.is_zipfile(path))
+    check_bounds(content, path.stat().st_size, f"checkpoint {str(path)!r}")
+    if not (is_checked or mmap):
+        warnings.warn(f"checkpoint {str(path)!r} {UNCHECKED}", stacklevel=2)
+    return content
+
+
+def _loaded(path: Path, mmap: bool) -> Any:
     try:
-        is_mapped = mmap and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise ForeignCheckpointError(

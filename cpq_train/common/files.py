@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,30 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with replacing(path, len(data)) as partial, partial.open("wb") as file:
         file.write(data)
+
+
+def check_regular(path: Path, what: str) -> None:
+    """See that a file is there, and that it is one: reading a FIFO or a device may never end.
+
+    Args:
+        path: The file; a URL is none.
+        what: What it is, for the message, such as "checkpoint".
+
+    Raises:
+        UserError: It is missing, a folder, no regular file, or cannot be reached.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "does not exist"
+    except (OSError, ValueError) as error:  # a null character in the name
+        reason = f"is not readable: {getattr(error, 'strerror', error)}"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        kind = "folder" if stat.S_ISDIR(mode) else "FIFO, socket or device"
+        reason = f"is a {kind}: expected a file"
+    raise UserError(f"{what} {str(path)!r} {reason}")
 
 
 def check_writable(folder: Path, option: str) -> None:

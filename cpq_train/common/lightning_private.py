@@ -6,7 +6,8 @@ cannot use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from cpq_train.common.errors import UserError
 from cpq_train.common.signals import raising_signals
 
 
 class HookedTrainer(Trainer):
-    """A Trainer that leaves signals alone, and asks which checkpoint a fit resumes.
+    """A Trainer that leaves signals alone, and restores the checkpoint that it is told and no other.
 
     Lightning's handlers save, and talk to other ranks, in the midst of whatever a signal interrupts, where
     the run may hang or the file tear (lightning issue 21406).
@@ -37,6 +41,7 @@ class HookedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = _NoSignals(self)
+        self._checkpoint_connector = _GivenCheckpoint(self)
 
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
         """The checkpoint that a fit resumes.
@@ -48,6 +53,10 @@ class HookedTrainer(Trainer):
             ckpt_path: What `fit` was given.
         """
         return ckpt_path
+
+    def newest_checkpoint(self) -> str | Path | None:
+        """The checkpoint that `last` means to validate, test and predict; None where there is none."""
+        return None
 
     @override
     def _fit_impl(
@@ -80,6 +89,43 @@ class _NoSignals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
         pass
+
+
+class _GivenCheckpoint(_CheckpointConnector):
+    """Restores what it is told; Lightning's takes up any `hpc_ckpt_*.ckpt` in the folder of a job."""
+
+    _hpc_resume_path = None
+
+    @override
+    def _parse_ckpt_path(
+        self, state_fn: TrainerFn, ckpt_path: str | Path | None, model_provided: bool, model_connected: bool
+    ) -> str | Path | None:
+        if ckpt_path == "last":
+            assert isinstance(self.trainer, HookedTrainer)
+            return self.trainer.newest_checkpoint()
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+
+    @override
+    def restore_callbacks(self) -> None:
+        with self._naming_damage("the state of its callbacks"):
+            super().restore_callbacks()
+
+    @override
+    def restore_training_state(self) -> None:
+        with self._naming_damage("its state of training"):
+            super().restore_training_state()
+
+    @contextmanager
+    def _naming_damage(self, what: str) -> Iterator[None]:
+        """Lightning takes what it finds in a checkpoint for what it wrote."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            where = f"checkpoint {str(self._ckpt_path)!r}"
+            raise UserError(f"{where}: {what} cannot be restored ({said})") from error
 
 
 class CheckpointsOnDemand(ModelCheckpoint):
@@ -159,8 +205,10 @@ class HookedCLI(LightningCLI):
         """Add options to one verb; Lightning's `add_arguments_to_parser` is not told for which one it is."""
 
     def take_settings_of_checkpoint(self) -> None:
-        """Complete `config` once it is parsed: by the hyperparameters in the file behind `--ckpt_path`."""
-        super()._parse_ckpt_path()
+        """Complete `config` once it is parsed.
+
+        Lightning opens the file behind `--ckpt_path` here, and imports what its hyperparameters name.
+        """
 
     def callbacks_of_run(
         self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool

@@ -5,6 +5,7 @@ A number goes up where an older reader would misread the file, not where somethi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from types import GenericAlias
@@ -73,6 +74,22 @@ def validated(kind: TypeAdapter[T], content: Any, where: str) -> T:
         raise UserError(_sentence(first, where)) from error
 
 
+def validated_plain(kind: TypeAdapter[T], content: Any, where: str) -> T:
+    """As `validated`, for values that JSON has: finite numbers, texts, lists and mappings, none for another.
+
+    Raises:
+        UserError: See `validated`; or a value is something else, or not finite.
+    """
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {error}; accepted: finite numbers, texts, lists and mappings") from error
+    try:
+        return kind.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors(include_url=False)[0], where)) from error
+
+
 def keys(kinds: Mapping[str, Any]) -> Any:
     """The type of a mapping that has these keys, each of a kind, and may have others."""
     make: Any = TypedDict
@@ -82,6 +99,11 @@ def keys(kinds: Mapping[str, Any]) -> Any:
 def list_of(kind: Any) -> Any:
     """The type of a list whose members are all of a kind, as `keys` makes one."""
     return GenericAlias(list, (kind,))
+
+
+def mapping_to(kind: Any) -> Any:
+    """The type of a mapping from names to a kind, as `keys` makes one."""
+    return GenericAlias(dict, (str, kind))
 
 
 def accepts(description: str) -> WrapValidator:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpq_train.common.checkpoint import is_alike
 from cpq_train.common.errors import UserError
 from cpq_train.interop.conventions import Convention, sources_of, unwrapped
 from cpq_train.interop.sparse_layouts import TO_KRSC, SparseLayout, choose_layout
@@ -76,6 +77,7 @@ def to_ours(
     filled = [name for name in missing if _may_be_missing(name, convention)]
     _check_names(missing, filled, [name for ours, name in named.items() if ours not in own])
     tensors = {name: theirs[named[name]] for name in own if name in named}
+    _check_kinds(tensors, own)
     sparse = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in tensors.items() if own[n].dim() == 5}
     layout = choose_layout(sparse, asked_layout)
     changes: dict[str, list[str]] = {}
@@ -149,6 +151,16 @@ def _in_our_convention(
     if _YAW.match(name) and convention.yaw_sign == -1:
         return "yaw: -yaw - pi/2 to yaw (negated)", -tensor
     return AS_IT_IS, tensor
+
+
+def _check_kinds(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    kinds = [
+        f"{name} is {tensor.dtype}, here {own[name].dtype}"
+        for name, tensor in tensors.items()
+        if not is_alike(tensor.dtype, own[name].dtype)
+    ]
+    if kinds:
+        raise UserError(f"the file holds numbers of other kinds: {_some(kinds)}")
 
 
 def _check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpq_train.common.checkpoint import read_plain
+from cpq_train.common.checkpoint import is_dense, read_plain
 from cpq_train.common.errors import UserError
 
 STATE_KEYS = ("model_state", "state_dict")
@@ -73,7 +73,7 @@ def foreign_state(content: Any, path: str | Path) -> dict[str, Tensor]:
             + " or ".join(STATE_KEYS)
         )
     for name, value in state.items():
-        if not (isinstance(name, str) and _is_plain(value)):
+        if not (isinstance(name, str) and is_dense(value)):
             raise UserError(
                 f"checkpoint {str(path)!r} is no state dict: {name!r} is {_kind(value)}; expected tensors"
             )
@@ -91,11 +91,6 @@ def stated_mmdet3d_version(content: Any) -> int | None:
     version = "1" if "mmengine_version" in meta else str(meta.get("mmdet3d_version"))
     major = version.split(".")[0]
     return int(major) if major.isdecimal() else None
-
-
-def _is_plain(value: Any) -> bool:
-    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    return is_dense and value.device.type == "cpu"
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import NOT_TRAINED, read_plain, write_checkpoint
+from cpq_train.common.checkpoint import checked, read_plain, write_checkpoint
 from cpq_train.common.errors import UserError
 
 
@@ -26,7 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         content: dict[str, Any] = read_plain(path)
         # Lightning also passes bare weights from a forked process to its parent in this way.
-        return {**NOT_TRAINED, **content} if "state_dict" in content else content
+        return checked(content, path) if "state_dict" in content else content
 
     @override
     def save_checkpoint(

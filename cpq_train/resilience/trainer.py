@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from typing_extensions import override
 
 from cpq_train.common.child_processes import end_with_parent
+from cpq_train.common.errors import UserError
 from cpq_train.common.files import remove_partial
 from cpq_train.common.lightning_private import HookedTrainer
 from cpq_train.common.signals import raising_signals
@@ -112,6 +113,18 @@ class ResilientTrainer(HookedTrainer):
                 "--ckpt_path last would go on with it"
             )
         return ckpt_path
+
+    @override
+    def newest_checkpoint(self) -> Path:
+        """The most advanced checkpoint of the run folder.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = newest_checkpoint(checkpoint_folder(self))
+        if found is None:
+            raise UserError(f"ckpt_path is 'last': no checkpoint in {str(checkpoint_folder(self))!r}")
+        return found
 
     def _newest_checkpoint(self) -> str | None:
         """What `--ckpt_path last` means; also clears away what killed writers left."""

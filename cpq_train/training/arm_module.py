@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ class ArmModule(LightningModule):
         if decided := set(DECIDED_BY_FILE) & settings.keys():
             raise UserError(f"{', '.join(sorted(decided))}: what the checkpoint is, it says itself")
         checkpoint = read_checkpoint(checkpoint_path)
-        own = settings_of(checkpoint, checkpoint_path, inspect.signature(cls).parameters)
+        own = settings_of(checkpoint, checkpoint_path, cls)
         detector = cls(**{**own, **settings})
         detector._adopt(from_content(detector.network_config, checkpoint, checkpoint_path))
         detector.load_state_dict(checkpoint["state_dict"])

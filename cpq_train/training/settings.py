@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired
 
 from cpq_train.arms.starting_point import CalibrationConfig
 from cpq_train.common.errors import UserError
+from cpq_train.common.schema import keys, validated_plain
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 from cpq_train.models.distillation import DistillationConfig
@@ -74,27 +79,34 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[st
     return dict(found)
 
 
-def settings_of(checkpoint: Mapping[str, Any], path: str | Path, accepted: Collection[str]) -> dict[str, Any]:
+def settings_of(checkpoint: Mapping[str, Any], path: str | Path, detector: type) -> dict[str, Any]:
     """Arguments of a detector from a checkpoint; what it does not hold has its default.
 
     Args:
         checkpoint: Its content.
         path: For messages.
-        accepted: Names of the detector's arguments.
+        detector: The class; the types of its arguments are what the settings are checked against.
 
     Raises:
         UserError: It holds a setting that this release does not know, or a value that it does not accept.
     """
     settings = hyper_parameters(checkpoint, path)
-    if unknown := sorted(map(str, settings.keys() - set(accepted))):
-        raise UserError(
-            f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}: {', '.join(unknown)} unknown; "
-            f"accepted: {', '.join(accepted)}"
-        )
+    where = f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}"
+    kinds = get_type_hints(vars(detector)["__init__"])
+    del kinds["return"]
+    _check_known(settings, kinds, where)
     for name, kind in _CLASSES.items():
-        if settings.get(name) is not None:
-            try:
-                settings[name] = kind(**settings[name])
-            except TypeError as error:
-                raise UserError(f"checkpoint {str(path)!r}, {HYPER_PARAMETERS}.{name}: {error}") from error
-    return settings
+        if isinstance(settings.get(name), Mapping):
+            _check_known(settings[name], [field.name for field in fields(kind)], f"{where}.{name}")
+    return validated_plain(_type_of(tuple(kinds.items())), settings, where)
+
+
+def _check_known(settings: Mapping[str, Any], accepted: Collection[str], where: str) -> None:
+    if unknown := sorted(repr(name) for name in settings if name not in accepted):
+        raise UserError(f"{where}: {', '.join(unknown)} unknown; accepted: {', '.join(accepted)}")
+
+
+@cache
+def _type_of(kinds: tuple[tuple[str, Any], ...]) -> TypeAdapter[dict[str, Any]]:
+    """What settings should be, from the types of the arguments that they are for; any may be missing."""
+    return TypeAdapter(keys({name: NotRequired[kind] for name, kind in kinds}))

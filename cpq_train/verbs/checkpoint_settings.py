@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _files_of(config: Namespace) -> list[Path]:
 def _take_grid(config: Namespace, path: Path) -> None:
     """The grid of a checkpoint that is measured as it is: `model.network` has no part in it then."""
     content = read_checkpoint(path, mmap=True)
-    own = settings_of(content, path, signature(CenterPointDetector).parameters)
+    own = settings_of(content, path, CenterPointDetector)
     network = own.get("network") or NetworkConfig()
     for name in GRID:
         config.data[name] = getattr(network, name)

@@ -38,6 +38,7 @@ from cpq_train.common.progress import draws_bars
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.settings import HYPER_PARAMETERS, hyper_parameters, settings_of
 from cpq_train.verbs.checkpoint_settings import (
     find_scheme,
     keep_what_was_asked,
@@ -203,11 +204,7 @@ class QuantCLI(HookedCLI):
                 "trainer.default_root_dir"
             )
         elif asked.ckpt_path not in (None, "last"):
-            read_checkpoint(asked.ckpt_path, mmap=True)  # with our own errors
-            try:
-                super().take_settings_of_checkpoint()
-            except OptionError as error:
-                raise UserError(f"checkpoint {asked.ckpt_path!r}, hyper_parameters: {error}") from error
+            self._take_hyper_parameters(verb, asked.ckpt_path)
         config = self.config[verb]
         if verb == "fit":
             keep_what_was_asked(config, asked, self.given)
@@ -216,6 +213,16 @@ class QuantCLI(HookedCLI):
         find_scheme(config, self.given)
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)
+
+    def _take_hyper_parameters(self, verb: str, path: str) -> None:
+        """Complete the model's settings by those of a checkpoint: data, which name nothing to import."""
+        content = read_checkpoint(path, mmap=True)
+        settings_of(content, path, CenterPointDetector)
+        stated = {verb: {"model": hyper_parameters(content, path)}}
+        try:
+            self.config = self.parser.parse_object(stated, self.config)
+        except OptionError as error:
+            raise UserError(f"checkpoint {path!r}, {HYPER_PARAMETERS}: {error}") from error
 
     @override
     def callbacks_of_run(

@@ -113,7 +113,7 @@ def test_an_incomplete_description_is_refused(missing: str, tmp_path: Path) -> N
     content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
     del content["quantization"][missing]
     torch.save(content, tmp_path / "less.ckpt")
-    with pytest.raises(UserError, match=f"its 'quantization' lacks {missing}"):
+    with pytest.raises(UserError, match=f"quantization: needs '{missing}', and has "):
         load(_config("ptq"), tmp_path / "less.ckpt")
 
 
@@ -126,7 +126,9 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     del content["hyper_parameters"]["ranges"]["decay"]
     content["hyper_parameters"]["tempo"] = 2
     torch.save(content, tmp_path / "more.ckpt")
-    with pytest.raises(UserError, match=r"hyper_parameters: tempo unknown; accepted: network, weights, arm"):
+    with pytest.raises(
+        UserError, match=r"hyper_parameters: 'tempo' unknown; accepted: network, weights, arm"
+    ):
         CenterPointDetector.load_from_checkpoint(tmp_path / "more.ckpt")
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder, Mode
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.trainer.connectors import signal_connector
+from lightning.pytorch.trainer.connectors import checkpoint_connector, signal_connector
 
 from cpq_train.common.lightning_private import (
     CheckpointsOnDemand,
@@ -30,6 +30,13 @@ SIGNATURES = {
         ["self", "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"],
     ),
     "Trainer._run": (Trainer, ["self", "model", "ckpt_path", "weights_only"]),
+    "_CheckpointConnector.__init__": (checkpoint_connector._CheckpointConnector, ["self", "trainer"]),
+    "_CheckpointConnector._parse_ckpt_path": (
+        checkpoint_connector._CheckpointConnector,
+        ["self", "state_fn", "ckpt_path", "model_provided", "model_connected"],
+    ),
+    "_CheckpointConnector.restore_callbacks": (checkpoint_connector._CheckpointConnector, ["self"]),
+    "_CheckpointConnector.restore_training_state": (checkpoint_connector._CheckpointConnector, ["self"]),
     "_SignalConnector.__init__": (signal_connector._SignalConnector, ["self", "trainer"]),
     "_SignalConnector.register_signal_handlers": (signal_connector._SignalConnector, ["self"]),
     "ModelCheckpoint._should_save_on_train_epoch_end": (ModelCheckpoint, ["self", "trainer"]),
@@ -91,6 +98,18 @@ def test_the_trainer_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     Trainer(accelerator="cpu", fast_dev_run=1, **quiet).fit(BoringModel())
     assert taken
+
+
+def test_nothing_is_restored_that_nobody_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a job of SLURM, Lightning takes up what a folder holds under this name."""
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("no checkpoint")
+    options = {"default_root_dir": tmp_path, "fast_dev_run": 1}
+    _Trainer(**options).validate(BoringModel())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with pytest.raises(Exception, match=r"invalid load key|Weights only load failed"):
+        Trainer(accelerator="cpu", **quiet, **options).validate(BoringModel())
 
 
 class _EveryBatch(CheckpointsOnDemand):

@@ -19,15 +19,20 @@ from cpq_train.common.files import PARTIAL, remove_partial, write_whole
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import TrainingSampler
 from cpq_train.resilience.nonfinite import first_nonfinite_layer, nonfinite_loss
-from cpq_train.resilience.resume import newest_checkpoint
+from cpq_train.resilience.resume import newest_checkpoint, next_run_number
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 
+DESCRIPTION = {
+    **{"schema": 1, "arm": "float", "scheme": None, "batchnorm": "trained"},
+    **{"layers": {}, "calibration": None, "parents": {}},
+}
 
-def checkpoint(step: int, ordinal: int, run_started_s: float = 1.0, moment: str = "other") -> dict:
-    resume = {"run_started_s": run_started_s, "ordinal": ordinal, "moment": moment}
-    loops = {"optimizer_states": [], "loops": {}, "state_dict": {"x": torch.arange(1000.0)}}
-    return {**loops, "global_step": step, "epoch": 0, "resume": resume}
+
+def checkpoint(step: int, ordinal: int, moment: str = "other", **run: float) -> dict:
+    resume = {"run_started_s": 1.0, "ordinal": ordinal, "moment": moment, "random_states": [], **run}
+    loops = {"optimizer_states": [], "loops": {}, "state_dict": {"network.x": torch.arange(1000.0)}}
+    return {**loops, "global_step": step, "epoch": 0, "resume": resume, "quantization": DESCRIPTION}
 
 
 def test_the_most_advanced_checkpoint(tmp_path: Path) -> None:
@@ -38,6 +43,35 @@ def test_the_most_advanced_checkpoint(tmp_path: Path) -> None:
     write_checkpoint({"state_dict": {}}, tmp_path / "folded.ckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
     assert newest_checkpoint(tmp_path, unscored_epoch=0) == tmp_path / "resume.ckpt"
+
+
+def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
+    """The run that began last counts, whose number is the next one, and not the one of the latest hour."""
+    write_checkpoint(checkpoint(99, 50, run_started_s=86_401.0), tmp_path / "resume-previous.ckpt")
+    assert next_run_number(tmp_path) == 1
+    write_checkpoint(checkpoint(5, 3, run_started_s=1.0, run_number=1), tmp_path / "resume.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "resume.ckpt"
+    assert next_run_number(tmp_path) == 2
+    write_checkpoint(checkpoint(0, 1, run_started_s=0.5, run_number=2), tmp_path / "last.ckpt")
+    assert newest_checkpoint(tmp_path) == tmp_path / "last.ckpt"
+
+
+WRONG = {
+    "state_dict": None,
+    "quantization": {**DESCRIPTION, "layers": {"conv": "float"}},
+    "resume": {"ordinal": "last"},
+    "global_step": 1.5,
+    "epoch": True,
+}
+
+
+@pytest.mark.parametrize("entry", [*WRONG, "state_dict.x"])
+def test_a_checkpoint_of_wrong_entries_is_passed_over(entry: str, tmp_path: Path) -> None:
+    write_checkpoint(checkpoint(3, 1), tmp_path / "resume-previous.ckpt")
+    wrong = {"state_dict": {"network.x": torch.tensor(torch.nan)}} if "." in entry else {entry: WRONG[entry]}
+    write_checkpoint({**checkpoint(4, 2), **wrong}, tmp_path / "resume.ckpt")
+    with pytest.warns(UserWarning, match=r"resume\.ckpt'"):
+        assert newest_checkpoint(tmp_path) == tmp_path / "resume-previous.ckpt"
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "flipped"])
