@@ -12,5 +12,5 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(arguments)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert "Traceback" not in error
+    assert "Traceback" not in error, error
     return " ".join(error.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -73,11 +74,11 @@ def convert(
             f"sparse_layout {sparse_layout!r}, weights {weights!r}: both say how to read a file of another "
             "project; target needs neither"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     console = table_console()
     if source is None:
         content = openpcdet_content(read_checkpoint(input), input)
         check_finite(content["model_state"], f"checkpoint {str(input)!r}")
+        output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as part:
             # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
             torch.save(content, part, _use_new_zipfile_serialization=False)
@@ -89,6 +90,7 @@ def convert(
     taken = _weights(input, content, weights)
     converted = _converted(input, taken, convention, subject.network, sparse_layout)
     subject.parents = {source: sha256_of(input)}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as part:
         torch.save(_checkpoint(subject, taken, converted, convention, source), part)
         num_voxels = _run(load(subject.network.config, part).network)
@@ -114,7 +116,7 @@ def _check_options(
             "(1.0 changed what its boxes mean), and none with another"
         )
     check_output(output)
-    if input.resolve() == output.resolve():
+    if os.path.realpath(input) == os.path.realpath(output):
         raise UserError(f"output {str(output)!r} is the input: expected another file")
 
 

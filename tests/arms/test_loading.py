@@ -126,9 +126,7 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     del content["hyper_parameters"]["ranges"]["decay"]
     content["hyper_parameters"]["tempo"] = 2
     torch.save(content, tmp_path / "more.ckpt")
-    with pytest.raises(
-        UserError, match=r"hyper_parameters: 'tempo' unknown; accepted: network, weights, arm"
-    ):
+    with pytest.raises(UserError, match=r"hyper_parameters: 'tempo' unknown; accepted: network, weights"):
         CenterPointDetector.load_from_checkpoint(tmp_path / "more.ckpt")
 
 
