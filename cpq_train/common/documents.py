@@ -10,9 +10,13 @@ from typing import Any, Final, NoReturn
 import yaml
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import check_regular
 
 MAX_NODES: Final = 100_000
 """How much a YAML file may hold once its aliases are written out; a config.yaml of a run has some 500."""
+
+MAX_CHARACTERS: Final = 1_000_000
+"""How long a YAML text may be; reading one of this length takes seconds."""
 
 _FLOAT: Final = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$"
@@ -31,7 +35,7 @@ def read_yaml(path: Path, what: str) -> Any:
     Raises:
         UserError: It is missing, unreadable, not UTF-8, no YAML, too large or too deep, or says a key twice.
     """
-    return parse_yaml(_text(path, what), f"{what} {str(path)!r}")
+    return parse_yaml(read_text(path, what), f"{what} {str(path)!r}")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -40,6 +44,8 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         UserError: See `read_yaml`.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where} has {len(text):,} characters; accepted: up to {MAX_CHARACTERS:,}")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -63,7 +69,7 @@ def read_json(path: Path, what: str) -> Any:
     Raises:
         UserError: It is missing, unreadable, not UTF-8, no JSON, too deep, or says a key twice.
     """
-    text = _text(path, what)
+    text = read_text(path, what)
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
@@ -87,13 +93,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
+    """What a text file holds; `what` names it in the message.
+
+    Raises:
+        UserError: It is missing, no regular file, unreadable, or not UTF-8.
+    """
+    check_regular(path, what)
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        reason = "does not exist"
-    except IsADirectoryError:
-        reason = "is a folder: expected a file"
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 text: {error.reason} at byte {error.start}"
     except OSError as error:

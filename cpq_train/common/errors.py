@@ -1,6 +1,7 @@
 """Errors that are the user's to mend; the command line prints them without a traceback."""
 
 from pathlib import Path
+from reprlib import Repr
 
 
 class UserError(ValueError):
@@ -24,6 +25,12 @@ class ForeignCheckpointError(UserError):
 
 
 def shown(value: object) -> str:
-    """A value in a message; what is long is cut."""
-    text = repr(value)
+    """A value in a message; what is long or nested deep is cut."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+_SHORT = Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 20

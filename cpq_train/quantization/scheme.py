@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-from cpq_train.common.documents import read_yaml
+from cpq_train.common.documents import parse_yaml, read_text
 from cpq_train.common.errors import UserError, shown
 from cpq_train.common.schema import Flag, accepts, known_keys, validated
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
@@ -233,10 +233,16 @@ class Scheme:
         """Read a YAML file.
 
         Raises:
-            UserError: The file is missing, is no YAML, or holds unknown keys or values.
+            UserError: The file is missing, is cut or no YAML, or holds unknown keys or values.
         """
-        path = Path(path)
-        return cls.from_dict(read_yaml(path, "scheme file"), where=f"scheme file {str(path)!r}")
+        text, where = read_text(Path(path), "scheme file"), f"scheme file {str(path)!r}"
+        if not text.endswith("\n"):
+            raise UserError(f"{where} ends within a line, as one that was cut; accepted: whole lines")
+        scheme = cls.from_dict(parse_yaml(text, where), where)
+        for number, rule in enumerate(scheme.rules, 1):
+            if not (rule.weight or rule.input):
+                raise UserError(f"{where}, rule {number} sets nothing; accepted: weight, input, or both")
+        return scheme
 
     @classmethod
     def from_dict(cls, content: Any, where: str = "scheme") -> Scheme:

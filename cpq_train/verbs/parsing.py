@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from typing_extensions import override
 
-from cpq_train.common.documents import read_yaml
-from cpq_train.common.errors import OptionError, shown
+from cpq_train.common.documents import parse_yaml, read_text
+from cpq_train.common.errors import OptionError, UserError, shown
 
 _WORDS: Final = {"NoneType": "null", "Sequence": "list", "tuple": "list", "bool": "true, false"}
 """Types -> what a person types for them."""
@@ -49,7 +51,10 @@ class VerbParser(ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Look at a configuration file before it is merged with others, while its name is known."""
         where = f"configuration file {str(path)!r}"
-        content = read_yaml(Path(path), "configuration file")
+        text = read_text(Path(path), "configuration file")
+        if text and not text.endswith("\n"):
+            warnings.warn(f"{where} ends within a line: look whether it was cut", stacklevel=2)
+        content = parse_yaml(text, where)
         if not isinstance(content, Mapping):
             raise OptionError(f"{where}: got {shown(content)}, accepted: a mapping of options")
         names = {action.dest for action in self._actions if not action.dest.endswith(".help")}
@@ -59,12 +64,31 @@ class VerbParser(ArgumentParser):
 
     @override
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
-        """As jsonargparse has it, which takes null for any type; where it is no default, the type counts."""
+        """As jsonargparse has it, which takes null for any type, and numbers that are none."""
         super().validate(namespace, *args, **kwargs)
         defaults = self.get_defaults(skip_validation=True)
         for name, value in namespace.items():
+            if not _is_finite(value) and value != defaults.get(name):
+                raise OptionError(f"{name}: got {shown(value)}, accepted: finite numbers")
             if value is None and defaults.get(name) is not None:
                 super().validate(Namespace({name: None}), skip_unset=False, skip_required=True)
+
+
+def _load(text: str) -> Any:
+    """What an option's text stands for; a name with a colon and nothing behind it is that text."""
+    value = parse_yaml(text, "option")
+    values = list(value.values()) if isinstance(value, dict) else []
+    is_name = "\n" not in text.strip() and values == [None] * max(1, len(values))
+    return text if is_name else value
+
+
+set_loader("yaml", _load, exceptions=(UserError,))  # theirs ends the process where a text is nested deep
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_names(content: Mapping[Any, Any], names: Collection[str], where: str, above: str = "") -> None:

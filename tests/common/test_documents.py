@@ -94,5 +94,5 @@ def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sidecar '.*' is a folder: expected a file"):
         read_json(tmp_path, "sidecar")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"sidecar '.*' is not readable: Not a directory"):
+    with pytest.raises(UserError, match=r"sidecar '.*' does not exist"):
         read_json(tmp_path / "file/below", "sidecar")
