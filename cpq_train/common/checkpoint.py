@@ -116,11 +116,16 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: The disk is full.
     """
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getbuffer())
+    write_whole(path, serialized(checkpoint))
+
+
+def serialized(content: Any, is_archive: bool = True) -> memoryview:
+    """The bytes that `torch.save` writes, of the zip archive or of torch's older format."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=is_archive)
+    return buffer.getbuffer()
 
 
 def read_plain(path: str | Path, mmap: bool = False) -> Any:

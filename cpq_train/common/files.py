@@ -43,8 +43,9 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
         os.replace(partial, path)
         _flush(path.parent)
     except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(_full(path, partial, num_bytes, error)) from error
+        if error.errno in _FULL or error.filename == str(partial):
+            partial.unlink(missing_ok=True)
+            raise UserError(cannot_write(path, num_bytes, error)) from error
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -55,6 +56,23 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with replacing(path, len(data)) as partial, partial.open("wb") as file:
         file.write(data)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Add text to the end of a file, all of it or nothing.
+
+    Raises:
+        UserError: The disk is full, or the file cannot be written.
+    """
+    data, size = text.encode(), path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+        raise UserError(cannot_write(path, len(data), error)) from error
 
 
 def check_regular(path: Path, what: str) -> None:
@@ -135,8 +153,18 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _full(path: Path, partial: Path, num_bytes: int | None, error: OSError) -> str:
-    partial.unlink(missing_ok=True)
-    needed = "" if num_bytes is None else f"it needs {num_bytes} bytes, "
-    free = shutil.disk_usage(path.parent).free
-    return f"cannot write {str(path)!r}: {needed}{free} bytes are free ({error.strerror})"
+def cannot_write(path: Path, num_bytes: int | None, error: OSError) -> str:
+    """Why a file is not written; where the disk is full, with what is needed and what is free.
+
+    Args:
+        path: The file.
+        num_bytes: How large it becomes, where that is known.
+        error: What the system said.
+    """
+    if error.errno not in _FULL:
+        return f"cannot write {str(path)!r}: {error.strerror}"
+    needed = "" if num_bytes is None else f"it needs {num_bytes:,} bytes, "
+    there = next(place for place in path.parents if _exists(place))
+    free = shutil.disk_usage(there).free
+    stays = "; the file that is there stays as it is" if path.exists() else ""
+    return f"cannot write {str(path)!r}: {needed}{free:,} bytes are free ({error.strerror}){stays}"

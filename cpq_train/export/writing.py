@@ -77,7 +77,7 @@ def write_portable(
     about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {source['sha256']}"
     model = portable_graph(plan).model("centerpoint", version("cpq_train"), about)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as partial:
+    with replacing(output, model.ByteSize()) as partial:
         onnx.save(model, str(partial))
         check_written(partial, plan)
     sidecar = _sidecar(subject, plan, post_processing, data, source, output)

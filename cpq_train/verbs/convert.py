@@ -18,11 +18,11 @@ from cpq_train.arms.loading import load
 from cpq_train.arms.state import check_finite
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
-from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, serialized, sha256_of
 from cpq_train.common.console import table_console
 from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, replacing
+from cpq_train.common.files import check_output, replacing, write_whole
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
 from cpq_train.interop.conversion import DROPPED, FILLED, Converted, to_ours
 from cpq_train.interop.foreign_file import read_foreign, stated_mmdet3d_version
@@ -79,9 +79,8 @@ def convert(
         content = openpcdet_content(read_checkpoint(input), input)
         check_finite(content["model_state"], f"checkpoint {str(input)!r}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as part:
-            # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
-            torch.save(content, part, _use_new_zipfile_serialization=False)
+        # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
+        write_whole(output, serialized(content, is_archive=False))
         console.print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
         return
     subject = build(_network_config(config), "float", None)
@@ -91,8 +90,9 @@ def convert(
     converted = _converted(input, taken, convention, subject.network, sparse_layout)
     subject.parents = {source: sha256_of(input)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as part:
-        torch.save(_checkpoint(subject, taken, converted, convention, source), part)
+    data = serialized(_checkpoint(subject, taken, converted, convention, source))
+    with replacing(output, len(data)) as part:
+        part.write_bytes(data)
         num_voxels = _run(load(subject.network.config, part).network)
     _report(console, input, content, taken, converted)
     console.print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ from rich.console import Console
 import cpq_train.export
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import write_whole
 from cpq_train.export.sidecar import sidecar_path
 from cpq_train.export.writing import check_place, write_portable
 from cpq_train.training.detector import CenterPointDetector
@@ -60,7 +60,7 @@ def export(
         highlight=False,
     )
     if with_runtime:
-        shutil.copyfile(RUNTIME, runtime)
+        write_whole(runtime, RUNTIME.read_bytes())
         console.print(f"beside it: {runtime}", highlight=False)
     console.print(
         f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}", highlight=False

@@ -32,7 +32,7 @@ from cpq_train.callbacks.watchdog import Watchdog
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import OptionError, UserError
-from cpq_train.common.files import check_writable
+from cpq_train.common.files import check_writable, write_whole
 from cpq_train.common.lightning_private import HookedCLI
 from cpq_train.common.progress import draws_bars
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -97,7 +97,7 @@ class SaveConfig(SaveConfigCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             config = self.config.clone()
             config.ckpt_path = None  # how this command went on is no setting of the run
-            self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
+            write_whole(path, self.parser.dump(config, skip_none=False))
 
 
 class LightningParser(VerbParser, LightningArgumentParser):

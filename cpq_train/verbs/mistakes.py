@@ -6,14 +6,16 @@ import errno
 import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import cannot_write
 
 _LIBRARIES = ("lightning.", "jsonargparse.", "wandb.", "mlflow.")
 """Packages whose own `raise` is addressed to whoever configured them."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Met while a file is written, when the system does not say which."""
 
 _OF_FILES = (
@@ -37,6 +39,8 @@ def naming_mistakes() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_FILES or (error.filename is None and error.errno not in _FULL):
             raise
+        if error.errno in _FULL and error.filename is not None:
+            raise UserError(cannot_write(Path(str(error.filename)), None, error)) from error
         name = "a file" if error.filename is None else repr(str(error.filename))
         raise UserError(f"{name} cannot be used: {error.strerror}") from error
     except Exception as error:

@@ -94,7 +94,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"file'.*it needs 4 bytes, \d+ bytes are free"):
+    with pytest.raises(UserError, match=r"file'.*it needs 4 bytes, [\d,]+ bytes are free"):
         write_whole(tmp_path / "file", "new!")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"

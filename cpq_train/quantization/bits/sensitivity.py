@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import append_whole, write_whole
 from cpq_train.common.progress import track
 from cpq_train.quantization.bits.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
@@ -93,7 +94,7 @@ class MeasurementLog:
                     f"{path}, line {number}: no measurement; delete the line or the file"
                 ) from error
         if whole != content:
-            path.write_bytes(whole)
+            write_whole(path, whole)
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -103,8 +104,7 @@ class MeasurementLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Keep a measurement, which holds its own `key`."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_whole(self._path, json.dumps(record) + "\n")
         self._by_key[record["key"]] = record
 
 
