@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cpq_train.common.file_names import file_name
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.index import NuScenesIndex
@@ -59,7 +60,7 @@ def build_parts(
         CloudError: a cloud is missing or damaged.
     """
     scenes = np.unique(index.sample_scenes[rows])
-    files = [folder / f"{index.scene_names[scene].decode()}.npz" for scene in scenes]
+    files = [folder / file_name(index.scene_names[scene].decode(), ".npz") for scene in scenes]
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
