@@ -6,6 +6,7 @@ first samples, which have fewer sweeps behind them than asked for, repeat the ol
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def load_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32
     """Loads the file of a frame, see `read_cloud`.
 
     Raises:
-        CloudError: the file is missing, truncated or holds NaN or infinite values.
+        CloudError: the file is missing, no regular one, truncated or holds NaN or infinite values.
     """
     return read_cloud(index.frame_path(frame), f" of sample {index.sample_token(row)}")
 
@@ -115,10 +116,12 @@ def read_cloud(path: Path, of_sample: str = "") -> NDArray[np.float32]:
         of_sample: which sample it belongs to, for messages.
 
     Raises:
-        CloudError: the file is missing, truncated or holds NaN or infinite values.
+        CloudError: the file is missing, no regular one, truncated or holds NaN or infinite values.
     """
     name = f"cloud {path}{of_sample}"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CloudError(f"{name} is no regular file")
         values = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise CloudError(f"{name} cannot be read: {error.strerror}") from error
