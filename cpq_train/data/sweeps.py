@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import LoadingError
 from cpq_train.data.boxes import Float64, invert_poses, pose_matrices
 from cpq_train.data.index import NuScenesIndex
 
@@ -23,18 +23,10 @@ MAX_NUM_SWEEPS = 10
 _FILE_COLUMNS = 5  # x, y, z, intensity, ring
 _POINT_BYTES = _FILE_COLUMNS * 4
 _EGO_HALF_WIDTH_M = 1.0
-_DAMAGE = "CloudError: "
 
 
-class CloudError(UserError):
-    """A cloud that cannot be used; the message names the file and the sample.
-
-    A data loader's worker hands exceptions over as the text of their traceback; this one keeps only its own
-    message of it, so that the user reads the same whether the cloud was loaded in a worker or not.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(_DAMAGE)[2].strip())
+class CloudError(LoadingError):
+    """A cloud that cannot be used; the message names the file and the sample."""
 
 
 def load_sweeps(index: NuScenesIndex, row: int, num_sweeps: int = MAX_NUM_SWEEPS) -> NDArray[np.float32]:
