@@ -47,11 +47,15 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
         Whether it keeps others out: not every file system of a cluster has locks.
 
     Raises:
-        FolderInUse: Another process has it; names the process.
-        FileNotFoundError: Another process has removed the folder or given it another name.
+        FolderInUse: Another process has it, which is named, or has finished it just now.
     """
     path = folder / LOCK_FILE
-    with path.open("ab+" if is_new else "rb+", buffering=0) as file:
+    gone = f"{str(folder)!r} has been finished or removed just now"
+    try:
+        file = path.open("ab+" if is_new else "rb+", buffering=0)
+    except FileNotFoundError as error:
+        raise FolderInUse(gone) from error
+    with file:
         has_locks = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,12 +65,18 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
             raise FolderInUse(f"{str(folder)!r} is being written by {who}") from error
         except OSError:
             has_locks = False
-        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        if not _is_file(path, file.fileno()):
+            raise FolderInUse(gone)
         with suppress(OSError):  # a full disk, which the lock does not need
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield has_locks
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def remove_remnant(folder: Path) -> None:
