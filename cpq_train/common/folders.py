@@ -95,7 +95,11 @@ def remove_remnant(folder: Path) -> None:
 
 @contextmanager
 def naming_full_disks(
-    what: str, folder: Path, num_bytes: int | None = None, left: str = "nothing"
+    what: str,
+    folder: Path,
+    num_bytes: int | None = None,
+    partial: Path | None = None,
+    left: str = "nothing",
 ) -> Iterator[None]:
     """Say in a line that a disk is full or cannot be written to, where something is written to a folder.
 
@@ -103,6 +107,7 @@ def naming_full_disks(
         what: What is written.
         folder: Where to; it may be gone when that has failed.
         num_bytes: How large it becomes, where that is known or can be estimated.
+        partial: File or folder to remove when writing has failed, before it is counted what is free.
         left: What is left behind.
 
     Raises:
@@ -113,6 +118,8 @@ def naming_full_disks(
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
+        if partial is not None:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         needed = "" if num_bytes is None else f"it needs about {num_bytes} bytes, "
         there = next(place for place in (folder, *folder.parents) if place.exists())
         raise FullDiskError(

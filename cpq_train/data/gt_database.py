@@ -141,7 +141,7 @@ def _build(
     try:
         files = build_parts(index, rows, parts, num_sweeps, num_workers)
         num_bytes = sum(file.stat().st_size for file in files)
-        with naming_full_disks("the GT database", folder.parent, num_bytes, "what its scenes gave"):
+        with naming_full_disks("the GT database", folder.parent, num_bytes, merged, "what its scenes gave"):
             merge_parts(files, merged)
             derived.publish(merged, folder)
     except OSError:

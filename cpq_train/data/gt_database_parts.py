@@ -123,12 +123,12 @@ def _write(file: Path, part: Columns) -> None:
     content = io.BytesIO()  # on a full disk NumPy would leave an archive open, which complains later
     np.savez(content, **part)
     size = content.getbuffer().nbytes
+    what, kept = f"objects of {file.stem}", "what other scenes gave"
     try:
-        with naming_full_disks(f"objects of {file.stem}", file.parent, size, "what other scenes gave"):
-            with partial.open("wb") as stream:
-                stream.write(content.getbuffer())
-                os.fsync(stream.fileno())
-            partial.replace(file)
+        with naming_full_disks(what, file.parent, size, partial, kept), partial.open("wb") as stream:
+            stream.write(content.getbuffer())
+            os.fsync(stream.fileno())
+        partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -272,7 +272,7 @@ def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
         for name, scenes in create_splits_scenes().items()
     }
     num_bytes = sum(column.nbytes for column in columns.values())
-    with naming_full_disks(f"the index of {version}", folder.parent, num_bytes):
+    with naming_full_disks(f"the index of {version}", folder.parent, num_bytes, folder):
         write_columns(folder, columns, {"fingerprint": reader.fingerprint, "splits": splits})
 
 

@@ -67,7 +67,7 @@ class TableReader:
         """Yields the table's records in file order.
 
         Raises:
-            UserError: the file is no JSON list of records.
+            UserError: the file is no JSON list of records, or is not readable.
         """
         path = self._folder / f"{table}.json"
         digest, num_colons = hashlib.sha256(), 0
@@ -88,6 +88,8 @@ class TableReader:
             raise UserError(
                 f"table {path} is damaged: expected a JSON list of records, found {found}"
             ) from error
+        except OSError as error:
+            raise UserError(f"table {path} is not readable: {error.strerror}") from error
         self._digests[table] = digest.hexdigest()
 
 

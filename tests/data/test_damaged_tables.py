@@ -1,5 +1,6 @@
 """Tables of strangers: what is wrong with one is said in a line that names table, record and field."""
 
+import errno
 import json
 import os
 import re
@@ -299,3 +300,15 @@ def test_a_table_is_a_regular_file(root: Path, target: str) -> None:
     else:
         path.symlink_to(path if target == "loop" else target)
     assert "scene.json is missing" in refused(root)
+
+
+def test_a_table_that_cannot_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "scene.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert "scene.json is not readable: Input/output error" in refused(root)

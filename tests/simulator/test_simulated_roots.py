@@ -70,8 +70,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with files_of_at_most(num_bytes), pytest.raises(UserError) as error:
             simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
         assert re.fullmatch(
-            r"cannot write the data set to '.*/root': it needs about 15400000 bytes, \d+ bytes are free \(.*\)"
-            "; nothing is left behind",
+            r"cannot write the data set to '.*/root': it needs about 15400000 bytes, \d+ bytes are free "
+            r"\(.*\); nothing is left behind",
             str(error.value),
         )
         assert not list(tmp_path.iterdir())
