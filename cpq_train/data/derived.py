@@ -64,7 +64,7 @@ def new_folder(places: list[Path], name: str) -> Iterator[Path]:
                 remove_remnant(other)
     unfinished = start_folder(places, _unfinished(name, uuid.uuid4().hex))
     try:
-        with naming_full_disks(name, unfinished.parent), locked(unfinished):
+        with naming_full_disks("what is derived from the data set", unfinished.parent), locked(unfinished):
             yield unfinished
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
