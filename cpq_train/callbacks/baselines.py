@@ -7,10 +7,11 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from pydantic import Field, TypeAdapter
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import (
@@ -21,7 +22,10 @@ from cpq_train.callbacks.evaluation import (
     postprocessing_sha256,
 )
 from cpq_train.callbacks.validations import has_validation
+from cpq_train.common.documents import read_json
+from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
+from cpq_train.common.schema import accepts, keys, validated
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.quantization.switches import quantizers_off
@@ -30,6 +34,8 @@ from cpq_train.training.scoring import score_detector
 
 Score = dict[str, float]
 
+_SHARE = Annotated[float, Field(strict=True, ge=0, le=1), accepts("a number from 0 to 1")]
+_SCORE: TypeAdapter[Score] = TypeAdapter(keys(dict.fromkeys(COMPARED_METRICS, _SHARE)))
 
 BASELINES = {"qat": ("float", "ptq"), "float_tuned": ("float",)}
 """Arm -> what it is compared with while it trains."""
@@ -77,7 +83,7 @@ class Baselines(Callback):
         data = datamodule_of(trainer)
         file = self.cache_dir / f"{baseline_key(arm, module, data)}.json"
         # Rank 0 decides for all: other nodes may not see its cache, and scoring needs every rank.
-        found = json.loads(file.read_text()) if trainer.is_global_zero and file.is_file() else None
+        found = _read(file) if trainer.is_global_zero and file.is_file() else None
         cached: Score | None = trainer.strategy.broadcast(found)
         if cached is not None:
             return cached
@@ -129,7 +135,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "data": asdict(data.evaluation_config),
         "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
     }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return _sha256(depends_on)
 
 
 def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> Score:
@@ -138,10 +144,30 @@ def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuS
         return score_detector(module, data, title, trainer.global_rank, trainer.world_size)
 
 
+def _read(file: Path) -> Score | None:
+    """A score that was kept; None, with a line that says so, where its file is damaged."""
+    try:
+        kept = read_json(file, "baseline")
+        score = validated(_SCORE, kept, f"baseline {str(file)!r}")
+        if kept.get("sha256", _sha256(score)) != _sha256(score):
+            raise UserError(f"baseline {str(file)!r} is damaged: its checksum is another")
+    except UserError as error:
+        rank_zero_warn(f"{error}; it is scored again")
+        return None
+    if "sha256" not in kept:
+        rank_zero_warn(f"baseline {str(file)!r} has no checksum: it is taken as it is")
+    return score
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _write(file: Path, score: Score) -> None:
     """Keep a score, where that can be done: it was worth its time, and the next run may do without."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(score))
-    except OSError as error:
-        rank_zero_warn(f"a baseline's score is not kept in {str(file.parent)!r} ({error.strerror})")
+        write_whole(file, json.dumps({**score, "sha256": _sha256(score)}))
+    except (OSError, UserError) as error:  # a full disk is a UserError
+        why = error if isinstance(error, UserError) else error.strerror
+        rank_zero_warn(f"a baseline's score is not kept in {str(file.parent)!r} ({why})")

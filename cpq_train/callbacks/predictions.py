@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of, left_out_by
 from cpq_train.common.errors import UserError
+from cpq_train.common.file_names import file_name
 from cpq_train.common.progress import track
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps, read_cloud
@@ -152,7 +153,7 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
         name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"
         panel = BevPanel(sample)
         title = f"{_stem(Path(sample.token))}\n{panel.is_shown.sum()} detections"
-        draw_bev(folder / f"{name}.png", {title: panel})
+        draw_bev(folder / file_name(name, ".png"), {title: panel})
     if len(rows) > MAX_PICTURES:
         Console().print(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
 

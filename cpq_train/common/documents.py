@@ -71,7 +71,7 @@ def read_json(path: Path, what: str) -> Any:
     """
     text = read_text(path, what)
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        return json.loads(text, object_pairs_hook=without_duplicates)
     except RecursionError:
         reason = "it is nested too deep"
     except ValueError as error:
@@ -79,7 +79,7 @@ def read_json(path: Path, what: str) -> Any:
     raise UserError(f"{what} {str(path)!r} is no JSON: {reason}")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file, for `object_pairs_hook`.
 
     Raises:

@@ -8,6 +8,17 @@ class UserError(ValueError):
     """A mistake in what the user gave; names the thing, the value seen and the values accepted."""
 
 
+class LoadingError(UserError):
+    """A file that cannot be used, found where samples are loaded.
+
+    A data loader's worker hands exceptions over as the text of their traceback; this one keeps only its own
+    message of it, so that the user reads the same whether a worker found it or not.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 class OptionError(UserError):
     """A mistake in the options of a verb, which `--help` lists."""
 

@@ -11,12 +11,17 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.folders import LOCK_FILE, locked, naming_full_disks, remove_remnant
 
 UNFINISHED = ".unfinished"
 """Prefix of the names of incomplete folders."""
+
+_PARTS = "parts"
 
 
 def homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
@@ -39,26 +44,57 @@ def find(places: list[Path], name: str) -> Path | None:
     return next((home / name for home in places if (home / name).is_dir()), None)
 
 
-def start_folder(places: list[Path], name: str, is_resumable: bool = False) -> Path:
-    """Makes an incomplete folder in the first home that can be written.
+@contextmanager
+def new_folder(places: list[Path], name: str) -> Iterator[Path]:
+    """An incomplete folder of this process's own in the first home that can be written, gone at the end.
+
+    What ended processes have left of such folders is removed first.
 
     Args:
         places: the homes.
         name: what the folder is called when it is complete.
-        is_resumable: the folder of an earlier call is taken up; otherwise each call has one of its own.
+
+    Raises:
+        UserError: none can be written.
+    """
+    for home in places:
+        for other in home.glob(f"{UNFINISHED}-*"):
+            of, _, ending = other.name.removeprefix(f"{UNFINISHED}-").rpartition("-")
+            if ending != _PARTS and _kind(of) == _kind(name):
+                remove_remnant(other)
+    unfinished = start_folder(places, _unfinished(name, uuid.uuid4().hex))
+    try:
+        with naming_full_disks("what is derived from the data set", unfinished.parent), locked(unfinished):
+            yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def parts_folder(places: list[Path], name: str) -> Path:
+    """The folder of parts of what is to be called by a name, made in the first home that can be written.
+
+    It stays when its process ends, so that the next one goes on from there.
+
+    Raises:
+        UserError: none can be written.
+    """
+    return start_folder(places, _unfinished(name, _PARTS))
+
+
+def start_folder(places: list[Path], name: str) -> Path:
+    """Makes a folder in the first home that can be written, where it is not there.
 
     Raises:
         UserError: none can.
     """
     refusals = []
     for home in places:
-        unfinished = home / f"{UNFINISHED}-{name}-{'parts' if is_resumable else uuid.uuid4().hex}"
         try:
-            unfinished.mkdir(parents=True, exist_ok=is_resumable)
+            (home / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusals.append(f"{home} ({error.strerror})")
         else:
-            return unfinished
+            return home / name
     raise UserError(
         f"no folder derived from the data set can be written: {', '.join(refusals)}; give data.cache_dir"
     )
@@ -66,6 +102,7 @@ def start_folder(places: list[Path], name: str, is_resumable: bool = False) -> P
 
 def publish(unfinished: Path, folder: Path) -> None:
     """Gives a complete folder its final name; where another process was first, its folder is kept."""
+    (unfinished / LOCK_FILE).unlink(missing_ok=True)
     try:
         unfinished.rename(folder)
     except OSError:
@@ -73,12 +110,24 @@ def publish(unfinished: Path, folder: Path) -> None:
             raise
 
 
+def discard(folder: Path) -> None:
+    """Removes a folder that is damaged; nobody finds it from the first moment on."""
+    aside = folder.with_name(_unfinished(folder.name, uuid.uuid4().hex))
+    with suppress(OSError):  # another process was first, or nobody can: whoever looks for it next will say
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def drop_others(folder: Path) -> None:
     """Removes the folders of the same kind beside a complete one."""
     for other in folder.parent.iterdir():
-        if other != folder and _kind(other) == _kind(folder):
+        if other != folder and _kind(other.name) == _kind(folder.name):
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _kind(folder: Path) -> str:
-    return folder.name.rpartition("-")[0]
+def _unfinished(name: str, ending: str) -> str:
+    return f"{UNFINISHED}-{name}-{ending}"
+
+
+def _kind(name: str) -> str:
+    return name.rpartition("-")[0]

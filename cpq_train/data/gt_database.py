@@ -20,18 +20,21 @@ from rich.table import Table
 
 from cpq_train.common.console import table_console
 from cpq_train.common.errors import UserError
+from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.progress import say
 from cpq_train.data import derived
+from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
 from cpq_train.data.gt_database_parts import COLUMNS, build_parts, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS
 
-_SCHEMA = 1
+_SCHEMA = 2
 """Counted up when content or columns change, so that older databases are not used."""
 
 
 @dataclass(frozen=True)
-class GtDatabase:
+class GtDatabase(CheckedColumns):
     """The objects of a split, by scene, sample and annotation in the order of the index.
 
     All arrays are memory-mapped and read-only. N objects, P points; those of object `n` are rows
@@ -51,6 +54,8 @@ class GtDatabase:
     """(N,) of the annotations."""
     point_offsets: NDArray[np.int64] = field(repr=False)
     """(N + 1,)"""
+    point_checksums: NDArray[np.uint32] = field(repr=False)
+    """(N,) CRC-32 of the points of each object."""
     points: NDArray[np.float32] = field(repr=False)
     """(P, 5) x, y, z in metres relative to the centre of the box, not rotated; intensity; time lag in s."""
 
@@ -62,9 +67,18 @@ class GtDatabase:
         return _load, (self.folder,)
 
     def points_of(self, row: int) -> NDArray[np.float32]:
-        """A copy of the points (P, 5) of the object at a row, moved to where they were seen."""
+        """A copy of the points (P, 5) of the object at a row, moved to where they were seen.
+
+        Raises:
+            DamageError: they are not those that were written.
+        """
         where = slice(self.point_offsets[row], self.point_offsets[row + 1])
         points: NDArray[np.float32] = np.array(self.points[where])
+        if checksum(points) != self.point_checksums[row]:
+            raise DamageError(
+                f"the GT database {self.folder} is damaged: the points of object {row} are others; "
+                "build-gt-database, started again, builds it anew"
+            )
         points[:, :3] += self.boxes[row, :3].astype(np.float32)
         return points
 
@@ -107,8 +121,8 @@ def build_gt_database(
     name = _name(index, split, num_sweeps)
     places = derived.homes(index.root, version, cache_dir)
     folder = derived.find(places, name)
-    if folder is None:
-        parts = derived.start_folder(places, name, is_resumable=True)
+    if folder is None or not _is_whole(folder):
+        parts = derived.parts_folder(places, name)
         folder = parts.with_name(name)
         _build(index, rows, parts, folder, num_sweeps, num_workers)
     _print_counts(_load(folder))
@@ -126,8 +140,10 @@ def _build(
     merged = parts / uuid.uuid4().hex
     try:
         files = build_parts(index, rows, parts, num_sweeps, num_workers)
-        merge_parts(files, merged)
-        derived.publish(merged, folder)
+        num_bytes = sum(file.stat().st_size for file in files)
+        with naming_full_disks("the GT database", folder.parent, num_bytes, merged, "what its scenes gave"):
+            merge_parts(files, merged)
+            derived.publish(merged, folder)
     except OSError:
         if not folder.is_dir():  # made by another process, which has removed the parts
             raise
@@ -144,18 +160,37 @@ def open_gt_database(
     Raises:
         UserError: there is none of the present tables; the message is the command that builds it.
     """
-    folder = derived.find(
-        derived.homes(index.root, index.version, cache_dir), _name(index, split, num_sweeps)
+    places = derived.homes(index.root, index.version, cache_dir)
+    place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
+    command = (
+        f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
+        f"--split {split} --num_sweeps {num_sweeps}{place}"
     )
+    folder = derived.find(places, _name(index, split, num_sweeps))
     if folder is None:
-        place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
         raise UserError(
             f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
-            f"{index.root} has none of its present tables; build it with\n"
-            f"  python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
-            f"--split {split} --num_sweeps {num_sweeps}{place}"
+            f"{index.root} has none of its present tables; build it with\n  {command}"
         )
-    return _load(folder)
+    try:
+        return _load(folder)
+    except UserError as error:
+        raise UserError(f"{error}; build the GT database anew with\n  {command}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a database is what was written; a damaged one is removed, and said."""
+    try:
+        database = _load(folder)
+        for row in range(len(database)):
+            database.points_of(row)
+        for name in COLUMNS:
+            getattr(database, name)
+    except UserError as error:
+        say(f"the GT database is built anew: {error}")
+        derived.discard(folder)
+        return False
+    return True
 
 
 def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
@@ -164,8 +199,14 @@ def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
 
 
 def _load(folder: Path) -> GtDatabase:
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
-    return GtDatabase(folder=folder, **columns)
+    """Maps a database.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    database = object.__new__(GtDatabase)
+    database.__dict__.update(folder=folder, _unchecked=open_columns(folder, COLUMNS)[1])
+    return database
 
 
 def _print_counts(database: GtDatabase) -> None:

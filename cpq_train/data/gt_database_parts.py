@@ -5,27 +5,29 @@ A scene's part appears under its name only when it is complete: what is there is
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cpq_train.common.file_names import file_name
+from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
+from cpq_train.data.column_files import Columns, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.sweeps import load_sweeps
 
-Columns = dict[str, NDArray[Any]]
 Rows = NDArray[np.int64]
 
 _PART_COLUMNS = ("classes", "boxes", "num_points", "sample_rows", "tokens")
-COLUMNS = (*_PART_COLUMNS, "point_offsets", "points")
+COLUMNS = (*_PART_COLUMNS, "point_offsets", "point_checksums", "points")
 """Files of a database, see `GtDatabase`."""
 
 
@@ -59,11 +61,11 @@ def build_parts(
         CloudError: a cloud is missing or damaged.
     """
     scenes = np.unique(index.sample_scenes[rows])
-    files = [folder / f"{index.scene_names[scene].decode()}.npz" for scene in scenes]
+    files = [folder / file_name(index.scene_names[scene].decode(), ".npz") for scene in scenes]
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
-        if not file.is_file()
+        if not _is_whole(file)
     ]
     loader = FollowingLoader(  # which hands errors over
         _Parts(index, tasks, num_sweeps),
@@ -118,10 +120,13 @@ def _joined(parts: Iterable[Columns]) -> Columns:
 
 def _write(file: Path, part: Columns) -> None:
     partial = file.with_name(f".{uuid.uuid4().hex}.npz")
+    content = io.BytesIO()  # on a full disk NumPy would leave an archive open, which complains later
+    np.savez(content, **part)
+    size = content.getbuffer().nbytes
+    what, kept = f"objects of {file.stem}", "what other scenes gave"
     try:
-        with partial.open("wb") as stream:
-            np.savez(stream, **part)
-            stream.flush()
+        with naming_full_disks(what, file.parent, size, partial, kept), partial.open("wb") as stream:
+            stream.write(content.getbuffer())
             os.fsync(stream.fileno())
         partial.replace(file)
     finally:
@@ -133,15 +138,30 @@ def merge_parts(files: list[Path], folder: Path) -> None:
     folder.mkdir()
     columns = _joined(_read(file, _PART_COLUMNS) for file in files)
     columns["point_offsets"] = np.concatenate([[0], np.cumsum(columns["num_points"], dtype=np.int64)])
-    for name, column in columns.items():
-        np.save(folder / f"{name}.npy", column, allow_pickle=False)
     shape = (int(columns["point_offsets"][-1]), 5)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    checksums: list[int] = []
     with (folder / "points.npy").open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         for file in track(files, "Merging scenes"):
-            _read(file, ("points",))["points"].tofile(stream)
+            part = _read(file, ("points", "num_points"))
+            part["points"].tofile(stream)
+            checksums += map(checksum, np.split(part["points"], np.cumsum(part["num_points"])[:-1]))
         os.fsync(stream.fileno())
+    columns["point_checksums"] = np.array(checksums, dtype=np.uint32)
+    write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the part of a scene is there, by the checksums that it holds."""
+    if not file.is_file():
+        return False
+    try:
+        _read(file, (*_PART_COLUMNS, "points"))
+    except Exception as error:  # NumPy and zipfile have many
+        say(f"{file} is damaged and built anew: {error}")
+        return False
+    return True
 
 
 def _read(file: Path, names: Iterable[str]) -> Columns:

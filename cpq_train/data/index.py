@@ -2,32 +2,32 @@
 
 `open_index` finds the index of a data root or builds it. It lies in `<root>/.cpq_train/<version>/`, or in
 the user's cache where the root cannot be written. A folder appears there under its final name only when it
-is complete, and the name depends on the size and the time of every table, so that neither a half-built nor
-an outdated one is ever read.
+is complete, and the name depends on the size, the inode and the times of every table, so that neither a
+half-built nor an outdated one is ever read. All processes that see one file system see one name; for a copy
+of a data root an index is built once. A damaged index is built anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
-from cpq_train.common.progress import progress
+from cpq_train.common.folders import naming_full_disks
+from cpq_train.common.progress import progress, say
 from cpq_train.data import derived
+from cpq_train.data.column_files import CheckedColumns, open_columns, write_columns
 from cpq_train.data.tables import TABLES, TableReader
 
-_SCHEMA = 1
+_SCHEMA = 2
 """Counted up when the columns change, so that older indexes are built anew."""
 
 _PROGRESS_FROM_BYTES = 64 << 20
@@ -35,7 +35,7 @@ _PROGRESS_FROM_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class NuScenesIndex:
+class NuScenesIndex(CheckedColumns):
     """Columns over the samples, LiDAR frames, scenes and annotations of one version of a data set.
 
     All arrays are memory-mapped and read-only. S samples in table order, F LIDAR_TOP frames (key frames and
@@ -115,9 +115,9 @@ class NuScenesIndex:
     def __len__(self) -> int:
         return len(self.sample_tokens)
 
-    def __reduce__(self) -> tuple[Callable[..., NuScenesIndex], tuple[Path, Path]]:
+    def __reduce__(self) -> tuple[Callable[..., NuScenesIndex], tuple[Path, Path, str]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder, self.root)
+        return _load, (self.folder, self.root, self.version)
 
     def sample_token(self, row: int) -> str:
         """Token of the sample at a row."""
@@ -217,20 +217,21 @@ def open_index(
     key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
     places = derived.homes(root, version, cache_dir)
     if (folder := derived.find(places, key)) is not None:
-        return _load(folder, root)
-    unfinished = derived.start_folder(places, key)
-    folder = unfinished.with_name(key)
-    try:
+        try:
+            return _load(folder, root, version)
+        except UserError as error:
+            say(f"the index of {version} is built anew: {error}")
+            derived.discard(folder)
+    with derived.new_folder(places, key) as unfinished:
+        folder = unfinished.with_name(key)
         _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
         derived.publish(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     derived.drop_others(folder)
-    return _load(folder, root)
+    return _load(folder, root, version)
 
 
-def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int]]:
-    """Name, bytes and modification time (ns) of each table.
+def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int, int, int]]:
+    """Name, bytes, times of modification and change (ns) and inode of each table.
 
     Raises:
         UserError: the root, the version or a table does not exist.
@@ -251,7 +252,8 @@ def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int]]:
             raise UserError(
                 f"table {path} is missing: a data set of version {version} has {', '.join(TABLES)}"
             )
-        stamps.append((table, path.stat().st_size, path.stat().st_mtime_ns))
+        status = path.stat()
+        stamps.append((table, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     return stamps
 
 
@@ -264,15 +266,14 @@ def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
         reader = TableReader(root / version, advance)
         columns = read_columns(reader)
     assert set(columns) == set(COLUMNS)
-    for name, column in columns.items():
-        np.save(folder / f"{name}.npy", column, allow_pickle=False)
     present = {str(name, "utf-8") for name in columns["scene_names"]}
     splits = {
         name: [scene for scene in scenes if scene in present]
         for name, scenes in create_splits_scenes().items()
     }
-    meta = {"version": version, "fingerprint": reader.fingerprint, "splits": splits}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    num_bytes = sum(column.nbytes for column in columns.values())
+    with naming_full_disks(f"the index of {version}", folder.parent, num_bytes, folder):
+        write_columns(folder, columns, {"fingerprint": reader.fingerprint, "splits": splits})
 
 
 @contextmanager
@@ -285,7 +286,13 @@ def _progress(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: advance(count / 1e6)
 
 
-def _load(folder: Path, root: Path) -> NuScenesIndex:
-    meta: dict[str, Any] = read_json(folder / "meta.json", "index file")
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
-    return NuScenesIndex(folder=folder, root=root, **meta, **columns)
+def _load(folder: Path, root: Path, version: str) -> NuScenesIndex:
+    """Maps an index.
+
+    Raises:
+        UserError: it is damaged, or a column is missing.
+    """
+    meta, columns = open_columns(folder, COLUMNS)
+    index = object.__new__(NuScenesIndex)
+    index.__dict__.update(meta, folder=folder, root=root, version=version, _unchecked=columns)
+    return index

@@ -6,13 +6,14 @@ first samples, which have fewer sweeps behind them than asked for, repeat the ol
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import LoadingError
 from cpq_train.data.boxes import Float64, invert_poses, pose_matrices
 from cpq_train.data.index import NuScenesIndex
 
@@ -22,18 +23,10 @@ MAX_NUM_SWEEPS = 10
 _FILE_COLUMNS = 5  # x, y, z, intensity, ring
 _POINT_BYTES = _FILE_COLUMNS * 4
 _EGO_HALF_WIDTH_M = 1.0
-_DAMAGE = "CloudError: "
 
 
-class CloudError(UserError):
-    """A cloud that cannot be used; the message names the file and the sample.
-
-    A data loader's worker hands exceptions over as the text of their traceback; this one keeps only its own
-    message of it, so that the user reads the same whether the cloud was loaded in a worker or not.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(_DAMAGE)[2].strip())
+class CloudError(LoadingError):
+    """A cloud that cannot be used; the message names the file and the sample."""
 
 
 def load_sweeps(index: NuScenesIndex, row: int, num_sweeps: int = MAX_NUM_SWEEPS) -> NDArray[np.float32]:
@@ -102,7 +95,7 @@ def load_cloud(index: NuScenesIndex, frame: int, row: int) -> NDArray[np.float32
     """Loads the file of a frame, see `read_cloud`.
 
     Raises:
-        CloudError: the file is missing, truncated or holds NaN or infinite values.
+        CloudError: the file is missing, no regular one, truncated or holds NaN or infinite values.
     """
     return read_cloud(index.frame_path(frame), f" of sample {index.sample_token(row)}")
 
@@ -115,10 +108,12 @@ def read_cloud(path: Path, of_sample: str = "") -> NDArray[np.float32]:
         of_sample: which sample it belongs to, for messages.
 
     Raises:
-        CloudError: the file is missing, truncated or holds NaN or infinite values.
+        CloudError: the file is missing, no regular one, truncated or holds NaN or infinite values.
     """
     name = f"cloud {path}{of_sample}"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CloudError(f"{name} is no regular file")
         values = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise CloudError(f"{name} cannot be read: {error.strerror}") from error

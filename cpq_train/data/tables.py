@@ -10,11 +10,14 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpq_train.common.errors import UserError
+import numpy as np
+
+from cpq_train.common.documents import without_duplicates
+from cpq_train.common.errors import UserError, shown
 
 TABLES: tuple[str, ...] = (
     "category",
@@ -32,6 +35,8 @@ TABLES: tuple[str, ...] = (
 
 Record = dict[str, Any]
 
+_DECODER = json.JSONDecoder()
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=without_duplicates)
 _CHUNK_BYTES = 1 << 22
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
 
@@ -62,59 +67,77 @@ class TableReader:
         """Yields the table's records in file order.
 
         Raises:
-            UserError: the file is no JSON list of records.
+            UserError: the file is no JSON list of records, or is not readable.
         """
         path = self._folder / f"{table}.json"
-        digest = hashlib.sha256()
+        digest, num_colons = hashlib.sha256(), 0
+
+        def note(block: bytes) -> None:
+            nonlocal num_colons
+            digest.update(block)
+            num_colons += np.count_nonzero(np.frombuffer(block, dtype=np.uint8) == ord(":"))
+            self._on_bytes(len(block))
+
         try:
-            yield from _iterate_list(self._chunks(path, digest))
-        except ValueError as error:
+            num_keys = yield from _iterate_list(_chunks(path, note), _DECODER)
+            if num_colons > num_keys:  # texts hold some, or a key is there twice, which costs time to tell
+                for _ in _iterate_list(_chunks(path, lambda _: None), _STRICT_DECODER):
+                    pass
+        except (ValueError, RecursionError) as error:
+            found = "one that is nested too deep" if isinstance(error, RecursionError) else error
             raise UserError(
-                f"table {path} is damaged: expected a JSON list of records, found {error}"
+                f"table {path} is damaged: expected a JSON list of records, found {found}"
             ) from error
+        except OSError as error:
+            raise UserError(f"table {path} is not readable: {error.strerror}") from error
         self._digests[table] = digest.hexdigest()
 
-    def _chunks(self, path: Path, digest: hashlib._Hash) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with path.open("rb") as file:
-            while block := file.read(_CHUNK_BYTES):
-                digest.update(block)
-                self._on_bytes(len(block))
-                yield decoder.decode(block)
-        yield decoder.decode(b"", final=True)
+
+def _chunks(path: Path, on_block: Callable[[bytes], None]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            on_block(block)
+            yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
 
 
-def _iterate_list(chunks: Iterator[str]) -> Iterator[Record]:
-    """Yields the objects of one JSON list that arrives in pieces.
+def _iterate_list(chunks: Iterator[str], decoder: json.JSONDecoder) -> Generator[Record, None, int]:
+    """Yields the objects of one JSON list that arrives in pieces, and returns how many keys they have.
 
     Raises:
         ValueError: the text is not such a list.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode, between, num_keys = decoder.raw_decode, _BETWEEN_RECORDS.match, 0
     text = next(chunks).lstrip()
     if not text.startswith("["):
         raise ValueError(f"{text[:20]!r} at its start")
     position = 1
     while True:
-        start = _skip(text, position)
+        start = between(text, position).end()  # type: ignore[union-attr]  # it matches the empty string
         if text[start : start + 1] == "]":
-            for _ in chunks:  # what follows the list still belongs to the fingerprint
-                pass
-            return
+            _check_end(text[start + 1 :], chunks)
+            return num_keys
         try:
             record, position = decode(text, start)
-        except ValueError:
+        except json.JSONDecodeError:
             text, position = _extend(text[start:], chunks), 0
             continue
         if not isinstance(record, dict):
-            raise ValueError(f"{record!r} where a record should be")
+            raise ValueError(f"{shown(record)} where a record should be")
+        num_keys += len(record)
         yield record
 
 
-def _skip(text: str, position: int) -> int:
-    between = _BETWEEN_RECORDS.match(text, position)
-    assert between is not None  # the pattern matches the empty string
-    return between.end()
+def _check_end(rest: str, chunks: Iterator[str]) -> None:
+    """Reads a file to its end, as all of it belongs to the fingerprint.
+
+    Raises:
+        ValueError: something follows the list.
+    """
+    for text in (rest, *chunks):
+        if text.strip():
+            raise ValueError(f"{shown(text.strip()[:20])} behind the list")
 
 
 def _extend(rest: str, chunks: Iterator[str]) -> str:

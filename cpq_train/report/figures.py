@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpq_train.common.file_names import file_name
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
@@ -65,8 +66,13 @@ def draw_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Pa
     return [figure._asdict() for figure in figures]
 
 
+def _picture(name: str, suffix: str = ".png") -> str:
+    """Where a picture lies, relative to the report."""
+    return f"{FOLDER}/{file_name(name, suffix)}"
+
+
 def _write(output: Path, section: str, name: str, caption: str, svg: str) -> Figure:
-    file = f"{FOLDER}/{name}.svg"
+    file = _picture(name, ".svg")
     (output / file).write_text(svg + "\n")
     return Figure(section, file, caption)
 
@@ -149,7 +155,7 @@ def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Pa
     titles = {run.name: f"{run.title}: {_summary(panels[run.name])}" for run in runs if run.name in panels}
     for token in sorted({sample.token for sample in samples.values()}):
         shown = [name for name in panels if samples[name].token == token]
-        file = f"{FOLDER}/bev_{token}.png"
+        file = _picture(f"bev_{token}")
         draw_bev(output / file, {titles[name]: panels[name] for name in shown})
         yield Figure("bev", file, f"Sample {token} from above, each arm in a panel.")
     for run in runs:
@@ -169,7 +175,7 @@ def _close_ups(
     lost = [(row_of[below.sample.gt_tokens[row]], row) for row in np.flatnonzero(below.lost).tolist()]
     lost.sort(key=lambda pair: -changed.float_score[pair[0]])
     close_ups = [CloseUp(row, _object_title(changed, of, run.arm)) for of, row in lost[:MAX_OBJECTS]]
-    file = f"{FOLDER}/{run.file_name}_lost.png"
+    file = _picture(f"{run.file_name}_lost")
     draw_close_ups(output / file, close_ups, (baseline.title, above), (run.title, below))
     caption = (
         f"Objects of this sample that {run.title} loses, those that {baseline.title} is surest of: above as "
@@ -228,6 +234,6 @@ def _brought(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     """Copies of the pictures that lie in run directories, such as that of a sensitivity analysis."""
     for run in runs:
         for picture in sorted(set(run.folder.glob("*.png")) - {run.folder / AMAX_DRIFT_PICTURE}):
-            file = f"{FOLDER}/{run.file_name}_{picture.name}"
+            file = _picture(f"{run.file_name}_{picture.stem}")
             shutil.copyfile(picture, output / file)
             yield Figure("quantizers", file, f"{run.title}: {picture.stem.replace('_', ' ')}.")

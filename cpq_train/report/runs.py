@@ -11,6 +11,7 @@ import numpy as np
 
 from cpq_train.common.arm_names import ROWS
 from cpq_train.common.errors import UserError
+from cpq_train.common.file_names import file_name
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
 from cpq_train.evaluation.matches import Matches, read_matches
@@ -62,7 +63,7 @@ class Run:
     @property
     def file_name(self) -> str:
         """The name as the beginning of a file name."""
-        return self.name.strip("/").replace("/", "_")
+        return file_name(self.name.strip("/"))
 
     def score(self, metric: str) -> float:
         """A score of `metrics.json`."""

@@ -31,6 +31,8 @@ from cpq_train.simulator.world import World, draw_world
 NUM_LEAD_SWEEPS = 10
 """Sweeps before the first key frame, so that it too has its nine past ones."""
 SWEEPS_PER_SAMPLE = 10
+CLOUD_BYTES = 700_000
+"""Of a cloud's file, about."""
 FIRST_TIMESTAMP_US = 1_532_000_000_000_000
 
 
@@ -51,6 +53,11 @@ class SceneTask:
     num_samples: int
 
 
+def num_sweeps(num_samples: int) -> int:
+    """Sweeps of a scene of so many key frames."""
+    return NUM_LEAD_SWEEPS + SWEEPS_PER_SAMPLE * (num_samples - 1) + 1
+
+
 def simulate_scene(task: SceneTask) -> Tables:
     """Writes a scene's clouds and returns its table rows.
 
@@ -66,8 +73,7 @@ class _SceneWriter:
         digest = hashlib.sha256(self.key.encode()).digest()
         self.entropy = int.from_bytes(digest[:8], "little")
         rng = np.random.default_rng([self.entropy, 0])
-        num_sweeps = NUM_LEAD_SWEEPS + SWEEPS_PER_SAMPLE * (task.num_samples - 1) + 1
-        self.timestamps_us = self._draw_timestamps(rng, num_sweeps)
+        self.timestamps_us = self._draw_timestamps(rng, num_sweeps(task.num_samples))
         self.times_s = (self.timestamps_us - self.timestamps_us[0]) * 1e-6
         self.offset = np.array([*np.round(rng.uniform(300, 2000, 2), 3), 0.0])
         """Where the scene's own origin lies on the map."""

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,9 +18,10 @@ from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_writable
+from cpq_train.common.folders import LOCK_FILE, FolderInUse, locked, naming_full_disks
 from cpq_train.common.progress import track
 from cpq_train.common.signals import signals_blocked
-from cpq_train.simulator.scene import SceneTask, simulate_scene
+from cpq_train.simulator.scene import CLOUD_BYTES, SceneTask, num_sweeps, simulate_scene
 from cpq_train.simulator.tables import CHANNEL, SCENE_TABLES, Tables, shared_tables
 
 MINI, TRAINVAL = "v1.0-mini", "v1.0-trainval"
@@ -56,7 +56,8 @@ def simulate(
         num_workers: Processes; by default one per core.
 
     Raises:
-        UserError: Numbers out of range, or something else lies at `output`.
+        UserError: Numbers out of range, something else lies at `output` or is being made there, or the disk
+            is full.
     """
     num_val = _num_val(num_scenes, num_val_scenes)
     if version not in (None, MINI, TRAINVAL):
@@ -66,19 +67,23 @@ def simulate(
         raise UserError(f"num_samples_per_scene is {num_samples_per_scene}; it must be at least 1")
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers is {num_workers}; it must be at least 1")
+    scenes = _scene_names(folder, num_scenes - num_val, num_val)
     manifest = {
         "world_revision": WORLD_REVISION,
         "version": folder,
-        "scenes": _scene_names(folder, num_scenes - num_val, num_val),
+        "scenes": scenes,
         "num_samples_per_scene": num_samples_per_scene,
         "seed": seed,
     }
-    output = Path(output)
+    output = Path(output).absolute()
     if _is_there(output, manifest):
         return
     check_writable(output.parent, "output")
-    with _whole_or_nothing(output) as root:
-        _write(root, manifest, num_workers or _num_cores())
+    num_clouds = len(scenes) * num_sweeps(num_samples_per_scene)
+    with naming_full_disks("the data set", output, num_clouds * CLOUD_BYTES), _partial(output) as partial:
+        if not _is_there(output, manifest):  # another process may have finished it just now
+            _write(partial, manifest, num_workers or _num_cores())
+            _publish(partial, output)
 
 
 def _num_cores() -> int:
@@ -127,17 +132,38 @@ def _is_there(output: Path, manifest: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name when the block ends well and else vanishes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+def _partial(output: Path) -> Iterator[Path]:
+    """An empty directory beside `output` that is this process's own, gone when the block ends.
+
+    What a simulation into the same place has left that was killed is removed first.
+
+    Raises:
+        UserError: Another simulation writes there.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    is_there = partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        partial.chmod(0o755)
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with locked(partial) as has_locks:
+            if is_there and not has_locks:
+                raise FolderInUse(f"{str(partial)!r} may be left of one that was killed: then remove it")
+            for path in set(partial.iterdir()) - {partial / LOCK_FILE}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except FolderInUse as error:
+        raise UserError(
+            f"output {output} is being made by another simulation: {error}; accepted: another place, or this "
+            "one when that has ended"
+        ) from error
+
+
+def _publish(partial: Path, output: Path) -> None:
+    (partial / LOCK_FILE).unlink()
+    partial.chmod(0o755)
+    os.replace(partial, output)
 
 
 def _write(root: Path, manifest: dict[str, Any], num_workers: int) -> None:

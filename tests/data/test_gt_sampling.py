@@ -10,6 +10,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.box_geometry import points_in_boxes
+from cpq_train.data.column_files import checksum
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, target_boxes, visible_boxes
 from cpq_train.data.gt_database import GtDatabase, open_gt_database
 from cpq_train.data.gt_sampling import TARGETS, GtSampler, GtSampling
@@ -38,6 +39,7 @@ def made_up(*objects: tuple[int, float, float, int]) -> GtDatabase:
         sample_rows=np.zeros(number, dtype=np.int32),
         tokens=np.zeros(number, dtype="S32"),
         point_offsets=np.concatenate([[0], np.cumsum(num_points)]),
+        point_checksums=np.array([checksum(own) for own in np.split(points, np.cumsum(num_points)[:-1])]),
         points=points,
     )
 

@@ -92,6 +92,21 @@ def test_report(arms: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert png_size(tmp_path / "report/pictures/bev_token.png") == (1600, 1600)
 
 
+@pytest.mark.parametrize("token", ["../../escaped", "/escaped", "a" * 300])
+def test_a_sample_token_names_no_other_place(tmp_path: Path, token: str) -> None:
+    runs = tmp_path / "runs"
+    write_arm(runs / "float", "float", 0.3)
+    write_bev(runs / "float")
+    bev = runs / "float" / BEV_FILE
+    write_bev_sample(bev, replace(read_bev_sample(bev), token=token))
+    report = compare([runs / "float"], tmp_path / "out/report")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report"]
+    (file,) = (picture["file"] for picture in report["pictures"] if picture["section"] == "bev")
+    assert min(png_size(tmp_path / "out/report" / file)) > 0
+    assert (tmp_path / "out/report" / file).parent == tmp_path / "out/report/pictures"
+
+
 def png_size(path: Path) -> tuple[int, int]:
     header = path.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")

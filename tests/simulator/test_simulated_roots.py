@@ -1,11 +1,23 @@
 """Whole or not at all, and the same whoever makes it."""
 
+import errno
+import fcntl
 import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from command_line import fails
+from limits import files_of_at_most
 
 from cpq_train.common.errors import UserError
+from cpq_train.common.folders import locked
 from cpq_train.simulator import simulate
 
 
@@ -47,10 +59,89 @@ def test_a_half_written_root_never_gets_the_name(tmp_path: Path, monkeypatch: py
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scene, "scan", failing_scan)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"No space left.*nothing is left behind"):
         simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
     assert len(taken) == 16
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    for num_bytes in (0, 100, 500_000):
+        with files_of_at_most(num_bytes), pytest.raises(UserError) as error:
+            simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
+        assert re.fullmatch(
+            r"cannot write the data set to '.*/root': it needs about 15400000 bytes, \d+ bytes are free "
+            r"\(.*\); nothing is left behind",
+            str(error.value),
+        )
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_a_worker(tmp_path: Path) -> None:
+    with files_of_at_most(500_000), pytest.raises(UserError, match="it needs about 15400000 bytes"):
+        simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_of_two_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partial = tmp_path / ".root.partial"
+    partial.mkdir()
+    (partial / "cloud.bin").write_text("of the first")
+    with locked(partial):
+        said = fails(["simulate", "--output", str(tmp_path / "root"), "--num_scenes", "1"], capsys)
+    assert f"is being written by process {os.getpid()} on " in said
+    assert (partial / "cloud.bin").read_text() == "of the first"
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_killed_simulation_leaves_no_process_and_is_cleared_away(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cpq_train", "simulate", "--output", str(tmp_path / "root")]
+    command += ["--num_scenes", "4", "--num_samples_per_scene", "40", "--num_workers", "2"]
+    with subprocess.Popen(command) as process:
+        partial = tmp_path / ".root.partial"
+        wait_for(lambda: len(list(partial.glob("*/LIDAR_TOP/*.bin"))) > 2, 60)
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        process.kill()
+    wait_for(lambda: not any(map(runs, workers)), 2)
+    assert list(partial.glob("*/LIDAR_TOP/*.bin"))
+    simulate(tmp_path / "root", num_scenes=1, num_samples_per_scene=1, num_workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    assert len(list(tmp_path.glob("root/*/LIDAR_TOP/*.bin"))) == 11
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    simulate(tmp_path / "root", num_scenes=1, num_samples_per_scene=1, num_workers=1)
+    (tmp_path / ".other.partial").mkdir()
+    with pytest.raises(UserError, match=r"other\.partial' may be left of one that was killed"):
+        simulate(tmp_path / "other", num_scenes=1, num_samples_per_scene=1, num_workers=1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", '{"a": 1, "a": 2}'])
+def test_a_damaged_manifest(tmp_path: Path, text: str) -> None:
+    (tmp_path / "simulation.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="manifest"):
+        simulate(tmp_path, num_scenes=1)
 
 
 def test_what_lies_at_the_output_is_kept(mini_root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Folders that are still being written: who writes one, and disks that are full.
+
+A folder is locked while it is written, and the system takes the lock from a process that has ended, in
+whatever way: what nobody holds is a remnant.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cpq_train.common.errors import LoadingError, UserError
+
+LOCK_FILE = ".lock"
+
+_STALE_S = 3600.0
+"""Age of a folder without a lock, from which on nobody is about to lock it."""
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
+"""None: NumPy, which does not pass the number on."""
+
+
+class FolderInUse(UserError):
+    """Another process writes to a folder."""
+
+
+class FullDiskError(LoadingError):
+    """A disk takes no more."""
+
+
+@contextmanager
+def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder, which is there.
+
+    Args:
+        folder: The folder.
+        is_new: It may have no lock yet.
+
+    Yields:
+        Whether it keeps others out: not every file system of a cluster has locks.
+
+    Raises:
+        FolderInUse: Another process has it, which is named, or has finished it just now.
+    """
+    path = folder / LOCK_FILE
+    gone = f"{str(folder)!r} has been finished or removed just now"
+    try:
+        file = path.open("ab+" if is_new else "rb+", buffering=0)
+    except FileNotFoundError as error:
+        raise FolderInUse(gone) from error
+    with file:
+        has_locks = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = (file.read(200) or b"another process").decode("ascii", "replace")
+            raise FolderInUse(f"{str(folder)!r} is being written by {who}") from error
+        except OSError:
+            has_locks = False
+        if not _is_file(path, file.fileno()):
+            raise FolderInUse(gone)
+        with suppress(OSError):  # a full disk, which the lock does not need
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield has_locks
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
+
+
+def remove_remnant(folder: Path) -> None:
+    """Remove a folder whose writer has ended; one that may still be written to stays."""
+    lock = folder / LOCK_FILE
+    with suppress(FolderInUse, OSError):
+        # Its writer is about to lock it, or wrote before there were locks.
+        if not lock.exists() or not lock.stat().st_size:
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        with locked(folder, is_new=False) as has_locks:
+            if has_locks:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def naming_full_disks(
+    what: str,
+    folder: Path,
+    num_bytes: int | None = None,
+    partial: Path | None = None,
+    left: str = "nothing",
+) -> Iterator[None]:
+    """Say in a line that a disk is full or cannot be written to, where something is written to a folder.
+
+    Args:
+        what: What is written.
+        folder: Where to; it may be gone when that has failed.
+        num_bytes: How large it becomes, where that is known or can be estimated.
+        partial: File or folder to remove when writing has failed, before it is counted what is free.
+        left: What is left behind.
+
+    Raises:
+        FullDiskError: The disk is full, read-only, or a quota or a size limit is met.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        if partial is not None:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        needed = "" if num_bytes is None else f"it needs about {num_bytes} bytes, "
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        raise FullDiskError(
+            f"cannot write {what} to {str(folder)!r}: {needed}{shutil.disk_usage(there).free} bytes are free "
+            f"({error.strerror or error}); {left} is left behind"
+        ) from error
