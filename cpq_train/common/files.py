@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,33 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with replacing(path, len(data)) as partial, partial.open("wb") as file:
         file.write(data)
+
+
+def check_regular(path: Path, what: str) -> None:
+    """See that a path is a local regular file, or leads to one, before it is opened.
+
+    A FIFO would block whoever opens it, and a device may have no end.
+
+    Args:
+        path: The file.
+        what: What it is, for the message.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        reason = "does not exist"
+    except OSError as error:
+        reason = f"is not readable: {error.strerror}"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        is_folder = stat.S_ISDIR(mode)
+        kind = "a folder" if is_folder else "no regular file (a FIFO, socket or device)"
+        reason = f"is {kind}: expected a file"
+    raise UserError(f"{what} {str(path)!r} {reason}")
 
 
 def check_writable(folder: Path, option: str) -> None:

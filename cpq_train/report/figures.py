@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
@@ -67,7 +68,7 @@ def draw_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Pa
 
 def _write(output: Path, section: str, name: str, caption: str, svg: str) -> Figure:
     file = f"{FOLDER}/{name}.svg"
-    (output / file).write_text(svg + "\n")
+    write_whole(output / file, svg + "\n")
     return Figure(section, file, caption)
 
 

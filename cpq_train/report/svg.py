@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import NamedTuple
+
+from cpq_train.common.text import in_markup
 
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "14 4")
@@ -60,7 +61,7 @@ class Canvas:
         """A line of text on its base line; `more` are attributes such as fill."""
         attributes = {"fill": _TEXT, **{name.replace("_", "-"): value for name, value in more.items()}}
         self._add(
-            "text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, escape(text)
+            "text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, in_markup(text)
         )
 
     def line(
@@ -76,7 +77,7 @@ class Canvas:
 
     def rect(self, x: float, y: float, width: float, height: float, colour: str, tip: str = "") -> None:
         """A filled rectangle, with a text that a browser shows on hovering."""
-        title = f"<title>{escape(tip)}</title>" if tip else ""
+        title = f"<title>{in_markup(tip)}</title>" if tip else ""
         self._add("rect", {"x": x, "y": y, "width": width, "height": height, "fill": colour}, title)
 
     def dot(self, x: float, y: float, colour: str, radius: float = 4.5) -> None:
@@ -114,7 +115,7 @@ class Canvas:
 
 
 def _value(value: str | float) -> str:
-    return escape(value) if isinstance(value, str) else f"{value:.6g}"
+    return in_markup(value) if isinstance(value, str) else f"{value:.6g}"
 
 
 @dataclass(frozen=True)

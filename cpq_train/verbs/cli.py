@@ -8,8 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
-from rich.console import Console
-
+from cpq_train.common.console import plain_messages, print_plain
 from cpq_train.common.errors import ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
@@ -54,15 +53,14 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        with naming_mistakes(), naming_lost_processes():
+        with plain_messages(), naming_mistakes(), naming_lost_processes():
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))
     except UserError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"error: {_said(error)}", style="red", markup=False, highlight=False)
+        print_plain(f"error: {_said(error)}", style="red", stderr=True)
         if isinstance(error, OptionError):
-            console.print(f"python -m cpq_train {args[0]} --help lists the options", highlight=False)
+            print_plain(f"python -m cpq_train {args[0]} --help lists the options", stderr=True)
         sys.exit(2)
 
 

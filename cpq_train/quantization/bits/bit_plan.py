@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from cpq_train.common.files import write_whole
 from cpq_train.quantization.bits.assignment import Choice, Choices
 from cpq_train.quantization.costs import LayerCost, bit_macs, stored_mib
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
@@ -78,7 +79,7 @@ def mixed_scheme(
 def write_scheme(path: Path, content: Mapping[str, Any], comment: str = "") -> None:
     """Write the content of a scheme as a file that `Scheme.from_file` reads."""
     text = yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=110)
-    path.write_text((f"# {comment}\n" if comment else "") + text)
+    write_whole(path, (f"# {comment}\n" if comment else "") + text)
 
 
 def _extended(base: Scheme, suffix: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
