@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from cpq_train.common.files import write_whole
+from cpq_train.common.files import check_regular, write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
@@ -230,5 +229,6 @@ def _brought(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     for run in runs:
         for picture in sorted(set(run.folder.glob("*.png")) - {run.folder / AMAX_DRIFT_PICTURE}):
             file = f"{FOLDER}/{run.file_name}_{picture.name}"
-            shutil.copyfile(picture, output / file)
+            check_regular(picture, "picture")
+            write_whole(output / file, picture.read_bytes())
             yield Figure("quantizers", file, f"{run.title}: {picture.stem.replace('_', ' ')}.")
