@@ -6,11 +6,10 @@ Nothing in a name is markup, an emoji code, a colour or a command to the termina
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -59,26 +58,21 @@ class _PlainRecord(logging.LogRecord):
         return visible(super().getMessage(), _KEPT)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    text = warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(visible(text, _KEPT))
-
-
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """Show the control characters of warnings and log records too, whoever they come from."""
-    factory, warn = logging.getLogRecordFactory(), warnings.showwarning
+    """Show the control characters of warnings and log records too, whoever they come from.
+
+    To be entered when everything is imported: Lightning puts its own form of warnings in place.
+    """
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def plain(*args: Any, **more: Any) -> str:
+        return visible(form(*args, **more), _KEPT)
+
     logging.setLogRecordFactory(_PlainRecord)
-    warnings.showwarning = _show_warning
+    warnings.formatwarning = plain
     try:
         yield
     finally:
         logging.setLogRecordFactory(factory)
-        warnings.showwarning = warn
+        warnings.formatwarning = form

@@ -24,13 +24,15 @@ FAKE_IN_PYTORCH = "PyTorch, fake quantization"
 """What a quantized network is while it is trained: `runs_as` of its row."""
 
 _LONGEST_MS = 1e9
-_Time = Annotated[float, Field(strict=True, gt=0, le=_LONGEST_MS), accepts("a time above 0 ms")]
+_Time = Annotated[float, Field(strict=True, gt=0, le=_LONGEST_MS), accepts("a finite number above 0")]
 _ROW = keys(
     {
         **dict.fromkeys(("name", "file", "sha256", "runs_as"), str),
         "arm": Row,
         **dict.fromkeys(("ms", "min_ms", "max_ms"), _Time),
-        "cpu_ms": Annotated[float, Field(strict=True, ge=0, le=_LONGEST_MS), accepts("0 or more ms")],
+        "cpu_ms": Annotated[
+            float, Field(strict=True, ge=0, le=_LONGEST_MS), accepts("a finite number from 0 on")
+        ],
         "summary": dict[str, Any],
     }
 )

@@ -25,6 +25,8 @@ _TEXT, _MUTED, _GRID, _PAPER = (
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 _CHARACTER = 0.58
 """Mean width of a character, of the font size."""
+_MAX_CHARACTERS = 80
+"""Of a label beside a chart or in its legend; names of runs may have 255."""
 _MAX_TICKS = 6
 _LEAST_SPAN = 1e-3
 """Of an axis; scores have four digits."""
@@ -40,6 +42,11 @@ class Style(NamedTuple):
 def style(number: int) -> Style:
     """The style of a series by its number: no two of the first 42 are alike."""
     return Style(PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
+
+
+def clipped(label: str) -> str:
+    """A label that leaves room for the chart beside it."""
+    return label if len(label) <= _MAX_CHARACTERS else f"{label[: _MAX_CHARACTERS - 1]}…"
 
 
 def width_of(text: str, size: float = 12) -> float:
@@ -91,7 +98,7 @@ class Canvas:
             How far down it reaches, px.
         """
         left = x
-        for number, label in enumerate(labels):
+        for number, label in enumerate(map(clipped, labels)):
             needed = 34 + width_of(label) + 14
             if left > x and left + needed > self.width:
                 left, y = x, y + 18

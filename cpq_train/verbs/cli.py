@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        with plain_messages(), naming_mistakes(), naming_lost_processes():
+        with naming_mistakes(), naming_lost_processes():
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))
@@ -81,7 +81,8 @@ def _dispatch(args: list[str]) -> None:
         import cpq_train.sparse  # noqa: F401 - first, see `cpq_train.sparse.importing`
         from cpq_train.verbs.lightning_cli import run
 
-        run(args)
+        with plain_messages():
+            run(args)
     elif verb in ("-h", "--help"):
         print(_usage())
     else:
@@ -93,7 +94,7 @@ def _run_plain(name: str, args: list[str]) -> None:
     function = getattr(import_module(verb.module), verb.function)
     given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
     arguments = {parameter: given[parameter] for parameter in inspect.signature(function).parameters}
-    with raising_signals():
+    with raising_signals(), plain_messages():
         function(**arguments)
 
 

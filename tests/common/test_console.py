@@ -1,6 +1,7 @@
 """What is printed is text: no markup, no command to the terminal."""
 
 import logging
+import subprocess
 import sys
 import warnings
 
@@ -69,16 +70,24 @@ def test_error_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[/x]" in said
 
 
-def test_warnings_and_logs(capsys: pytest.CaptureFixture[str]) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    logger = logging.getLogger("cpq_train.test")
-    logger.addHandler(handler)
-    with warnings.catch_warnings(), plain_messages():
-        warnings.simplefilter("always")
-        warnings.warn("a \x1b[31m name", stacklevel=1)
-        logger.warning("of %s", "\x1b]0;x\x07")
-    logger.removeHandler(handler)
-    said = capsys.readouterr().err
+SAYING = """
+import logging, warnings
+from cpq_train.common.console import plain_messages
+with plain_messages():
+    warnings.warn("a \\x1b[31m name")
+    logging.getLogger("x").warning("of %s", "\\x1b]0;x\\x07")
+"""
+
+
+def test_warnings_and_logs() -> None:
+    said = subprocess.run([sys.executable, "-c", SAYING], capture_output=True, text=True, check=True).stderr
     assert "a \\x1b[31m name" in said
     assert "of \\x1b]0;x\\x07" in said
     assert "\x1b" not in said
+
+
+def test_messages_are_as_before_afterwards() -> None:
+    before = warnings.formatwarning, logging.getLogRecordFactory()
+    with plain_messages():
+        pass
+    assert before == (warnings.formatwarning, logging.getLogRecordFactory())

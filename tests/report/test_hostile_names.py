@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_console(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "[/x]" in printed
 
 
+def test_a_long_name_leaves_room_for_its_chart(tmp_path: Path) -> None:
+    write_arm(tmp_path / ("long" * 50), "float", 0.2)
+    compare([tmp_path / ("long" * 50)], tmp_path / "out")
+    chart = (tmp_path / "out/pictures/scores.svg").read_text()
+    assert all(float(x) >= 0 for x in re.findall(r' (?:x|cx|width)="([^"%]+)"', chart))
+
+
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     write_arm(tmp_path / "float", "float", 0.2)
     write_arm(tmp_path / "\udcff", "qat", 0.6)
@@ -111,4 +119,6 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     compare([tmp_path / "float", tmp_path / "\udcff"], tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "&#92;udcff" in text
-    assert "pictures/%FF_amax_drift.svg" in text
+    linked = [unquote(link, errors="surrogateescape") for link in re.findall(r"\]\((.+?)\)", text)]
+    assert any("amax_drift" in link for link in linked)
+    assert all((tmp_path / "out" / link).is_file() for link in linked)
