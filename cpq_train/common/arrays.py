@@ -61,9 +61,12 @@ def read_npz(path: Path, what: str) -> Arrays:
     except _Unfit as error:
         reason = str(error)
     except _DAMAGED as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__)[:_MAX_CHARACTERS]
     raise UserError(f"{what} {str(path)!r} is not a readable .npz archive: {reason}")
 
+
+_MAX_CHARACTERS: Final = 200
+"""Of what zipfile says: it repeats names, which may have 65,535."""
 
 _DAMAGED: Final = (
     *(OSError, EOFError, ValueError, OverflowError, RuntimeError, NotImplementedError),

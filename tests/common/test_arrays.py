@@ -93,6 +93,14 @@ def test_a_name_twice(tmp_path: Path) -> None:
         read_npz(tmp_path / "a.npz", "archive")
 
 
+def test_what_is_said_of_a_long_name_is_short(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.npz", **{"x" * 9000: header((1,)) + bytes(8)})
+    path.write_bytes(path.read_bytes().replace(b"xxx", b"yxx", 1))
+    with pytest.raises(UserError, match="differ|in header|File name") as error:
+        read_npz(path, "archive")
+    assert len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_ways_to_pack(method: int, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as file:
