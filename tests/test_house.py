@@ -65,3 +65,17 @@ def test_only_one_module_makes_pictures(name: str) -> None:
     text = MODULES[name].read_text()
     assert "savefig(" not in text
     assert "import FigureCanvasAgg" not in text
+
+
+_PRINTS = {
+    "cpq_train/common/progress.py",  # a line of progress, which is made visible there
+    "cpq_train/verbs/cli.py",  # the usage, which holds no name
+    "cpq_train/export/deployed_detector.py",  # which is copied, and imports nothing of this package
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - _PRINTS))
+def test_nothing_prints_past_the_console(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert "print" not in [function.id for function in called if isinstance(function, ast.Name)]

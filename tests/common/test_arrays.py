@@ -96,7 +96,7 @@ def test_a_name_twice(tmp_path: Path) -> None:
 def test_what_is_said_of_a_long_name_is_short(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.npz", **{"x" * 9000: header((1,)) + bytes(8)})
     path.write_bytes(path.read_bytes().replace(b"xxx", b"yxx", 1))
-    with pytest.raises(UserError, match="differ|in header|File name") as error:
+    with pytest.raises(UserError, match=r"differ|in header|File name") as error:
         read_npz(path, "archive")
     assert len(str(error.value)) < 500
 
