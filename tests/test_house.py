@@ -44,3 +44,38 @@ def test_console_script() -> None:
     named = re.search(r'^cpq_train = "(\S+):(\S+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert named is not None
     assert callable(getattr(import_module(named[1]), named[2]))
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"cpq_train/common/console.py"}))
+def test_only_the_console_prints_through_rich(name: str) -> None:
+    """Elsewhere there are its tables, and its bar: names of strangers are markup in a console of its own."""
+    allowed = {"rich.table"} | ({"rich.progress"} if name == "cpq_train/common/progress.py" else set())
+    nodes = list(ast.walk(ast.parse(MODULES[name].read_text())))
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert {module for module in imported if module.split(".")[0] == "rich"} <= allowed
+
+
+_DRAWS = "cpq_train/common/picture.py"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {_DRAWS}))
+def test_only_one_module_makes_pictures(name: str) -> None:
+    """A picture of another's make would take `$` in a name for a formula, and could be left half written."""
+    text = MODULES[name].read_text()
+    assert "savefig(" not in text
+    assert "import FigureCanvasAgg" not in text
+
+
+_PRINTS = {
+    "cpq_train/common/progress.py",  # a line of progress, which is made visible there
+    "cpq_train/verbs/cli.py",  # the usage, which holds no name
+    "cpq_train/export/deployed_detector.py",  # which is copied, and imports nothing of this package
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - _PRINTS))
+def test_nothing_prints_past_the_console(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert "print" not in [function.id for function in called if isinstance(function, ast.Name)]

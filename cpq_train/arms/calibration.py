@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from rich.console import Console
 from torch import Tensor, nn
 
 from cpq_train.arms.coverage import coverage_table
 from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
 from cpq_train.arms.subject import Subject
+from cpq_train.common.console import print_plain
 from cpq_train.common.progress import track
 from cpq_train.quantization.health import Problem, refuse, table
 from cpq_train.quantization.prepare import leave_in_float
@@ -53,7 +53,7 @@ def calibrate(
     """
     assert subject.scheme is not None
     if show:
-        Console().print(coverage_table(subject.prepared))
+        print_plain(coverage_table(subject.prepared))
     given = dict(given or {})
     subject.network.load_state_dict(given, strict=False)
     seen: dict[str, Any] = {"num_samples": 0}
@@ -84,5 +84,5 @@ def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:
     subject.scheme = leave_in_float(subject.network, subject.prepared, subject.scheme, problems)
     if show:
         text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
-        Console(soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
-        Console().print(coverage_table(subject.prepared))
+        print_plain(text, style="yellow")
+        print_plain(coverage_table(subject.prepared))

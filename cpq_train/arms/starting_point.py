@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import distributed, nn
 
 from cpq_train.arms.subject import Subject
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.models.foreground import foreground_error
 from cpq_train.models.topology import blocks_of
@@ -95,7 +95,8 @@ def improve(
             if config.adaround_num_steps:
                 blocks = list(blocks_of(subject.network))
                 roundings = round_adaptively(twins, blocks, config.adaround_num_steps)
-                Console(quiet=not show_progress).print(rounding_table(roundings))
+                if show_progress:
+                    print_plain(rounding_table(roundings))
             if config.bias_correction:
                 correct_biases(twins)
         _agree(network)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
@@ -79,7 +80,9 @@ class Evaluation(Callback):
         self._is_whole = num_scored == num_all
         if not self._is_whole and trainer.is_global_zero:
             why = left_out_by(trainer)
-            print(f"partial score: {num_scored} of {num_all} samples ({why}); {METRICS_FILE} is not written")
+            print_plain(
+                f"partial score: {num_scored} of {num_all} samples ({why}); {METRICS_FILE} is not written"
+            )
         scores = self.scored.scores
         log_equal(pl_module, {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import checkpoint_of, datamodule_of, left_out_by
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.common.progress import track
@@ -80,7 +80,9 @@ class WritePredictions(Callback):
         if not trainer.is_global_zero:
             return
         if len(detections) < len(data.test_rows) and (why := left_out_by(trainer)):
-            print(f"{len(detections)} samples are detected in ({why}); {SUBMISSION_FILE} is not written")
+            print_plain(
+                f"{len(detections)} samples are detected in ({why}); {SUBMISSION_FILE} is not written"
+            )
         else:
             _write(path, _in_global_frame(data, data.test_rows, detections), _tokens(data, data.test_rows))
 
@@ -127,7 +129,7 @@ def _in_global_frame(
 def _write(path: Path, found: Predictions, names: Strings, **meta: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_submission(path, found, names, {**LIDAR_ONLY, **meta})
-    Console(soft_wrap=True).print(f"{path}: {len(found.score):,} boxes of {len(names):,} samples")
+    print_plain(f"{path}: {len(found.score):,} boxes of {len(names):,} samples")
 
 
 def _write_predictions(path: Path, data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> None:
@@ -155,7 +157,7 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
         title = f"{_stem(Path(sample.token))}\n{panel.is_shown.sum()} detections"
         draw_bev(folder / file_name(name, ".png"), {title: panel})
     if len(rows) > MAX_PICTURES:
-        Console().print(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
+        print_plain(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
 
 
 def _sample(data: NuScenesDataModule, row: int, found: LidarDetections) -> BevSample:

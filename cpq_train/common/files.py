@@ -64,15 +64,15 @@ def append_whole(path: Path, text: str) -> None:
     Raises:
         UserError: The disk is full, or the file cannot be written.
     """
-    data, size = text.encode(), path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("ab", buffering=0) as file:
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
-        raise UserError(cannot_write(path, len(data), error)) from error
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size, left = file.tell(), data
+        try:
+            while left:  # a disk that takes a part says at the next write why
+                left = left[file.write(left) :]
+        except OSError as error:
+            file.truncate(size)
+            raise UserError(cannot_write(path, len(data), error)) from error
 
 
 def check_regular(path: Path, what: str) -> None:
@@ -163,8 +163,12 @@ def cannot_write(path: Path, num_bytes: int | None, error: OSError) -> str:
     """
     if error.errno not in _FULL:
         return f"cannot write {str(path)!r}: {error.strerror}"
-    needed = "" if num_bytes is None else f"it needs {num_bytes:,} bytes, "
-    there = next(place for place in path.parents if _exists(place))
-    free = shutil.disk_usage(there).free
     stays = "; the file that is there stays as it is" if path.exists() else ""
-    return f"cannot write {str(path)!r}: {needed}{free:,} bytes are free ({error.strerror}){stays}"
+    return f"cannot write {str(path)!r}: {room(path.parent, num_bytes)} ({error.strerror}){stays}"
+
+
+def room(folder: Path, num_bytes: int | None) -> str:
+    """What is needed, where that is known, and what is free on the disk of a folder, which may be gone."""
+    needed = "" if num_bytes is None else f"it needs {num_bytes:,} bytes, "
+    there = next(place for place in (folder, *folder.parents) if _exists(place))
+    return f"{needed}{shutil.disk_usage(there).free:,} bytes are free"

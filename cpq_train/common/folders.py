@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpq_train.common.errors import LoadingError, UserError
+from cpq_train.common.files import room
 
 LOCK_FILE = ".lock"
 
@@ -120,9 +121,7 @@ def naming_full_disks(
             raise
         if partial is not None:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-        needed = "" if num_bytes is None else f"it needs about {num_bytes} bytes, "
-        there = next(place for place in (folder, *folder.parents) if place.exists())
         raise FullDiskError(
-            f"cannot write {what} to {str(folder)!r}: {needed}{shutil.disk_usage(there).free} bytes are free "
-            f"({error.strerror or error}); {left} is left behind"
+            f"cannot write {what} to {str(folder)!r}: {room(folder, num_bytes)} ({error.strerror or error}); "
+            f"{left} is left behind"
         ) from error

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from operator import length_hint
 from typing import TypeVar
 
-from rich.console import Console
+from cpq_train.common.console import new_console
+from cpq_train.common.text import visible
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ EVERY_N_SECONDS = 30.0
 def draws_bars() -> bool:
     """Whether stdout is a terminal that can draw a bar; elsewhere lines are printed."""
     # rich takes FORCE_COLOR for a terminal, which a job inherits from the shell that submitted it.
-    return sys.stdout.isatty() and not Console().is_dumb_terminal
+    return sys.stdout.isatty() and not new_console().is_dumb_terminal
 
 
 def say(text: str) -> None:
@@ -28,7 +29,7 @@ def say(text: str) -> None:
 
     On stderr, as what is said of a run's end: stdout has the results of a verb.
     """
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), visible(text), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -77,9 +78,11 @@ def progress(description: str, total: float | None) -> Iterator[Callable[[float]
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:  # which also leaves the terminal as it was where the loop ends early
-        task = bar.add_task(description, total=total)
+    said = TextColumn("{task.description}", markup=False)
+    columns = (said, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Which also leaves the terminal as it was where the loop ends early.
+    with Progress(*columns, console=new_console()) as bar:
+        task = bar.add_task(visible(description), total=total)
         yield lambda count: bar.advance(task, count)
 
 

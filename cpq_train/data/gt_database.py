@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -216,7 +216,5 @@ def _print_counts(database: GtDatabase) -> None:
     for class_id, name in enumerate(DETECTION_CLASSES):
         num_points = database.num_points[database.classes == class_id]
         table.add_row(name, str(len(num_points)), str(np.count_nonzero(num_points >= 5)))
-    console = table_console()
     text = f"GT database: {database.folder} ({len(database.points)} points)"
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-    console.print(table)
+    print_plain(text, table)

@@ -17,6 +17,7 @@ from typing import TextIO
 import numpy as np
 
 from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.text import in_cell
 from cpq_train.evaluation.boxes import Bools, Floats, Ints, Strings
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.protocol import RANGE_BINS_M, TP_THRESHOLD_INDEX
@@ -163,7 +164,7 @@ def write_changes(file: TextIO, per_run: Mapping[str, Changes]) -> None:
         ):
             chosen = np.flatnonzero(rows)
             for row in chosen[np.argsort(-by[chosen], kind="stable")].tolist():
-                writer.writerow([run, change, *_record(found, row)])
+                writer.writerow(map(in_cell, [run, change, *_record(found, row)]))
 
 
 def _record(found: Changes, row: int) -> list[str]:

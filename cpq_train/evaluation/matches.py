@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
+from cpq_train.common.errors import UserError, shown
 from cpq_train.common.files import replacing
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.schema import check_schema
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
-from cpq_train.evaluation.protocol import THRESHOLDS_M
+from cpq_train.evaluation.protocol import THRESHOLDS_M, TP_ERRORS
 
 SCHEMA = 1
 
@@ -115,23 +118,88 @@ def write_matches(path: Path, matches: Matches) -> None:
         np.savez_compressed(file, schema=SCHEMA, thresholds_m=THRESHOLDS_M, **columns)
 
 
+_COLUMNS: Final = {
+    "sample_token": Column("U", ("S",)),
+    "sample_scene": Column("i", ("S",)),
+    "scene_name": Column("U", ("C",)),
+    "pred_sample": Column("i", ("N",)),
+    "pred_label": Column("i", ("N",)),
+    "pred_score": Column("f", ("N",)),
+    "pred_range_m": Column("f", ("N",)),
+    "pred_row": Column("i", ("N",)),
+    "pred_match": Column("i", (len(THRESHOLDS_M), "N")),
+    "match_errors": Column("f", ("M", len(TP_ERRORS))),
+    "gt_sample": Column("i", ("G",)),
+    "gt_label": Column("i", ("G",)),
+    "gt_range_m": Column("f", ("G",)),
+    "gt_num_points": Column("i", ("G",)),
+    "gt_token": Column("U", ("G",)),
+}
+_THRESHOLDS: Final = {"thresholds_m": Column("f", (len(THRESHOLDS_M),))}
+_MOST: Final = 2**31 - 1
+_LEAST_ERROR: Final = -1e-6
+"""An error of 0 may come out less by rounding."""
+
+
 def read_matches(path: Path) -> Matches:
-    """Read `matches.npz`.
+    """Read and check `matches.npz`.
 
     Raises:
-        UserError: The file is absent, no such file, or of another schema.
+        UserError: The file is absent, no such file, of another schema, or damaged: an array of another kind
+            or shape, a row or a class that does not exist, a number out of its bounds.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            columns = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise UserError(f"{path}: not a readable matches.npz ({error})") from error
-    schema = columns.pop("schema", None)
-    columns.pop("thresholds_m", None)
-    missing = {field.name for field in fields(Matches)} - columns.keys()
-    check_schema(None if schema is None else schema.item(), SCHEMA, str(path))
-    if missing:
-        raise UserError(f"{path}: columns {sorted(missing)} are missing; accepted: all of `Matches`")
+    arrays = read_npz(path, "matches")
+    check_schema(_single(arrays.get("schema")), SCHEMA, str(path))
+    stated = {name: column for name, column in _THRESHOLDS.items() if name in arrays}
+    check_columns(arrays, _COLUMNS | stated, str(path))
+    if stated and arrays["thresholds_m"].tolist() != list(THRESHOLDS_M):
+        seen = arrays["thresholds_m"].tolist()
+        raise UserError(f"{path}: thresholds_m is {seen}; accepted: {list(THRESHOLDS_M)}")
+    columns = {name: arrays[name] for name in _COLUMNS}
     for name in _COMPACT:
         columns[name] = columns[name].astype(np.int64)
-    return Matches(**columns)
+    found = Matches(**columns)
+    _check_bounds(found, path)
+    _check_rows(found, path)
+    return found
+
+
+def _single(array: NDArray[Any] | None) -> Any:
+    return array.item() if array is not None and array.size == 1 else None
+
+
+def _check_bounds(found: Matches, path: Path) -> None:
+    last_sample, last_label = len(found.sample_token) - 1, len(DETECTION_CLASSES) - 1
+    bounds: dict[str, tuple[float, float]] = {
+        "sample_scene": (0, len(found.scene_name) - 1),
+        "pred_sample": (0, last_sample),
+        "pred_label": (0, last_label),
+        "pred_score": (0, 1),
+        "pred_range_m": (0, _MOST),
+        "pred_row": (0, _MOST),
+        "pred_match": (-1, len(found.gt_token) - 1),
+        "match_errors": (_LEAST_ERROR, _MOST),
+        "gt_sample": (0, last_sample),
+        "gt_label": (0, last_label),
+        "gt_range_m": (0, _MOST),
+        "gt_num_points": (0, _MOST),
+    }
+    for name, (least, most) in bounds.items():
+        check_values(getattr(found, name), least, most, f"{path}: {name}", unknown=name == "match_errors")
+
+
+def _check_rows(found: Matches, path: Path) -> None:
+    """See that rows are in their order, as many as they say, and each once."""
+    num_matches, num_errors = int(np.count_nonzero(found.is_match)), len(found.match_errors)
+    if num_matches != num_errors:
+        raise UserError(f"{path}: {num_errors} match_errors; accepted: {num_matches}, one for each match")
+    is_next_class = np.diff(found.pred_label) > 0
+    is_in_order = is_next_class | ((np.diff(found.pred_label) == 0) & (np.diff(found.pred_score) <= 0))
+    if not is_in_order.all():
+        row = int(np.flatnonzero(~is_in_order)[0]) + 1
+        raise UserError(f"{path}: row {row} of pred_score; accepted: sorted by class, then falling score")
+    for name in ("sample_token", "scene_name", "gt_token"):
+        values, counts = np.unique(getattr(found, name), return_counts=True)
+        if (counts > 1).any():
+            twice = shown(str(values[counts.argmax()]))
+            raise UserError(f"{path}: {name} holds {twice} {counts.max()} times; accepted: each once")

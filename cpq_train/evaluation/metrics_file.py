@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter
+from typing_extensions import NotRequired
 
 from cpq_train.common.arm_names import Row
 from cpq_train.common.documents import read_json
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
-from cpq_train.common.schema import Count, CountAboveZero, Number, accepts, check_document, keys
+from cpq_train.common.schema import Count, CountAboveZero, accepts, check_document, keys
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.matches import Matches
 from cpq_train.evaluation.metric import Scores
@@ -141,10 +142,22 @@ def _in_order(bounds: list[float]) -> list[float]:
     return bounds
 
 
+_ROUNDING = 1e-6
+"""So far a mean of numbers within their bounds may come out beyond them."""
+
 _PAIR = Field(min_length=2, max_length=2)
-_Error = Annotated[Number | None, accepts("a finite number or null")]
-_Bounds = Annotated[list[Number], _PAIR, AfterValidator(_in_order)]
+_Score = Annotated[
+    float,
+    Field(strict=True, allow_inf_nan=False, ge=-_ROUNDING, le=1 + _ROUNDING),
+    accepts("a finite number from 0 to 1"),
+]
+_MeanError = Annotated[
+    float, Field(strict=True, allow_inf_nan=False, ge=-_ROUNDING), accepts("a finite number from 0 on")
+]
+_Error = Annotated[_MeanError | None, accepts("a finite number from 0 on, or null")]
+_Bounds = Annotated[list[_Score], _PAIR, AfterValidator(_in_order)]
 _Interval = Annotated[_Bounds | None, accepts("null or [lower, upper]")]
+_ENGINE: Any = keys({**dict.fromkeys(("name", "version", "file", "sha256"), str), "target": NotRequired[str]})
 _Coverage = dict[str, Annotated[list[Count], _PAIR]]
 
 _KIND = TypeAdapter(
@@ -158,12 +171,12 @@ _KIND = TypeAdapter(
                     "num_samples": CountAboveZero,
                 }
             ),
-            "metrics": keys(dict.fromkeys(METRICS, Number)),
+            "metrics": keys({**dict.fromkeys(METRICS, _MeanError), "mAP": _Score, "NDS": _Score}),
             "per_class": keys(
                 {
                     name: keys(
                         {
-                            "AP": keys(dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], Number)),
+                            "AP": keys(dict.fromkeys([*map(str, THRESHOLDS_M), "mean"], _Score)),
                             **dict.fromkeys(TP_ERRORS, _Error),
                         }
                     )
@@ -175,7 +188,7 @@ _KIND = TypeAdapter(
                     f"{lower:g}-{upper:g}": keys(
                         dict.fromkeys(
                             ["mAP", *(name for name in DETECTION_CLASSES if CLASS_RANGE_M[name] >= upper)],
-                            Number,
+                            _Score,
                         )
                     )
                     for lower, upper in RANGE_BINS_M
@@ -184,6 +197,7 @@ _KIND = TypeAdapter(
             "confidence": keys({"mAP": _Interval, "NDS": _Interval, "method": str}),
             "postprocessing_sha256": str,
             **dict.fromkeys(("parents", "profile", "config"), dict[str, Any]),
+            "engine": NotRequired[_ENGINE],
             "coverage": Annotated[_Coverage, accepts("a mapping of kind to [quantized, all]")],
         }
     )

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cpq_train.common.documents import read_json
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
 from cpq_train.common.files import replacing
 from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions, Strings
@@ -31,6 +33,8 @@ LIDAR_ONLY = {
 """The sensors a submission says it uses."""
 
 _NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+
+_LARGEST = sys.float_info.max
 
 Record = dict[str, Any]
 
@@ -192,7 +196,7 @@ def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Pr
     row_of = {token: row for row, token in enumerate(sample_tokens.tolist())}
     for token, found in results.items():
         if not isinstance(found, list):
-            raise UserError(f"sample {token}: detections are {found!r}; accepted: a list of boxes")
+            raise UserError(f"sample {token}: detections are {shown(found)}; accepted: a list of boxes")
     records = [record for found in results.values() for record in found]
     sample = np.repeat([row_of[token] for token in results], [len(boxes) for boxes in results.values()])
     _check_records(records, results)
@@ -202,9 +206,7 @@ def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Pr
         attribute=_ids(records, "attribute_name", ATTRIBUTES, none=""),
         **{name: _numbers(records, name, width) for name, width in _NUMBERS.items()},
     )
-    return Predictions(
-        boxes, _numbers([{"score": [r["detection_score"]]} for r in records], "score", 1)[:, 0]
-    )
+    return Predictions(boxes, _numbers(records, "detection_score", 0)[:, 0])
 
 
 def _check_records(records: list[Record], results: dict[str, list[Record]]) -> None:
@@ -212,10 +214,10 @@ def _check_records(records: list[Record], results: dict[str, list[Record]]) -> N
     for token, record in zip(_token_of_each(results), records, strict=True):
         if not isinstance(record, dict) or not wanted <= record.keys():
             raise UserError(
-                f"sample {token}: detection {str(record)[:80]} lacks a key; accepted: {sorted(wanted)}"
+                f"sample {token}: detection {shown(record)} lacks a key; accepted: {sorted(wanted)}"
             )
         if record["sample_token"] != token:
-            raise UserError(f"sample {token}: a detection says sample_token {record['sample_token']}")
+            raise UserError(f"sample {token}: a detection says sample_token {shown(record['sample_token'])}")
 
 
 def _token_of_each(results: dict[str, list[Record]]) -> Iterator[str]:
@@ -231,7 +233,24 @@ def _ids(records: list[Record], key: str, names: tuple[str, ...], none: str | No
 
 
 def _numbers(records: list[Record], key: str, width: int) -> Floats:
-    try:
-        return np.array([record[key] for record in records], np.float64).reshape(len(records), width)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key} of a detection is no list of {width} numbers ({error})") from error
+    """(N, width) numbers of detections; NumPy would take texts, flags and nested lists for some.
+
+    Args:
+        records: The detections.
+        key: What the numbers are.
+        width: How many of them are in a list; 0 for a number that stands alone.
+    """
+    lists = [record[key] for record in records] if width else [[record[key]] for record in records]
+    lengths, kinds = {width or 1}, {int, float}
+    if not (set(map(type, lists)) <= {list} and set(map(len, lists)) <= lengths):
+        bad = next(i for i, one in enumerate(lists) if type(one) is not list or {len(one)} != lengths)
+    elif not set(map(type, chain.from_iterable(lists))) <= kinds:
+        bad = next(i for i, one in enumerate(lists) if not set(map(type, one)) <= kinds)
+    else:
+        try:
+            return np.array(lists, np.float64).reshape(len(lists), width or 1)
+        except OverflowError:  # an integer beyond all floats
+            bad = next(i for i, one in enumerate(lists) if any(abs(number) > _LARGEST for number in one))
+    sample, value = records[bad]["sample_token"], shown(records[bad][key])
+    accepted = f"list of {width} numbers" if width else "number"
+    raise UserError(f"sample {sample}: {key} of a detection is no {accepted}: {value}")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from cpq_train.common.arm_names import Row
 from cpq_train.common.documents import read_json
 from cpq_train.common.files import write_whole
-from cpq_train.common.schema import CountAboveZero, Number, check_document, keys, list_of
+from cpq_train.common.schema import CountAboveZero, accepts, check_document, keys, list_of
 
 SCHEMA = 1
 LATENCY_FILE = "latency.json"
@@ -23,11 +23,16 @@ FLOAT_IN_PYTORCH = "PyTorch, float"
 FAKE_IN_PYTORCH = "PyTorch, fake quantization"
 """What a quantized network is while it is trained: `runs_as` of its row."""
 
+_LONGEST_MS = 1e9
+_Time = Annotated[float, Field(strict=True, gt=0, le=_LONGEST_MS), accepts("a finite number above 0")]
 _ROW = keys(
     {
         **dict.fromkeys(("name", "file", "sha256", "runs_as"), str),
         "arm": Row,
-        **dict.fromkeys(("ms", "min_ms", "max_ms", "cpu_ms"), Number),
+        **dict.fromkeys(("ms", "min_ms", "max_ms"), _Time),
+        "cpu_ms": Annotated[
+            float, Field(strict=True, ge=0, le=_LONGEST_MS), accepts("a finite number from 0 on")
+        ],
         "summary": dict[str, Any],
     }
 )

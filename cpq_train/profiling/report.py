@@ -6,12 +6,15 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from cpq_train.common.console import print_plain
+from cpq_train.common.files import write_whole
+from cpq_train.common.text import in_row
 from cpq_train.profiling.latency import Latency, LatencyRow, Spread
 from cpq_train.profiling.memory import MemoryRow
 from cpq_train.profiling.storage import StorageRow
@@ -102,8 +105,8 @@ def write_files(folder: Path, profile: Profile) -> None:
     """Write `profile.json`, `latency.csv`, `memory.csv`, `storage.csv` and `modules.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     document = profile.document()
-    (folder / PROFILE_FILE).write_text(json.dumps(document, indent=2) + "\n")
-    (folder / "modules.txt").write_text(profile.tree + "\n")
+    write_whole(folder / PROFILE_FILE, json.dumps(document, indent=2) + "\n")
+    write_whole(folder / "modules.txt", profile.tree + "\n")
     write_csv(folder / "latency.csv", document["latency"]["layers"])
     write_csv(folder / "memory.csv", document["memory"])
     write_csv(folder / "storage.csv", document["storage"])
@@ -111,27 +114,26 @@ def write_files(folder: Path, profile: Profile) -> None:
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Records with equal keys as a table with a header."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]) if records else [])
-        writer.writeheader()
-        writer.writerows(records)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]) if records else [])
+    writer.writeheader()
+    writer.writerows(map(in_row, records))
+    write_whole(path, text.getvalue())
 
 
-def print_profile(console: Console, profile: Profile) -> None:
+def print_profile(profile: Profile) -> None:
     """The module tree, then the tables."""
-    console.print(profile.tree, markup=False, highlight=False)
-    tables = (
+    print_plain(
+        profile.tree,
         storage_table(profile.storage),
         memory_table(profile.memory),
         latency_table(profile.latency),
         kinds_table(profile.latency),
+        summary_line(profile),
     )
-    for table in tables:
-        console.print(table)
-    console.print(summary_line(profile), markup=False, highlight=False)
 
 
-def print_in_turn(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+def print_in_turn(rows: Sequence[Mapping[str, Any]]) -> None:
     """What a pass of each network takes: rows of `latency.json`."""
     table = _table(
         "Latency of one pass, measured in turn in one process",
@@ -141,7 +143,7 @@ def print_in_turn(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         time = Spread(row["ms"], row["min_ms"], row["max_ms"])
         table.add_row(row["name"], row["runs_as"], f"{time.ms:.2f}", _range(time), f"{row['cpu_ms']:.2f}")
-    console.print(table)
+    print_plain(table)
 
 
 def latency_table(latency: Latency) -> Table:

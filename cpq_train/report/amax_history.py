@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cpq_train.report.csv_table import read_table
+from cpq_train.report.csv_table import bounded, read_table
 
 AMAX_DRIFT_FILE = "amax_drift.csv"
 AMAX_DRIFT_PICTURE = "amax_drift.png"
 LEAST_LIMIT = 0.01
 """Of a scale of colours: what moved by less than 0.7 % looks unchanged."""
+
+_LARGEST = 3.41e38
+"""Of float32, rounded up."""
+_UNKNOWN = ("", "nan", "inf", "-inf")
 
 _COLUMNS = ("step", "quantizer", "amax", "start_amax", "clipped_share", "sqnr_db")
 
@@ -53,19 +57,24 @@ def read_amax_history(path: Path) -> History:
 
 
 def _row(row: dict[str, str]) -> tuple[str, int, Reading]:
-    return row["quantizer"], int(row["step"]), _reading(row)
+    return row["quantizer"], int(bounded(row, "step")), _reading(row)
 
 
 def _reading(row: dict[str, str]) -> Reading:
-    amax, start = _number(row["amax"]), _number(row["start_amax"])
-    known = amax is not None and start is not None and amax > 0 and start > 0
-    drift = math.log2(amax / start) if known and amax and start else None
-    return Reading(drift, _number(row["clipped_share"]), _number(row["sqnr_db"]))
+    amax, start = _measured(row, "amax", 0, _LARGEST), _measured(row, "start_amax", 0, _LARGEST)
+    drift = math.log2(amax / start) if amax and start else None
+    clipped, sqnr_db = _measured(row, "clipped_share", 0, 1), _measured(row, "sqnr_db", -1e4, 1e4)
+    return Reading(drift, clipped, sqnr_db)
 
 
-def _number(text: str) -> float | None:
-    value = float(text) if text else math.nan
-    return value if math.isfinite(value) else None
+def _measured(row: dict[str, str], name: str, least: float, most: float) -> float | None:
+    """A number within its bounds, or none where the cell is empty or says inf."""
+    if row[name] in _UNKNOWN:
+        return None
+    value = float(row[name])
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {row[name]}; accepted: a number from {least:g} to {most:g}, or nothing")
+    return value
 
 
 def most_moved(history: History, at_most: int) -> list[str]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cpq_train.common.picture import picture
+from cpq_train.common.text import visible
 from cpq_train.report.amax_history import History, drift_map
 
 NARROWER_COLOUR, UNCHANGED_COLOUR, WIDER_COLOUR = "#0072B2", "#F7F7F7", "#D55E00"
@@ -29,9 +32,7 @@ def draw_amax_drift(path: Path, history: History) -> None:
         path: the PNG to write.
         history: see `read_amax_history`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     found = drift_map(history, list(history))
     if found is None:
@@ -40,16 +41,14 @@ def draw_amax_drift(path: Path, history: History) -> None:
     drifts = np.array(found.drifts, dtype=np.float64)  # None becomes NaN
     scale = LinearSegmentedColormap.from_list("drift", [NARROWER_COLOUR, UNCHANGED_COLOUR, WIDER_COLOUR])
     colours = scale.with_extremes(bad=UNKNOWN_COLOUR)
-    figure = Figure(figsize=(14, 2 + _ROW_INCHES * len(names)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    cells = axes.imshow(drifts, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    shown = range(0, len(steps), math.ceil(len(steps) / _MAX_STEPS))
-    axes.set_xticks(shown, [str(steps[column]) for column in shown], fontsize=12)
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_title(f"Ranges of {len(names)} quantizers", fontsize=16)
-    bar = figure.colorbar(cells, pad=0.02, shrink=0.3, aspect=30, anchor=(0.0, 1.0))
-    bar.set_label("log2(amax / start): 1 is twice as wide, -1 half", fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    how: dict[str, Any] = {"cmap": colours, "aspect": "auto", "interpolation": "nearest"}
+    with picture(path, 14, 2 + _ROW_INCHES * len(names)) as figure:
+        axes = figure.subplots()
+        cells = axes.imshow(drifts, vmin=-limit, vmax=limit, **how)
+        axes.set_yticks(range(len(names)), list(map(visible, names)), fontsize=8)
+        shown = range(0, len(steps), math.ceil(len(steps) / _MAX_STEPS))
+        axes.set_xticks(shown, [str(steps[column]) for column in shown], fontsize=12)
+        axes.set_xlabel("step", fontsize=13)
+        axes.set_title(f"Ranges of {len(names)} quantizers", fontsize=16)
+        bar = figure.colorbar(cells, pad=0.02, shrink=0.3, aspect=30, anchor=(0.0, 1.0))
+        bar.set_label("log2(amax / start): 1 is twice as wide, -1 half", fontsize=13)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
 from cpq_train.common.files import replacing
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
@@ -110,16 +110,33 @@ def _compact(column: Any) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
+_COLUMNS: Final = {
+    "token": Column("U", ()),
+    "points": Column("f", ("P", 3)),
+    "gt_boxes": Column("f", ("G", 9)),
+    "gt_labels": Column("i", ("G",)),
+    "boxes": Column("f", ("N", 9)),
+    "scores": Column("f", ("N",)),
+    "labels": Column("i", ("N",)),
+}
+_GT_TOKENS: Final = {"gt_tokens": Column("U", ("G",))}
+_FAR: Final = 1e6
+"""Metres, radians and metres a second: no picture shows more."""
+
+
 def read_bev_sample(path: Path) -> BevSample:
-    """Read what `write_bev_sample` wrote.
+    """Read and check what `write_bev_sample` wrote.
 
     Raises:
-        UserError: The file is damaged or something else.
+        UserError: The file is absent, damaged or something else.
     """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            names = BevSample.__dataclass_fields__.keys() - ({"gt_tokens"} - set(stored.files))
-            columns = {name: stored[name] for name in names}
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path}: not a readable {BEV_FILE} ({error})") from error
-    return BevSample(**columns | {"token": str(columns["token"])})
+    arrays = read_npz(path, "sample")
+    columns = _COLUMNS | (_GT_TOKENS if arrays.get("gt_tokens", np.zeros(0)).size else {})
+    check_columns(arrays, columns, str(path))
+    for name in ("gt_boxes", "boxes"):
+        check_values(arrays[name][:, :7], -_FAR, _FAR, f"{path}: {name}")
+    for name in ("gt_labels", "labels"):
+        check_values(arrays[name], 0, len(DETECTION_CLASSES) - 1, f"{path}: {name}")
+    check_values(arrays["scores"], 0, 1, f"{path}: scores")
+    found: dict[str, Any] = {name: arrays[name] for name in columns}
+    return BevSample(**found | {"token": str(arrays["token"])})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cpq_train.report.svg import Axes, Canvas, nice_ticks, style, width_of
+from cpq_train.report.svg import Axes, Canvas, clipped, nice_ticks, style, width_of
 
 WIDTH = 1100
 _MUTED = "var(--muted, #57606a)"
@@ -25,7 +25,7 @@ class Estimate:
 
 def intervals(panels: Mapping[str, Sequence[Estimate]]) -> str:
     """Values with their intervals, a row for each run and a panel for each metric, side by side."""
-    labels = [estimate.label for estimate in next(iter(panels.values()))]
+    labels = [clipped(estimate.label) for estimate in next(iter(panels.values()))]
     margin = 18 + max(map(width_of, labels))
     pane = (WIDTH - margin) / len(panels)
     canvas = Canvas(WIDTH, 56 + 26 * len(labels))
@@ -141,6 +141,7 @@ def heat_map(
         limit: the absolute value of full colour; above 0.
         label: what the values are.
     """
+    rows = list(map(clipped, rows))
     left = 16 + max(width_of(row, 11) for row in rows)
     cell, row_height = (WIDTH - left - 20) / len(columns), 15
     canvas = Canvas(WIDTH, 44 + row_height * len(rows) + 40)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cpq_train.common.picture import picture
+from cpq_train.common.text import visible
 from cpq_train.report.plots import BevPanel, draw_panel
 
 MAX_OBJECTS = 4
 CLOSE_UP_EXTENT_M = 9.0
 
 _PANEL_INCHES = 4.0
-_DPI = 100
 
 
 class CloseUp(NamedTuple):
@@ -38,19 +39,12 @@ def draw_close_ups(
         above: name of an arm, and what it detects in the sample.
         below: likewise for the same sample.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = (_PANEL_INCHES * len(close_ups), _PANEL_INCHES * 2 + 0.4)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(close_ups), squeeze=False)
-    for line, (name, panel) in zip(grid, (above, below), strict=True):
-        line[0].set_ylabel(name, fontsize=16)
-        for axes, close_up in zip(line, close_ups, strict=True):
-            box = panel.sample.gt_boxes[close_up.row]
-            draw_panel(axes, panel, CLOSE_UP_EXTENT_M, (float(box[0]), float(box[1])))
-    for axes, close_up in zip(grid[0], close_ups, strict=True):
-        axes.set_title(close_up.title, fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with picture(path, _PANEL_INCHES * len(close_ups), _PANEL_INCHES * 2 + 0.4) as figure:
+        grid = figure.subplots(2, len(close_ups), squeeze=False)
+        for line, (name, panel) in zip(grid, (above, below), strict=True):
+            line[0].set_ylabel(visible(name), fontsize=16)
+            for axes, close_up in zip(line, close_ups, strict=True):
+                box = panel.sample.gt_boxes[close_up.row]
+                draw_panel(axes, panel, CLOSE_UP_EXTENT_M, (float(box[0]), float(box[1])))
+        for axes, close_up in zip(grid[0], close_ups, strict=True):
+            axes.set_title(close_up.title, fontsize=13)

@@ -100,7 +100,10 @@ def _changes(runs: Sequence[Run]) -> dict[str, Changes]:
 
 
 def _write_lost_objects(path: Path, changed: dict[str, Changes]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
+    with (
+        replacing(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         write_changes(file, changed)
 
 

@@ -6,9 +6,14 @@ Times of separate processes stand in no table: they differ by what else the mach
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired
+
+from cpq_train.common.schema import accepts, keys, validated
 from cpq_train.evaluation.metrics_file import Document
+from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.report.runs import Run
 from cpq_train.report.tables import NONE, Table, number
 
@@ -23,6 +28,11 @@ _COSTS = (
     "saved_bytes",
 )
 """What a report shows of `profile`; names carry their units."""
+
+_Cost = Annotated[
+    float | None, Field(strict=True, ge=0, le=1e18), accepts("null or a finite number from 0 on")
+]
+_KIND: TypeAdapter[Any] = TypeAdapter(keys(dict.fromkeys(_COSTS, NotRequired[_Cost])))
 
 _WHAT_TIMES_ARE = (
     "Fake quantization in PyTorch computes integers in floating point or with oneDNN: it is what training "
@@ -42,15 +52,21 @@ def describe_costs(run: Run, baseline: Run | None, latency: Document | None) -> 
         "profile", that of `metrics.json` with what was measured beside the times, and "latency", the row of
         the run with the ratio of its time to that of float; null where it has none.
     """
+    _check(run.metrics["profile"], f"{run.folder / METRICS_FILE}, profile")
     row, of_float = _row(run, latency), None if baseline is None else _row(baseline, latency)
     if row is None:
         return {"profile": run.metrics["profile"], "latency": None}
+    _check(row["summary"], f"latency file, row {row['name']!r}, summary")
     ratio = None if of_float is None else row["ms"] / of_float["ms"]
     timed = {name: value for name, value in row.items() if name != "summary"}
     return {
         "profile": {**run.metrics["profile"], **row["summary"]},
         "latency": {**timed, "ratio_to_float": ratio},
     }
+
+
+def _check(costs: Document, where: str) -> None:
+    validated(_KIND, costs, where)
 
 
 def _row(run: Run, latency: Document | None) -> Document | None:

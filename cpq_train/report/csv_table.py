@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from cpq_train.common.csv_files import csv_rows
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import check_regular
 
 Parsed = TypeVar("Parsed")
 
@@ -23,15 +24,24 @@ def read_table(path: Path, columns: Sequence[str], parse: Callable[[dict[str, st
     Raises:
         UserError: The file is no text, lacks a column, or a line is not readable.
     """
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            missing = sorted(set(columns) - set(rows.fieldnames or ()))
-            parsed = [] if missing else list(map(parse, rows))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not readable as text ({error})") from error
-        except (TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{path}: line {rows.line_num} is not readable ({error})") from error
-    if missing:
-        raise UserError(f"{path}: columns {missing} are missing; accepted: {', '.join(columns)}")
+    check_regular(path, "table")
+    parsed = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in csv_rows(file, columns, str(path)):
+            try:
+                parsed.append(parse(row))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not readable ({error})") from error
     return parsed
+
+
+def bounded(row: dict[str, str], name: str, most: float = 1e15) -> float:
+    """A number of a row: from 0 to `most`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = float(row[name])
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {row[name]}; accepted: a number from 0 to {most:g}")
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Sequence
 
 from cpq_train.common.arm_names import DEPLOYED
@@ -9,7 +10,7 @@ from cpq_train.evaluation.gaps import COMPARED_METRICS
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.run_files import SUBMISSION_FILE
 from cpq_train.report.runs import Run
-from cpq_train.report.tables import NONE, Table, number
+from cpq_train.report.tables import NONE, Table, code, number
 
 WHAT_IT_SHOWS = (
     "A deployed run is an exported file that an engine ran in the network's place. Its source is the run of "
@@ -46,8 +47,8 @@ def _source(run: Run, runs: Sequence[Run]) -> Run | None:
 
 
 def _have_equal_submissions(run: Run, other: Run) -> bool | None:
-    files = [one.folder / SUBMISSION_FILE for one in (run, other)]
-    return files[0].read_bytes() == files[1].read_bytes() if all(f.is_file() for f in files) else None
+    first, second = (one.folder / SUBMISSION_FILE for one in (run, other))
+    return filecmp.cmp(first, second, shallow=False) if first.is_file() and second.is_file() else None
 
 
 def engine_table(report: Document) -> Table:
@@ -56,8 +57,8 @@ def engine_table(report: Document) -> Table:
         [
             run["title"],
             f"{engine['name']} {engine['version']}",
-            f"`{engine['file']}`",
-            f"`{engine['sha256'][:12]}`",
+            code(engine["file"]),
+            code(engine["sha256"][:12]),
             engine["source"] or NONE,
             *(number(change, "+.6f") for change in engine["change"].values()),
             {True: "equal", False: "different", None: NONE}[engine["the_same_submission"]],

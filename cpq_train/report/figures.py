@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpq_train.common.file_names import file_name
+from cpq_train.common.files import check_regular, write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
@@ -73,7 +73,7 @@ def _picture(name: str, suffix: str = ".png") -> str:
 
 def _write(output: Path, section: str, name: str, caption: str, svg: str) -> Figure:
     file = _picture(name, ".svg")
-    (output / file).write_text(svg + "\n")
+    write_whole(output / file, svg + "\n")
     return Figure(section, file, caption)
 
 
@@ -234,6 +234,7 @@ def _brought(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     """Copies of the pictures that lie in run directories, such as that of a sensitivity analysis."""
     for run in runs:
         for picture in sorted(set(run.folder.glob("*.png")) - {run.folder / AMAX_DRIFT_PICTURE}):
+            check_regular(picture, "picture")
             file = _picture(f"{run.file_name}_{picture.stem}")
-            shutil.copyfile(picture, output / file)
+            write_whole(output / file, picture.read_bytes())
             yield Figure("quantizers", file, f"{run.title}: {picture.stem.replace('_', ' ')}.")

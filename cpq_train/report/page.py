@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from html import escape
 from pathlib import Path
 
 from cpq_train.common.files import write_whole
+from cpq_train.common.text import in_markup
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.report.sections import Section, sections, subtitle
-from cpq_train.report.tables import Table
+from cpq_train.report.tables import CODE, Table
 
 _TITLE = "Comparison of arms"
 
@@ -63,7 +63,7 @@ def write_page(path: Path, report: Document) -> None:
         report: contents of `report.json`.
     """
     parts = sections(report)
-    links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts)
+    links = "".join(f'<a href="#{part.name}">{in_markup(part.title)}</a>' for part in parts)
     body = "\n".join(_section(part, path.parent) for part in parts)
     html = f"""<!DOCTYPE html>
 <html lang="en">
@@ -77,7 +77,7 @@ def write_page(path: Path, report: Document) -> None:
 <body>
 <main>
 <h1>{_TITLE}</h1>
-<p class="muted">{escape(subtitle(report))}</p>
+<p class="muted">{in_markup(subtitle(report))}</p>
 <nav>{links}</nav>
 {body}
 </main>
@@ -93,21 +93,22 @@ def _section(section: Section, folder: Path) -> str:
     tables = "\n".join(_table(table, section) for table in section.tables)
     notes = "".join(f"<li>{_inline(note)}</li>" for note in section.notes)
     notes = f"<ul>{notes}</ul>" if notes else ""
-    heading, listed = f"<h2>{escape(section.title)}</h2>", f'<div class="tables">{tables}</div>'
+    heading, listed = f"<h2>{in_markup(section.title)}</h2>", f'<div class="tables">{tables}</div>'
     return f'<section id="{section.name}">{heading}{text}{pictures}{listed}{notes}</section>'
 
 
 def _figure(path: Path, caption: str) -> str:
+    said = in_markup(caption)
     if path.suffix == ".svg":
-        picture = path.read_text().replace("<svg ", f'<svg aria-label="{escape(caption)}" ', 1)
+        picture = path.read_text(encoding="utf-8").replace("<svg ", f'<svg aria-label="{said}" ', 1)
     else:
         data = base64.b64encode(path.read_bytes()).decode()
-        picture = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+        picture = f'<img alt="{said}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
 
 
 def _table(table: Table, section: Section) -> str:
-    title = f"<caption>{escape(table.title)}</caption>" if table.title != section.title else ""
+    title = f"<caption>{in_markup(table.title)}</caption>" if table.title != section.title else ""
     header = "".join(f'<th scope="col">{_inline(name)}</th>' for name in table.header)
     rows = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in table.rows)
     head, body = f"<thead><tr>{header}</tr></thead>", f"<tbody>{rows}</tbody>"
@@ -121,4 +122,4 @@ def _cells(row: list[str]) -> list[str]:
 
 def _inline(text: str) -> str:
     """Escaped, with what stands in backticks as code."""
-    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
+    return re.sub(CODE, r"<code>\1</code>", in_markup(text))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.picture import picture
+from cpq_train.common.text import visible
 from cpq_train.report.bev import BevSample
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ EXTENT_M = 52.0
 MIN_SCORE = 0.3
 
 _PANEL_INCHES = 8.0
-_DPI = 100
 _FEW = 4
 """So many panels stand two in a row, more of them four: a page is wider than it is high."""
 _RINGS_M = (10.0, 20.0, 30.0, 40.0, 50.0)
@@ -75,33 +76,26 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
         path: the PNG to write.
         panels: title to what it shows.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(2 if len(panels) <= _FEW else 4, len(panels))
     rows = -(-len(panels) // columns)
-    size = (_PANEL_INCHES * columns, _PANEL_INCHES * rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
-        draw_panel(axes, panel, EXTENT_M)
-        axes.set_title(title, fontsize=19)
-    for axes in all_axes[len(panels) :]:
-        axes.set_visible(False)
-    handles: dict[str, Any] = {}
-    for axes in all_axes:
-        handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=3 * columns,
-        fontsize=16 if columns > 1 else 13,
-        frameon=False,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with picture(path, _PANEL_INCHES * columns, _PANEL_INCHES * rows) as figure:
+        all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
+            draw_panel(axes, panel, EXTENT_M)
+            axes.set_title(visible(title, "\n"), fontsize=19)
+        for axes in all_axes[len(panels) :]:
+            axes.set_visible(False)
+        handles: dict[str, Any] = {}
+        for axes in all_axes:
+            handles.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=3 * columns,
+            fontsize=16 if columns > 1 else 13,
+            frameon=False,
+        )
 
 
 def draw_panel(

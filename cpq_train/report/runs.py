@@ -89,6 +89,8 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         for key in _MUST_AGREE:
             _check_agreement(key, (folders[0], documents[0]), (folder, document))
     matches = [read_matches(path) if (path := folder / MATCHES_FILE).exists() else None for folder in folders]
+    for folder, document, found in zip(folders, documents, matches, strict=True):
+        _check_count(folder, document, found)
     _check_samples(folders, matches)
     names = [folder.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
@@ -130,11 +132,31 @@ def _value(document: Document, key: tuple[str, ...]) -> Any:
 def _check_samples(folders: Sequence[Path], matches: Sequence[Matches | None]) -> None:
     known = [(folder, found) for folder, found in zip(folders, matches, strict=True) if found is not None]
     for folder, found in known[1:]:
-        if set(found.sample_token.tolist()) != set(known[0][1].sample_token.tolist()):
-            raise UserError(
-                f"{known[0][0]} and {folder} cannot be compared: "
-                f"their {MATCHES_FILE} hold different samples; accepted: runs that scored the same samples"
-            )
+        for what, held in (("samples", _samples), ("annotations", _annotations)):
+            if held(found) != held(known[0][1]):
+                raise UserError(
+                    f"{known[0][0]} and {folder} cannot be compared: their {MATCHES_FILE} hold different "
+                    f"{what}; accepted: runs that scored the same samples"
+                )
+
+
+def _samples(matches: Matches) -> set[tuple[str, str]]:
+    """Tokens, with the names of their scenes."""
+    scenes = matches.scene_name[matches.sample_scene].tolist()
+    return set(zip(matches.sample_token.tolist(), scenes, strict=True))
+
+
+def _annotations(matches: Matches) -> set[str]:
+    return set(matches.gt_token.tolist())
+
+
+def _check_count(folder: Path, document: Document, matches: Matches | None) -> None:
+    said, found = document["dataset"]["num_samples"], None if matches is None else len(matches.sample_token)
+    if found not in (None, said):
+        raise UserError(
+            f"{folder}: {METRICS_FILE} is of {said} samples, {MATCHES_FILE} of {found}; "
+            "accepted: files of one scoring"
+        )
 
 
 def _resample(matches: Matches | None) -> bootstrap.Resampled | None:

@@ -13,7 +13,7 @@ from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
 from cpq_train.report.costs import cost_notes, cost_tables
 from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
-from cpq_train.report.tables import NONE, Table, number
+from cpq_train.report.tables import NONE, Table, code, number
 from cpq_train.report.training_costs import WHAT_TRAINING_COSTS, training_cost_tables
 
 
@@ -251,7 +251,7 @@ def _drifts(report: Document) -> list[Table]:
             header,
             [
                 [
-                    f"`{name}`",
+                    code(name),
                     NONE if reading["drift"] is None else f"{2 ** reading['drift']:.3f}",
                     number(reading["clipped_share"], ".3%"),
                     number(reading["sqnr_db"], ".1f"),
@@ -266,7 +266,7 @@ def _drifts(report: Document) -> list[Table]:
 
 def _checkpoints(report: Document) -> Table:
     rows = [
-        [run["title"], f"`{run['checkpoint']['path']}`", f"`{run['checkpoint']['sha256'][:12]}`"]
+        [run["title"], code(run["checkpoint"]["path"]), code(run["checkpoint"]["sha256"][:12])]
         for run in report["runs"]
     ]
     return Table("Checkpoints", ["arm", "file", "SHA-256"], rows)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import NamedTuple
+
+from cpq_train.common.text import in_markup
 
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "14 4")
@@ -24,6 +25,8 @@ _TEXT, _MUTED, _GRID, _PAPER = (
 _FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 _CHARACTER = 0.58
 """Mean width of a character, of the font size."""
+_MAX_CHARACTERS = 80
+"""Of a label beside a chart or in its legend; names of runs may have 255."""
 _MAX_TICKS = 6
 _LEAST_SPAN = 1e-3
 """Of an axis; scores have four digits."""
@@ -39,6 +42,11 @@ class Style(NamedTuple):
 def style(number: int) -> Style:
     """The style of a series by its number: no two of the first 42 are alike."""
     return Style(PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
+
+
+def clipped(label: str) -> str:
+    """A label that leaves room for the chart beside it."""
+    return label if len(label) <= _MAX_CHARACTERS else f"{label[: _MAX_CHARACTERS - 1]}…"
 
 
 def width_of(text: str, size: float = 12) -> float:
@@ -60,7 +68,7 @@ class Canvas:
         """A line of text on its base line; `more` are attributes such as fill."""
         attributes = {"fill": _TEXT, **{name.replace("_", "-"): value for name, value in more.items()}}
         self._add(
-            "text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, escape(text)
+            "text", {"x": x, "y": y, "font-size": size, "text-anchor": anchor, **attributes}, in_markup(text)
         )
 
     def line(
@@ -76,7 +84,7 @@ class Canvas:
 
     def rect(self, x: float, y: float, width: float, height: float, colour: str, tip: str = "") -> None:
         """A filled rectangle, with a text that a browser shows on hovering."""
-        title = f"<title>{escape(tip)}</title>" if tip else ""
+        title = f"<title>{in_markup(tip)}</title>" if tip else ""
         self._add("rect", {"x": x, "y": y, "width": width, "height": height, "fill": colour}, title)
 
     def dot(self, x: float, y: float, colour: str, radius: float = 4.5) -> None:
@@ -90,7 +98,7 @@ class Canvas:
             How far down it reaches, px.
         """
         left = x
-        for number, label in enumerate(labels):
+        for number, label in enumerate(map(clipped, labels)):
             needed = 34 + width_of(label) + 14
             if left > x and left + needed > self.width:
                 left, y = x, y + 18
@@ -114,7 +122,7 @@ class Canvas:
 
 
 def _value(value: str | float) -> str:
-    return escape(value) if isinstance(value, str) else f"{value:.6g}"
+    return in_markup(value) if isinstance(value, str) else f"{value:.6g}"
 
 
 @dataclass(frozen=True)

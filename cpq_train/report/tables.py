@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NONE = "n/a"
+CODE = "`([^`]+)`"
+"""What stands between backticks in a text of the report."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,11 @@ class Table:
     title: str
     header: list[str]
     rows: list[list[str]]
+
+
+def code(name: str) -> str:
+    """A name that is shown as code: in backticks, unless it has one itself."""
+    return name if "`" in name else f"`{name}`"
 
 
 def number(value: float | None, form: str = ".4f") -> str:

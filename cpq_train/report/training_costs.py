@@ -11,8 +11,8 @@ from statistics import median
 from typing import TypeVar
 
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.report.csv_table import read_table
-from cpq_train.report.tables import Table, number
+from cpq_train.report.csv_table import bounded, read_table
+from cpq_train.report.tables import Table, code, number
 
 LAYER_LATENCY_FILE, LAYER_MEMORY_FILE = "layer_latency.csv", "layer_memory.csv"
 THROUGHPUT_FILE, THROUGHPUT_COLUMNS = "throughput.csv", ("step", "samples_per_s", "data_wait_share")
@@ -74,11 +74,11 @@ def _read(path: Path, columns: Sequence[str], parse: Callable[[dict[str, str]], 
 
 
 def _time(row: dict[str, str]) -> _Measured:
-    return row["layer"], row["kind"], f"{_stage(row)}_ms", float(row["ms"])
+    return row["layer"], row["kind"], f"{_stage(row)}_ms", bounded(row, "ms")
 
 
 def _memory(row: dict[str, str]) -> _Measured:
-    size = memory_bytes(row["layer"], int(row["saved_bytes"]), int(row["peak_bytes"]))
+    size = memory_bytes(row["layer"], *(int(bounded(row, name)) for name in ("saved_bytes", "peak_bytes")))
     return row["layer"], row["kind"], f"{_stage(row)}_bytes", size
 
 
@@ -89,7 +89,7 @@ def _stage(row: dict[str, str]) -> str:
 
 
 def _speed(row: dict[str, str]) -> dict[str, float]:
-    return {name: float(row[name]) for name in THROUGHPUT_COLUMNS[1:]}
+    return {name: bounded(row, name) for name in THROUGHPUT_COLUMNS[1:]}
 
 
 def _medians(measured: Iterable[_Measured]) -> dict[str, Document]:
@@ -140,7 +140,7 @@ def training_cost_tables(report: Document) -> list[Table]:
             Table(
                 f"{title}: slowest and largest layers",
                 ["layer", "kind", *_HEADER],
-                [[f"`{layer['layer']}`", layer["kind"], *_cells(layer)] for layer in cost["layers"]],
+                [[code(layer["layer"]), layer["kind"], *_cells(layer)] for layer in cost["layers"]],
             )
             for title, cost in known
         ),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -20,6 +19,7 @@ from cpq_train.arms.loading import fold_checkpoint
 from cpq_train.arms.starting_point import CalibrationConfig
 from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.export.engine import Engine
 from cpq_train.models import HeadOutput, NetworkConfig
@@ -181,7 +181,7 @@ class CenterPointDetector(ArmModule):
         if self.subject.needs_calibration:
             self.calibrate(self.trainer.datamodule)  # type: ignore[attr-defined]
         elif self.is_global_zero:
-            Console().print(coverage_table(self.subject.prepared))
+            print_plain(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
         self.freeze_batchnorm()
         if self.trainer.world_size > 1:

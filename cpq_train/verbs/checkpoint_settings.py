@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from cpq_train.common.checkpoint import read_checkpoint
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
 from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
@@ -150,7 +150,7 @@ def data_settings_of(content: Mapping[str, Any], path: Path, network: NetworkCon
     if stated is None:
         stated = DataSettings()
         taken = ", ".join(f"{name} {getattr(stated, name)}" for name in _STATED_NOWHERE_ELSE)
-        table_console().print(
+        print_plain(
             f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}",
             style="yellow",
         )

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
-from rich.console import Console
-
+from cpq_train.common.console import plain_messages, print_plain
 from cpq_train.common.errors import ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
@@ -59,10 +58,9 @@ def main(args: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.exit(exit_code(stop))
     except UserError as error:
-        console = Console(stderr=True, soft_wrap=True)
-        console.print(f"error: {_said(error)}", style="red", markup=False, highlight=False)
+        print_plain(f"error: {_said(error)}", style="red", stderr=True)
         if isinstance(error, OptionError):
-            console.print(f"python -m cpq_train {args[0]} --help lists the options", highlight=False)
+            print_plain(f"python -m cpq_train {args[0]} --help lists the options", stderr=True)
         sys.exit(2)
 
 
@@ -83,7 +81,8 @@ def _dispatch(args: list[str]) -> None:
         import cpq_train.sparse  # noqa: F401 - first, see `cpq_train.sparse.importing`
         from cpq_train.verbs.lightning_cli import run
 
-        run(args)
+        with plain_messages():
+            run(args)
     elif verb in ("-h", "--help"):
         print(_usage())
     else:
@@ -95,7 +94,7 @@ def _run_plain(name: str, args: list[str]) -> None:
     function = getattr(import_module(verb.module), verb.function)
     given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
     arguments = {parameter: given[parameter] for parameter in inspect.signature(function).parameters}
-    with raising_signals():
+    with raising_signals(), plain_messages():
         function(**arguments)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from cpq_train.arms.state import check_finite
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, serialized, sha256_of
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, replacing, write_whole
@@ -74,14 +73,13 @@ def convert(
             f"sparse_layout {sparse_layout!r}, weights {weights!r}: both say how to read a file of another "
             "project; target needs neither"
         )
-    console = table_console()
     if source is None:
         content = openpcdet_content(read_checkpoint(input), input)
         check_finite(content["model_state"], f"checkpoint {str(input)!r}")
         output.parent.mkdir(parents=True, exist_ok=True)
         # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
         write_whole(output, serialized(content, is_archive=False))
-        console.print(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
+        print_plain(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
         return
     subject = build(_network_config(config), "float", None)
     content = read_foreign(input)
@@ -94,8 +92,8 @@ def convert(
     with replacing(output, len(data)) as part:
         part.write_bytes(data)
         num_voxels = _run(load(subject.network.config, part).network)
-    _report(console, input, content, taken, converted)
-    console.print(
+    _report(input, content, taken, converted)
+    print_plain(
         f"forward pass of {output} on {num_voxels} random voxels: "
         f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
     )
@@ -210,11 +208,10 @@ def _random_voxels(config: NetworkConfig) -> tuple[Tensor, Tensor]:
     return features[:, : config.num_point_features], coords.int()
 
 
-def _report(console: Console, path: Path, content: Any, taken: WeightSet, converted: Converted) -> None:
+def _report(path: Path, content: Any, taken: WeightSet, converted: Converted) -> None:
     which = f"{taken.name} weights ({taken.place})" if taken.name else f"weights of {taken.place}"
-    console.print(f"{path}: {which}; sparse weights were {converted.layout}", soft_wrap=True)
-    console.print(_table(taken, converted))
-    console.print(_sums(taken, converted, content), soft_wrap=True)
+    said = f"{path}: {which}; sparse weights were {converted.layout}"
+    print_plain(said, _table(taken, converted), _sums(taken, converted, content))
 
 
 def _table(taken: WeightSet, converted: Converted) -> Table:

@@ -10,7 +10,7 @@ from rich.table import Table
 from cpq_train.arms.description import Description
 from cpq_train.arms.state import not_finite
 from cpq_train.common.checkpoint import network_state, read_checkpoint, sha256_of
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.data.settings import DataSettings
 
 
@@ -24,11 +24,10 @@ def describe(checkpoint: Path) -> None:
         UserError: It cannot be read.
     """
     content = read_checkpoint(checkpoint)
-    console = table_console()
-    console.print(_summary(checkpoint, content))
+    print_plain(_summary(checkpoint, content))
     layers = content["quantization"]["layers"]
     if layers:
-        console.print(_layers(layers))
+        print_plain(_layers(layers))
 
 
 def _summary(path: Path, content: dict[str, Any]) -> Table:

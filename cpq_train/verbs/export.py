@@ -6,10 +6,9 @@ import filecmp
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 import cpq_train.export
 from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.export.sidecar import sidecar_path
@@ -53,15 +52,11 @@ def export(
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     data = data_settings_of(content, checkpoint, detector.network_config)
     said = write_portable(detector.subject, detector.post_processing, data, checkpoint, output)
-    console = Console(soft_wrap=True)
-    console.print(
+    print_plain(
         f"written and read back, every number equal: {output} ({said.file['num_bytes'] / 1e6:.2f} MB)\n"
-        f"beside it: {sidecar_path(output)}",
-        highlight=False,
+        f"beside it: {sidecar_path(output)}"
     )
     if with_runtime:
         write_whole(runtime, RUNTIME.read_bytes())
-        console.print(f"beside it: {runtime}", highlight=False)
-    console.print(
-        f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}", highlight=False
-    )
+        print_plain(f"beside it: {runtime}")
+    print_plain(f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}")

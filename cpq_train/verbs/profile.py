@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from cpq_train.common.checkpoint import sha256_of
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -237,13 +237,12 @@ def profile(
     else:
         model.configure_model()
     found = ProfiledDetector(model, model.weights, cloud, precision).profile(settings)
-    console = table_console()
-    print_profile(console, found)
+    print_profile(found)
     if settings.output is not None:
         write_files(settings.output, found)
         if model.weights is not None:
             _add_to_scores(settings.output, model.weights, found)
-        console.print(f"Files: {settings.output}")
+        print_plain(f"Files: {settings.output}")
     return found
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from cpq_train.common.arm_names import DEPLOYED
 from cpq_train.common.checkpoint import sha256_of
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DataSettings, as_tuple
@@ -86,20 +85,19 @@ def profile_several(
         said[settings.engine_file] = _settings(engine, stated_by(settings.engine_file))
     _check_alike(said)
     cloud = OneCloud.of(data, settings, device)
-    console = table_console()
     timed: dict[str, Timed] = {}
     for file, model in models.items():
         name = _free_name(model.subject.arm, timed)
         network = ProfiledDetector(model, str(file), cloud, precision)
-        timed[name] = Timed(network.detect, _row(network, _measure(network, name, settings, console)))
+        timed[name] = Timed(network.detect, _row(network, _measure(network, name, settings)))
     if engine is not None:
         timed[DEPLOYED] = _timed_engine(engine, cloud)
     rows = _rows(timed, device, settings.num_passes)
     document = {**cloud.context(settings), "rows": rows}
-    print_in_turn(console, rows)
+    print_in_turn(rows)
     if settings.output is not None:
         write_latency(settings.output / LATENCY_FILE, document)
-        console.print(f"Files: {settings.output}")
+        print_plain(f"Files: {settings.output}")
     return document
 
 
@@ -134,13 +132,11 @@ def _free_name(arm: str, taken: Collection[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _measure(
-    network: ProfiledDetector, name: str, settings: ProfileSettings, console: Console
-) -> dict[str, Any]:
+def _measure(network: ProfiledDetector, name: str, settings: ProfileSettings) -> dict[str, Any]:
     """What a network costs beside time; its tables are written, not printed."""
     output = None if settings.output is None else settings.output / name
     found = network.profile(replace(settings, output=output))
-    console.print(f"{name}: {summary_line(found)}", markup=False, highlight=False)
+    print_plain(f"{name}: {summary_line(found)}")
     if output is not None:
         write_files(output, found)
     return found.costs()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.models.topology import blocks_of
@@ -92,7 +92,7 @@ def analyse(
     folder = settings.output / "schemes"
     bench = SensitivityBench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
     if settings.num_samples < ADVISED_NUM_SAMPLES:
-        table_console().print(
+        print_plain(
             f"caution: losses on few samples (--num_samples {settings.num_samples}) rank units badly: "
             f"others may turn their order round; advised: {ADVISED_NUM_SAMPLES} or more",
             style="yellow",

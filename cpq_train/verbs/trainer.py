@@ -12,10 +12,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import StrategyRegistry
-from rich.console import Console
 from torch import Tensor
 
 from cpq_train.common.arm_names import Arm
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, check_writable
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -128,7 +128,7 @@ class QuantTrainer(ResilientTrainer):
             self.save_checkpoint(output, weights_only=True)
         if self.is_global_zero:
             zero = f", {num_zero} output channels are all zero" if num_zero else ""
-            Console().print(f"PTQ checkpoint: {output}{zero}")
+            print_plain(f"PTQ checkpoint: {output}{zero}")
 
     def _on_every_rank(
         self,
@@ -283,5 +283,5 @@ def _ranges_of(file: Path, model: CenterPointDetector) -> dict[str, Tensor]:
     """Take what fits of a file, and print every name that does not."""
     matched = match_ranges(read_ranges(file), model.network.state_dict())
     if model.trainer.is_global_zero:
-        Console(soft_wrap=True).print(matched.report(), markup=False, highlight=False)
+        print_plain(matched.report())
     return matched.values

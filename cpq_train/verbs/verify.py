@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cpq_train.arms.description import Description
 from cpq_train.common.checkpoint import read_checkpoint, sha256_of
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, write_whole
 from cpq_train.common.progress import track
@@ -216,14 +216,13 @@ def _print(findings: Findings) -> None:
         numbers = [""] * 5 if r.not_covered else [*(f"{n:,}" for n in counts), f"{r.largest_difference:g}"]
         where = f"not covered: {r.not_covered}" if r.not_covered else r.where
         table.add_row(r.name, r.kind, r.arithmetic, *numbers, where)
-    console = table_console()
-    console.print(table)
+    print_plain(table)
     for end_to_end in filter(None, (findings.reference, findings.engine)):
-        console.print(end_to_end.sentence(), highlight=False)
+        print_plain(end_to_end.sentence())
         by_layer = end_to_end.flips.by_layer
         if by_layer:
             first, count = next(iter(by_layer.items()))
-            console.print(f"codes first differ at {first} ({count:,}): {FLIP_REASON}")
+            print_plain(f"codes first differ at {first} ({count:,}): {FLIP_REASON}")
 
 
 def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict[str, Any]:

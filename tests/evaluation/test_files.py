@@ -130,10 +130,10 @@ def test_scores_can_be_computed_again_from_matches(evaluation: Evaluation, tmp_p
 
 def test_bad_matches(evaluation: Evaluation, tmp_path: Path) -> None:
     path = tmp_path / "matches.npz"
-    with pytest.raises(UserError, match=r"matches\.npz: not a readable"):
+    with pytest.raises(UserError, match=r"matches\.npz' does not exist"):
         read_matches(path)
     path.write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"matches\.npz: not a readable"):
+    with pytest.raises(UserError, match=r"matches\.npz' is not a readable"):
         read_matches(path)
     np.savez(path, schema=1, pred_score=np.zeros(3))
     with pytest.raises(UserError, match=r"columns .*gt_label.* are missing"):

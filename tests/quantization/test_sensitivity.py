@@ -194,11 +194,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert done.count("score") == 3
 
 
-def test_a_foreign_line_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[" * 50_000,
+        "[]",
+        "1",
+        '{"key": []}',
+        '{"key": "b"}',
+        '{"key": "b", "scores": []}',
+        '{"key": "b", "scores": {"loss": "low"}}',
+        '{"key": "b", "scores": {"loss": null}}',
+    ],
+)
+def test_a_foreign_line_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text(json.dumps({"key": "a"}) + "\nnonsense\n" + json.dumps({"key": "b"}) + "\n")
-    with pytest.raises(UserError, match=r"log\.jsonl, line 2: no measurement"):
+    good = json.dumps({"key": "a", "scores": {"loss": 1.0, "sqnr_db": float("inf")}})
+    path.write_text(f"{good}\n{good}\n")
+    assert "a" in MeasurementLog(path)
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2: no measurement") as error:
         MeasurementLog(path)
+    assert len(str(error.value)) < 600
 
 
 def test_bits_that_do_not_exist() -> None:

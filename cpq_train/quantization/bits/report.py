@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cpq_train.common.console import table_console
+from cpq_train.common.console import print_plain
+from cpq_train.common.files import write_whole
+from cpq_train.common.picture import picture
+from cpq_train.common.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,14 +34,12 @@ def write_report(folder: Path, result: Result) -> None:
         folder: Where to; it exists.
         result: What `sensitivity.json` holds.
     """
-    (folder / "sensitivity.json").write_text(json.dumps(result, indent=1))
+    write_whole(folder / "sensitivity.json", json.dumps(result, indent=1))
     draw(folder / "sensitivity.png", result)
-    console = table_console()
-    console.print(units_table(result))
-    console.print(networks_table(result))
-    console.print(f"Report: {folder / 'sensitivity.json'}, {folder / 'sensitivity.png'}")
+    print_plain(units_table(result), networks_table(result))
+    print_plain(f"Report: {folder / 'sensitivity.json'}, {folder / 'sensitivity.png'}")
     if result["budget"] is not None:
-        console.print(f"Scheme: {folder / 'scheme.yaml'}")
+        print_plain(f"Scheme: {folder / 'scheme.yaml'}")
 
 
 def ranked(result: Result) -> list[str]:
@@ -103,23 +104,18 @@ def draw(path: Path, result: Result) -> None:
         path: The PNG to write.
         result: See `write_report`; assigned options are ringed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     units, options = ranked(result)[::-1], result["options"]
-    figure = Figure(figsize=(14, 2 + 0.3 * len(units)), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
     alone = {key: record["loss"] for key, record in _by_mode(result, "alone").items()}
-    _draw_panel(left, units, options, alone)
-    left.set(title="quantized alone", xscale="log", xlabel="loss (nats)")
-    _ring(left, units, result.get("assignment", {}), alone)
-    _draw_panel(right, units, options, {key: 100 * share for key, share in _won_back(result).items()})
-    right.set(title="left out, all others quantized", xlabel="share of the loss won back (%)")
-    right.axvline(0, color="black", linewidth=1)
-    left.set_yticks(range(len(units)), units)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=13)
-    figure.savefig(path)
+    with picture(path, 14, 2 + 0.3 * len(units)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw_panel(left, units, options, alone)
+        left.set(title="quantized alone", xscale="log", xlabel="loss (nats)")
+        _ring(left, units, result.get("assignment", {}), alone)
+        _draw_panel(right, units, options, {key: 100 * share for key, share in _won_back(result).items()})
+        right.set(title="left out, all others quantized", xlabel="share of the loss won back (%)")
+        right.axvline(0, color="black", linewidth=1)
+        left.set_yticks(range(len(units)), list(map(visible, units)))
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=13)
 
 
 def _draw_panel(
@@ -127,7 +123,8 @@ def _draw_panel(
 ) -> None:
     rows = range(len(units))
     for option, marker, colour in zip(options, cycle(MARKERS), cycle(COLOURS), strict=False):
-        axes.plot([values[option, u] for u in units], rows, marker, color=colour, markersize=8, label=option)
+        of_units, label = [values[option, u] for u in units], visible(option)
+        axes.plot(of_units, rows, marker, color=colour, markersize=8, label=label)
     axes.grid(color="#D0D0D0", linewidth=0.6)
     axes.tick_params(labelsize=11)
     for text in (axes.title, axes.xaxis.label):

@@ -11,13 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import append_whole, write_whole
+from cpq_train.common.files import append_whole, check_regular, write_whole
 from cpq_train.common.progress import track
+from cpq_train.common.schema import keys, validated
 from cpq_train.quantization.bits.bit_plan import Unit
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized
@@ -83,16 +85,13 @@ class MeasurementLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._by_key: dict[str, dict[str, Any]] = {}
-        content = path.read_bytes() if path.is_file() else b""
+        if path.exists():
+            check_regular(path, "measurements")
+        content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                self._by_key[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: no measurement; delete the line or the file"
-                ) from error
+            record = _measurement(line, f"{path}, line {number}: no measurement")
+            self._by_key[record["key"]] = record
         if whole != content:
             write_whole(path, whole)
 
@@ -106,6 +105,26 @@ class MeasurementLog:
         """Keep a measurement, which holds its own `key`."""
         append_whole(self._path, json.dumps(record) + "\n")
         self._by_key[record["key"]] = record
+
+
+_Score = Annotated[float, Field(strict=True)]
+"""Infinite where nothing is quantized."""
+_KIND: Final = TypeAdapter(keys({"key": str, "scores": dict[str, _Score]}))
+
+
+def _measurement(line: bytes, where: str) -> dict[str, Any]:
+    """What a line says.
+
+    Raises:
+        UserError: It is no measurement.
+    """
+    try:
+        record: dict[str, Any] = json.loads(line)
+        validated(_KIND, record, where)
+    except (UserError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"{where}: {error}"
+        raise UserError(f"{reason}; delete the line or the file") from error
+    return record
 
 
 def measure(
