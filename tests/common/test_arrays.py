@@ -137,8 +137,8 @@ def test_nothing_but_files(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "zero").symlink_to("/dev/zero")
     cases = {
-        "fifo": "is no regular file",
-        "zero": "is no regular file",
+        "fifo": "is a FIFO, socket or device",
+        "zero": "is a FIFO, socket or device",
         "loop": "is not readable: Too many levels",
         ".": "is a folder: expected a file",
         "absent": "does not exist",

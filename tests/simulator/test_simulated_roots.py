@@ -70,7 +70,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with files_of_at_most(num_bytes), pytest.raises(UserError) as error:
             simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
         assert re.fullmatch(
-            r"cannot write the data set to '.*/root': it needs about 15400000 bytes, \d+ bytes are free "
+            r"cannot write the data set to '.*/root': it needs 15,400,000 bytes, [\d,]+ bytes are free "
             r"\(.*\); nothing is left behind",
             str(error.value),
         )
@@ -78,7 +78,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_a_worker(tmp_path: Path) -> None:
-    with files_of_at_most(500_000), pytest.raises(UserError, match="it needs about 15400000 bytes"):
+    with files_of_at_most(500_000), pytest.raises(UserError, match="it needs 15,400,000 bytes"):
         simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=2)
     assert not list(tmp_path.iterdir())
 
