@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_writable
+from cpq_train.common.files import cannot_write, check_writable
 
 CLAIM_FILE = "claim.json"
 
@@ -90,9 +90,9 @@ class Claim:
                 json.dump(self._ours, file)
                 file.flush()
                 os.fsync(file.fileno())  # a job that comes back after a crash of its node has to know its own
-        except OSError:
+        except OSError as error:
             self._file.unlink(missing_ok=True)
-            raise
+            raise UserError(cannot_write(self._file, None, error)) from error
         return True
 
     def _yields(self, found: Claimant | None, age_s: float) -> bool:

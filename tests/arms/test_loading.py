@@ -138,7 +138,7 @@ def test_settings_given_take_the_place_of_the_checkpoints() -> None:
             CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"], **{name: value})
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.complex64])
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.complex64])
 def test_weights_are_real_numbers(kind: torch.dtype, tmp_path: Path) -> None:
     content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
     content["state_dict"][BIAS] = content["state_dict"][BIAS].to(kind)

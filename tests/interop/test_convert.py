@@ -317,6 +317,13 @@ def _without_residual_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda s: s | {"dense_head.heads_list.0.dim.1.bias": torch.ones(())}, r"\(\), here \(3,\)"),
         (lambda s: s | {"backbone_3d.conv1.0.bn1.bias": torch.full((4,), math.nan)}, "not finite: back"),
         (lambda s: s | {"backbone_3d.conv1.0.bn1.running_var": -torch.ones(4)}, "not all finite"),
+        *(
+            (
+                lambda s, kind=kind: s | {"backbone_3d.conv1.0.bn1.bias": torch.ones(4, dtype=kind)},
+                f"numbers of other kinds: backbone_3d.conv1.0.bn1.bias is {kind}, here torch.float32",
+            )
+            for kind in (torch.bool, torch.int64, torch.complex64)
+        ),
         (lambda s: s | {"module.backbone_3d.conv1.0.bn1.bias": torch.ones(4)}, "both stand for"),
     ],
 )

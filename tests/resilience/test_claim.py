@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "fsync", full)
     with (
-        pytest.raises(UserError, match="a file cannot be used: No space left"),
+        pytest.raises(UserError, match=r"claim\.json': [\d,]+ bytes are free \(No space left"),
         naming_mistakes(),
         claimed(tmp_path),
     ):
