@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 
-MAX_BYTES = 255
-"""Of a file name, as most file systems have it."""
+MAX_BYTES = 230
+"""Of a file name: most file systems have 255, and one that is being written has an ending more."""
 
 _FOREIGN = re.compile(r"[^A-Za-z0-9._-]")
 _HASH_DIGITS = 20
@@ -14,7 +14,7 @@ _HASHED = re.compile(rf"-[0-9a-f]{{{_HASH_DIGITS}}}\Z")
 
 
 def file_name(name: str, suffix: str = "") -> str:
-    """A name as that of a file: letters, digits, `.`, `_` and `-`, no dot in front, 255 bytes at most.
+    """A name as that of a file: letters, digits, `.`, `_` and `-`, no dot in front, `MAX_BYTES` at most.
 
     A name that is one already stays as it is. Another gets a hash of itself behind what is left of it, so
     that different names are different files.

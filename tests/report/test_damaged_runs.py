@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(UserError, match="File too large"):
             append_rows(file, ("step", "x"), [{"step": 10, "x": 12345}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -60,7 +60,7 @@ def test_detections_of_a_single_unit_are_scored_where_asked(
     scheme = tmp_path / "scheme.yaml"
     scheme.write_text(
         "rules: [{layers: '*', weight: off, input: off}, "
-        "{layers: '*shared_conv*', weight: {mode: static}, input: {mode: static}}]"
+        "{layers: '*shared_conv*', weight: {mode: static}, input: {mode: static}}]\n"
     )
     more = ("--metric", "nds", "--model.scheme", str(scheme))
     main(_sensitivity(arms, simulated_root, tmp_path / "out", *more))
