@@ -25,10 +25,11 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         path: For messages.
 
     Raises:
-        UserError: They differ, and how many are missing, unexpected or of another shape; ranges are missing
-            or unfit, with a table of them; or a tensor holds NaN or infinite numbers.
+        UserError: They differ, and how many are of another kind, missing, unexpected or of another shape;
+            ranges are missing or unfit, with a table of them; or a tensor holds NaN or infinite numbers.
     """
     where = f"checkpoint {str(path)!r}"
+    _check_kinds(network.state_dict(), state, where)
     problems = problems_of_state(network, state)
     unfit = {problem.quantizer + AMAX for problem in problems}
     state = {name: tensor for name, tensor in state.items() if name not in unfit}
@@ -37,6 +38,16 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         raise UserError(f"{where} is of another architecture than model.network: {differences}")
     refuse(problems, f"{where}: ")
     check_finite(state, where)
+
+
+def _check_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    kinds = [
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
+        for name in sorted(set(own) & set(state))
+        if not is_alike(state[name].dtype, own[name].dtype)
+    ]
+    if kinds:
+        raise UserError(f"{where}: {len(kinds)} tensors hold other numbers ({_some(kinds)})")
 
 
 def check_finite(state: Mapping[str, Any], where: str) -> None:
@@ -68,16 +79,10 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
         for name in common
         if state[name].shape != own[name].shape
     ]
-    kinds = [
-        f"{name} {state[name].dtype} instead of {own[name].dtype}"
-        for name in common
-        if not is_alike(state[name].dtype, own[name].dtype)
-    ]
     parts = {
         "missing": sorted(set(own) - set(state)),
         "unexpected": sorted(set(state) - set(own)),
         "of another shape": shapes,
-        "of another kind": kinds,
     }
     return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
 

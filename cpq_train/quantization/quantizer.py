@@ -252,6 +252,7 @@ class Quantizer(TensorQuantizer):
     def _log_from_amax(self) -> None:
         if self._log_amax is not None:
             self._log_amax.copy_(self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log())
+            self._amax_from_log()  # now and not at the first forward: they differ in a last digit
 
     def _largest(self, tensor: Tensor) -> Tensor:
         return largest_magnitude(tensor.detach(), None if self._axis is None else self._axis[0])

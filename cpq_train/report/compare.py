@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from os.path import lexists
 from pathlib import Path
 
 from cpq_train.common.files import check_writable, replacing, write_whole
@@ -128,7 +129,7 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: D
 
 
 def _amax_drift(path: Path) -> Document | None:
-    return last_of_most_moved(read_amax_history(path), NUM_LISTED_QUANTIZERS) if path.exists() else None
+    return last_of_most_moved(read_amax_history(path), NUM_LISTED_QUANTIZERS) if lexists(path) else None
 
 
 def _difference(run: Run, other: Run, metric: str) -> bootstrap.Interval | None:

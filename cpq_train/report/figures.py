@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,7 +147,7 @@ def _reliability_chart(runs: Sequence[Run]) -> str:
 
 def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Path) -> Iterator[Figure]:
     """A picture for every sample that runs kept, with the runs that kept it side by side."""
-    samples = {run.name: read_bev_sample(path) for run in runs if (path := run.folder / BEV_FILE).exists()}
+    samples = {run.name: read_bev_sample(path) for run in runs if lexists(path := run.folder / BEV_FILE)}
     panels = {
         run.name: _bev_panel(run, runs, samples[run.name], changed.get(run.name))
         for run in runs
@@ -215,7 +216,7 @@ def _count(rows: Bools) -> int:
 
 def _drift_figures(runs: Sequence[Run], output: Path) -> Iterator[Figure]:
     for run in runs:
-        if not (run.folder / AMAX_DRIFT_FILE).exists():
+        if not lexists(run.folder / AMAX_DRIFT_FILE):
             continue
         history = read_amax_history(run.folder / AMAX_DRIFT_FILE)
         shown = drift_map(history, most_moved(history, MAX_QUANTIZERS), MAX_STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, document in zip(folders, documents, strict=True):
         for key in _MUST_AGREE:
             _check_agreement(key, (folders[0], documents[0]), (folder, document))
-    matches = [read_matches(path) if (path := folder / MATCHES_FILE).exists() else None for folder in folders]
+    matches = [read_matches(path) if lexists(path := folder / MATCHES_FILE) else None for folder in folders]
     for folder, document, found in zip(folders, documents, matches, strict=True):
         _check_count(folder, document, found)
     _check_samples(folders, matches)

@@ -6,6 +6,7 @@ One row for each layer and measured step, and one for the steps that a throughpu
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from os.path import lexists
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -70,7 +71,7 @@ def describe_training_cost(folder: Path) -> Document | None:
 
 
 def _read(path: Path, columns: Sequence[str], parse: Callable[[dict[str, str]], _Row]) -> list[_Row]:
-    return read_table(path, columns, parse) if path.exists() else []
+    return read_table(path, columns, parse) if lexists(path) else []
 
 
 def _time(row: dict[str, str]) -> _Measured:

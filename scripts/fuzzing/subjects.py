@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fuzzing.mutations import ARRAYS, BYTES, CHECKPOINT, CSV, DOCUMENT, IRREGULAR, YAML, Mutation
-from fuzzing.workspace import BASE, FLOAT, OVERLAY, QAT, TINY, qat_run
+from fuzzing.mutations import ARRAYS, BYTES, CHECKPOINT, CSV, DOCUMENT, IRREGULAR, YAML, Mutation, missing
+from fuzzing.workspace import BASE, FLOAT, OVERLAY, QAT, SENSITIVITY, TINY, qat_run
 
 Result = Callable[[Path, str], Any]
 """What a reader found, from its folder and its output; equal results are the same result."""
@@ -104,6 +105,17 @@ def _described(folder: Path, said: str) -> list[str]:
     return [line for line in lines if re.search(r"bit|epoch|numbers|arm", line)]
 
 
+def _gaps(folder: Path, said: str) -> Any:
+    """What a fit logged of its differences to the baselines."""
+    with (folder / "out/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [[value for name, value in row.items() if "_minus_" in name] for row in rows]
+
+
+def _measured(folder: Path, said: str) -> Any:
+    return _numbers(json.loads((folder / "sensitivity/sensitivity.json").read_text()))
+
+
 def _nothing(folder: Path, said: str) -> None:
     """A reader whose files are compared by itself."""
 
@@ -127,7 +139,11 @@ CALIBRATE = Reader(
 TO_OPENPCDET = Reader(
     ["convert", "--input", FLOAT, "--target", "openpcdet", "--output", "other.pth"], _foreign_weights
 )
-COMPARE = Reader(["compare", "float", "ptq", "qat", "--output", "comparison"], _comparison)
+COMPARE = Reader(
+    ["compare", "float", "ptq", "qat", "--latency", "qat/latency.json", "--output", "comparison"], _comparison
+)
+TUNE = Reader(["fit", *TUNED, *OUT, "--model.weights", "ptq/ptq.ckpt"], _gaps)
+MEASURE = Reader(["sensitivity", *TUNED, *OUT, *SENSITIVITY], _measured)
 RESUME = Reader(
     ["fit", *TUNED, "--model.weights", "ptq/ptq.ckpt", *qat_run(), "--ckpt_path", "last"],
     _weights("qat/checkpoints/last.ckpt"),
@@ -153,6 +169,9 @@ def _from_foreign(file: str) -> Reader:
     ]
     return Reader(arguments, _weights("o.ckpt"))
 
+
+IRREGULAR_IF_THERE = {name: one for name, one in IRREGULAR.items() if one is not missing}
+"""For files that a run folder may do without."""
 
 SUBJECTS: Mapping[str, Subject] = {
     "float checkpoint": Subject(
@@ -187,8 +206,8 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "GT database": Subject(("data/.cpq_train/v1.0-trainval/gt-*/*",), (FIT,), {**BYTES, **IRREGULAR}),
     "metrics": Subject(("*/metrics.json",), (COMPARE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
-    "matches": Subject(("*/matches.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR}),
-    "picture's sample": Subject(("*/bev_sample.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR}),
+    "matches": Subject(("*/matches.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),
+    "picture's sample": Subject(("*/bev_sample.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),
     "table of a run": Subject(
         (
             "qat/metrics.csv",
@@ -198,9 +217,11 @@ SUBJECTS: Mapping[str, Subject] = {
             "*/layer_memory.csv",
         ),
         (COMPARE,),
-        {**CSV, **IRREGULAR},
+        {**CSV, **IRREGULAR_IF_THERE},
     ),
     "latency": Subject(("qat/latency.json",), (COMPARE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
+    "baseline": Subject(("baselines/*.json",), (TUNE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
+    "measurements": Subject(("sensitivity/measurements.jsonl",), (MEASURE,), {**BYTES, **IRREGULAR}),
     "engine": Subject(
         ("engine/qat.onnx",), (_validated("--model.engine_file", "engine/qat.onnx"),), {**BYTES, **IRREGULAR}
     ),

@@ -33,6 +33,13 @@ TINY = [
 """Options of every verb that runs a network, from inside a workspace."""
 
 
+SENSITIVITY = [
+    *("--model.weights", FLOAT, "--output", "sensitivity"),
+    *("--num_samples", "1", "--bits", "[8]"),
+]
+"""Options of an analysis."""
+
+
 def build(folder: Path) -> None:
     """Make a workspace: data and its caches, checkpoints, run folders, an engine file, foreign checkpoints.
 
@@ -63,6 +70,7 @@ def _commands() -> list[Sequence[str]]:
         ("calibrate", *tuned, *weights, "--output", "ptq/ptq.ckpt", "--trainer.default_root_dir", "ptq"),
         ("validate", *float_, "--model.weights", "ptq/ptq.ckpt", "--trainer.default_root_dir", "ptq"),
         ("fit", *tuned, "--model.weights", "ptq/ptq.ckpt", *qat_run(), "--resume.every_n_steps", "1"),
+        ("sensitivity", *tuned, *SENSITIVITY, "--trainer.default_root_dir", "ptq"),
         ("profile", *float_, QAT, "--output", "qat", "--num_passes", "1"),
         ("export", QAT, "--output", "engine/qat.onnx"),
         (
