@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fuzzing.mutations import CANARY, HOSTILE_TEXTS
-from fuzzing.running import Ending, run
+from fuzzing.running import STARTS, Ending, run
 from fuzzing.subjects import SUBJECTS, Reader, Subject
 from fuzzing.workspace import build, copy
 
@@ -111,7 +111,7 @@ def _one(workspace: Path, place: Path, name: str, rng: random.Random, expected: 
     done = subject.mutations[mutation](file, rng)
     log = place.with_suffix(".log")
     ended = run(reader.arguments, place, log)
-    ending = _class_of(ended, reader, place, expected[words])
+    ending = class_of(ended, reader, place, expected[words])
     shutil.rmtree(place)
     relative = str(file.relative_to(place))
     return Case(name, mutation, words.partition(" ")[0], relative, done, ending, log, ended.seconds)
@@ -135,11 +135,17 @@ def _expected(workspace: Path, place: Path, reader: Reader, subject: Subject) ->
     return found
 
 
-def _class_of(ending: Ending, reader: Reader, place: Path, expected: Any) -> str:
+def class_of(ending: Ending, reader: Reader, place: Path, expected: Any) -> str:
+    """How a reader ended, in a word.
+
+    Args:
+        ending: Of its process.
+        reader: The reader.
+        place: Its folder.
+        expected: What it finds in whole files.
+    """
     said = ending.said
-    if (place / CANARY).exists() or re.search(r"^VIOLATION (?!open|os\.)", said, re.MULTILINE):
-        return "executed"
-    if any(path.name == CANARY for path in place.rglob(CANARY)):
+    if re.search(rf"^VIOLATION ({'|'.join(STARTS)})", said, re.MULTILINE) or any(place.rglob(CANARY)):
         return "executed"
     if "\nVIOLATION" in said:
         return "outside"

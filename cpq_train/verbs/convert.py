@@ -13,8 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from cpq_train.arms.loading import load
-from cpq_train.arms.state import check_finite
+from cpq_train.arms.loading import from_content, load
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
 from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, serialized, sha256_of
@@ -30,7 +29,8 @@ from cpq_train.interop.sparse_layouts import SparseLayout
 from cpq_train.interop.weight_sets import Weights, WeightSet, chosen_weights
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import branches_of
-from cpq_train.training.settings import HYPER_PARAMETERS, plain
+from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.settings import HYPER_PARAMETERS, plain, settings_of
 
 Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
 
@@ -74,8 +74,10 @@ def convert(
             "project; target needs neither"
         )
     if source is None:
-        content = openpcdet_content(read_checkpoint(input), input)
-        check_finite(content["model_state"], f"checkpoint {str(input)!r}")
+        checkpoint = read_checkpoint(input)
+        content = openpcdet_content(checkpoint, input)
+        settings = settings_of(checkpoint, input, CenterPointDetector)
+        from_content(settings.get("network", NetworkConfig()), checkpoint, input)  # every tensor is looked at
         output.parent.mkdir(parents=True, exist_ok=True)
         # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
         write_whole(output, serialized(content, is_archive=False))

@@ -20,10 +20,17 @@ MEMORY_BYTES = 3 << 30
 TIMEOUT_S = 60.0
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FORBIDDEN = (
-    *("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
+STARTS = (
+    *("import", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"),
     *("socket.connect", "socket.getaddrinfo"),
 )
+
+CHANGED = {
+    **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
+    **dict.fromkeys(("os.symlink", "os.link"), (1,)),
+    "os.rename": (0, 1),
+}
+"""Which arguments of these events are places that change."""
 
 HARMLESS = ("/dev/", "/proc/", "/sys/")
 """Where a write goes that leaves nothing."""
@@ -103,12 +110,13 @@ class _Watch:
         self._descriptor = descriptor
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if event in FORBIDDEN or (event == "import" and str(args[0]).startswith("evilmod")):
+        if event in STARTS and (event != "import" or str(args[0]).startswith("evilmod")):
             self._report(event, args)
         elif event == "open" and isinstance(args[2], int) and args[2] & WRITES and isinstance(args[0], str):
             self._check(event, args[0])
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link", "os.truncate"):
-            self._check(event, os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else "")
+        for place in CHANGED.get(event, ()):
+            if isinstance(args[place], str | bytes | os.PathLike):
+                self._check(event, os.fsdecode(args[place]))
 
     def _check(self, event: str, path: str) -> None:
         name = os.path.abspath(path)
