@@ -7,7 +7,6 @@ import io
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,11 @@ from pydantic import PlainValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from cpq_train.common.archive import check_archive, pickled
+from cpq_train.common.archive import check_archive, is_archive, pickles
 from cpq_train.common.bounds import check_bounds
 from cpq_train.common.errors import ForeignCheckpointError, UserError
 from cpq_train.common.files import check_regular, write_whole
+from cpq_train.common.pickles import check_pickle
 from cpq_train.common.schema import Count, accepts, keys, validated
 
 NETWORK_PREFIX = "network."
@@ -30,8 +30,8 @@ NETWORK_PREFIX = "network."
 NOT_TRAINED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
 """What every reader expects of a checkpoint, where one was not written by Lightning but by `convert`."""
 
-_MAKES_BYTES = b"\nbytearray\n"
-"""In a pickle that calls bytearray, which torch admits, and which takes as much memory as it is told."""
+NUM_PICKLES = 5
+"""Of torch's older format: a number, its version, the system, the content, the names of its tensors."""
 
 UNCHECKED = "has no checksums: whether it is damaged cannot be told"
 
@@ -121,10 +121,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     write_whole(path, serialized(checkpoint))
 
 
-def serialized(content: Any, is_archive: bool = True) -> memoryview:
+def serialized(content: Any, as_archive: bool = True) -> memoryview:
     """The bytes that `torch.save` writes, of the zip archive or of torch's older format."""
     buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=is_archive)
+    torch.save(content, buffer, _use_new_zipfile_serialization=as_archive)
     return buffer.getbuffer()
 
 
@@ -142,19 +142,12 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
     """
     path = Path(path)
     check_regular(path, "checkpoint")
-    is_checked = check_archive(path, "checkpoint", leave_tensors=mmap)
-    if _MAKES_BYTES in pickled(path):
-        raise ForeignCheckpointError(f"checkpoint {str(path)!r} makes bytes as it is read: refused", path)
-    content = _loaded(path, mmap and zipfile.is_zipfile(path))
-    check_bounds(content, path.stat().st_size, f"checkpoint {str(path)!r}")
-    if not (is_checked or mmap):
-        warnings.warn(f"checkpoint {str(path)!r} {UNCHECKED}", stacklevel=2)
-    return content
-
-
-def _loaded(path: Path, mmap: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        is_checked = check_archive(path, leave_tensors=mmap)
+        _check_pickles(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive(path))
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if _is_refusal(str(error), path):
             raise ForeignCheckpointError(
@@ -166,6 +159,17 @@ def _loaded(path: Path, mmap: bool) -> Any:
     except Exception as error:  # of garbage, torch's unpickler may raise anything
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {str(path)!r} is corrupt: {first}") from error
+    check_bounds(content, path.stat().st_size, f"checkpoint {str(path)!r}")
+    if not (is_checked or mmap):
+        warnings.warn(f"checkpoint {str(path)!r} {UNCHECKED}", stacklevel=2)
+    return content
+
+
+def _check_pickles(path: Path) -> None:
+    """Follow what is pickled, before torch makes it. In torch's older format five pickles come first."""
+    for file in pickles(path):
+        for _ in range(1 if is_archive(path) else NUM_PICKLES):
+            check_pickle(file, f"checkpoint {str(path)!r}")
 
 
 def _is_refusal(message: str, path: Path) -> bool:

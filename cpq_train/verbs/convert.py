@@ -80,7 +80,7 @@ def convert(
         from_content(settings.get("network", NetworkConfig()), checkpoint, input)  # every tensor is looked at
         output.parent.mkdir(parents=True, exist_ok=True)
         # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
-        write_whole(output, serialized(content, is_archive=False))
+        write_whole(output, serialized(content, as_archive=False))
         print_plain(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
         return
     subject = build(_network_config(config), "float", None)

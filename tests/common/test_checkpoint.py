@@ -2,6 +2,7 @@
 
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from old_files import CHECKPOINTS
 from cpq_train.common.archive import check_archive
 from cpq_train.common.bounds import MAX_DEPTH, MAX_VALUES, check_bounds
 from cpq_train.common.checkpoint import read_checkpoint, read_plain
-from cpq_train.common.errors import ForeignCheckpointError, UserError
+from cpq_train.common.errors import UserError
 
 OLD = CHECKPOINTS["float"]
 
@@ -106,14 +107,59 @@ def test_bytes_are_not_made(is_archive: bool, tmp_path: Path) -> None:
     torch.save(
         {"x": Call(bytearray, 1 << 45)}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=is_archive
     )
-    with pytest.raises(ForeignCheckpointError, match="makes bytes as it is read: refused"):
+    with pytest.raises(UserError, match="makes bytes as it is read"):
+        read_plain(tmp_path / "x.ckpt")
+
+
+def _pickled_tuples(path: Path, tuples: bytes) -> None:
+    """A checkpoint whose pickle has a tuple as a key."""
+    torch.save({"x": 1}, path)
+    with zipfile.ZipFile(path) as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, b"\x80\x02}" + tuples + b"K\x01s." if name.endswith("data.pkl") else data)
+
+
+@pytest.mark.parametrize(
+    "tuples",
+    [b")" + 1_000_000 * b"\x85", b")q\x00" + 40 * b"h\x00\x86q\x00"],
+    ids=["nested deep", "doubled"],
+)
+def test_a_key_whose_hash_does_not_end(tuples: bytes, tmp_path: Path) -> None:
+    _pickled_tuples(tmp_path / "x.ckpt", tuples)
+    with pytest.raises(UserError, match=r"x\.ckpt' holds a tuple of .* deep; accepted: up to"):
+        read_plain(tmp_path / "x.ckpt")
+
+
+def test_names_in_other_letters(tmp_path: Path) -> None:
+    """Torch finds its members in any case of letters."""
+    path = tmp_path / "x.ckpt"
+    torch.save({"x": Call(bytearray, 1 << 45)}, path)
+    with zipfile.ZipFile(path) as whole:
+        members = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(name.replace("data.pkl", "DATA.PKL"), data)
+    with pytest.raises(UserError, match="makes bytes as it is read"):
+        read_plain(path)
+
+
+def test_two_files_in_one(tmp_path: Path) -> None:
+    """What torch reads stands in front, what has checksums behind."""
+    torch.save({"x": 1}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save({"x": 2}, tmp_path / "new.ckpt")
+    (tmp_path / "x.ckpt").write_bytes(
+        (tmp_path / "old.ckpt").read_bytes() + (tmp_path / "new.ckpt").read_bytes()
+    )
+    with pytest.raises(UserError, match=r"x\.ckpt' is two files in one"):
         read_plain(tmp_path / "x.ckpt")
 
 
 def test_a_real_checkpoint_is_within_bounds() -> None:
     content = torch.load(OLD, weights_only=True)
     check_bounds(content, OLD.stat().st_size, "it")
-    assert check_archive(OLD, "checkpoint")
+    assert check_archive(OLD)
 
 
 @pytest.mark.parametrize(

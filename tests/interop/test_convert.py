@@ -442,7 +442,8 @@ def _our_checkpoint(path: Path, arm: Any = "float", scheme: Scheme | None = None
     subject = build(TINY, arm, scheme)
     subject.network.dense_channels_last()
     state = subject.network.state_dict()
-    content = {"quantization": subject.describe(), "epoch": 19, "global_step": 77}
+    content: dict[str, Any] = {"quantization": subject.describe(), "epoch": 19, "global_step": 77}
+    content["hyper_parameters"] = {"network": asdict(TINY)}
     torch.save({**content, "state_dict": {f"network.{n}": t for n, t in state.items()}}, path)
     return state
 
