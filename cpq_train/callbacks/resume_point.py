@@ -145,6 +145,7 @@ class ResumePoint(Callback):
         loaded = checkpoint.get(RESUME_KEY)
         if loaded is not None and trainer.state.fn == "fit":
             self._loaded, self._ordinal = loaded, loaded["ordinal"]
+            self._try_random_state(trainer, loaded)
             self._num_logged_steps = num_logged_steps(checkpoint["loops"]["fit_loop"])
             if getattr(trainer, "continues_run", False):
                 self._run_number = loaded.get("run_number", 0)
@@ -161,6 +162,17 @@ class ResumePoint(Callback):
             total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             num_processed = total.state_dict()["processed"]
             total.load_state_dict({"ready": num_processed, "started": num_processed})
+        self._set_random_state(trainer, loaded)
+
+    def _try_random_state(self, trainer: Trainer, loaded: dict[str, Any]) -> None:
+        """Fail here, where the file is named, and not in the first step."""
+        now = random_state()
+        try:
+            self._set_random_state(trainer, loaded)
+        finally:
+            set_random_state(now)
+
+    def _set_random_state(self, trainer: Trainer, loaded: dict[str, Any]) -> None:
         if trainer.global_rank < len(loaded["random_states"]):
             set_random_state(loaded["random_states"][trainer.global_rank])
 

@@ -103,7 +103,7 @@ def checked(checkpoint: Any, path: str | Path) -> dict[str, Any]:
 def _content(checkpoint: Any) -> str:
     if not isinstance(checkpoint, dict):
         return f"a {type(checkpoint).__name__}"
-    names = list(map(str, checkpoint))
+    names = [str(name)[:60] for name in checkpoint]
     more = f" and {len(names) - NUM_KEYS_SHOWN} more keys" if len(names) > NUM_KEYS_SHOWN else ""
     return (", ".join(names[:NUM_KEYS_SHOWN]) or "nothing") + more
 

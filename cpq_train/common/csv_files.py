@@ -25,7 +25,7 @@ def csv_rows(lines: Iterable[str], columns: Sequence[str], where: str) -> Iterat
     reader = csv.reader(_whole(lines, where), strict=True)
     try:
         header = _header(next(reader, []), columns, where)
-        for cells in reader:
+        for cells in filter(None, reader):
             if len(cells) != len(header):
                 accepted = f"a cell for each of {', '.join(header)}"
                 raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 
 import yaml
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
 from cpq_train.common.files import check_regular
 
 MAX_NODES: Final = 100_000
@@ -85,11 +85,11 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: A key occurs twice.
     """
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} occurs twice; accepted: every key once")
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            raise ValueError(f"{shown(key)} occurs twice; accepted: every key once")
+        record[key] = value
     return record
 
 

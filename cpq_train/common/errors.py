@@ -37,7 +37,10 @@ class ForeignCheckpointError(UserError):
 
 def shown(value: object) -> str:
     """A value in a message; what is long or nested deep is cut."""
-    text = _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than some 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -15,7 +15,8 @@ from cpq_train.common.errors import UserError
 PARTIAL = ".partial"
 """Ending of files that are still being written."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, a quota or a limit that is full."""
 
 
 @contextmanager
@@ -37,13 +38,14 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """
     # The process id keeps two runs apart that write one file, such as a cached score.
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # a link that lay there would lead elsewhere
     try:
         yield partial
         _flush(partial)
         os.replace(partial, path)
         _flush(path.parent)
     except OSError as error:
-        if error.errno in _FULL or error.filename == str(partial):
+        if error.errno in FULL or error.filename == str(partial):
             partial.unlink(missing_ok=True)
             raise UserError(cannot_write(path, num_bytes, error)) from error
         raise
@@ -62,9 +64,11 @@ def append_whole(path: Path, text: str) -> None:
     """Add text to the end of a file, all of it or nothing.
 
     Raises:
-        UserError: The disk is full, or the file cannot be written.
+        UserError: The disk is full, or the path is a link.
     """
     data = text.encode()
+    if path.is_symlink():  # which may lead anywhere, in a folder that came from elsewhere
+        raise UserError(f"cannot write {str(path)!r}: it is a link; accepted: a file of its own")
     with path.open("ab", buffering=0) as file:
         size, left = file.tell(), data
         try:
@@ -161,7 +165,7 @@ def cannot_write(path: Path, num_bytes: int | None, error: OSError) -> str:
         num_bytes: How large it becomes, where that is known.
         error: What the system said.
     """
-    if error.errno not in _FULL:
+    if error.errno not in FULL:
         return f"cannot write {str(path)!r}: {error.strerror}"
     stays = "; the file that is there stays as it is" if path.exists() else ""
     return f"cannot write {str(path)!r}: {room(path.parent, num_bytes)} ({error.strerror}){stays}"

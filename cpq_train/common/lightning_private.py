@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -44,39 +45,22 @@ class HookedTrainer(Trainer):
         self._checkpoint_connector = _GivenCheckpoint(self)
 
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
-        """The checkpoint that a fit resumes.
+        """The checkpoint that a run restores, which `ckpt_path` or the word `last` names.
 
-        `fit` itself is too early: here the launcher has started all ranks, and every one of them asks.
+        Asked of every rank, when the launcher has started all of them.
 
         Args:
-            model: The module to fit.
-            ckpt_path: What `fit` was given.
+            model: The module.
+            ckpt_path: What the trainer's method was given.
         """
         return ckpt_path
-
-    def newest_checkpoint(self) -> str | Path | None:
-        """The checkpoint that `last` means to validate, test and predict; None where there is none."""
-        return None
-
-    @override
-    def _fit_impl(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: Any = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        ckpt_path = self.resumed_checkpoint(model, ckpt_path)
-        super()._fit_impl(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     @override
     def _run(
         self, model: LightningModule, ckpt_path: str | Path | None = None, weights_only: bool | None = None
     ) -> Any:
-        self.restored_checkpoint = ckpt_path
-        return super()._run(model, ckpt_path, weights_only)
+        self.restored_checkpoint = self.resumed_checkpoint(model, ckpt_path)
+        return super()._run(model, self.restored_checkpoint, weights_only)
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -101,8 +85,7 @@ class _GivenCheckpoint(_CheckpointConnector):
         self, state_fn: TrainerFn, ckpt_path: str | Path | None, model_provided: bool, model_connected: bool
     ) -> str | Path | None:
         if ckpt_path == "last":
-            assert isinstance(self.trainer, HookedTrainer)
-            return self.trainer.newest_checkpoint()
+            return ckpt_path  # the trainer's to decide, on all ranks alike
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     @override
@@ -120,7 +103,7 @@ class _GivenCheckpoint(_CheckpointConnector):
         """Lightning takes what it finds in a checkpoint for what it wrote."""
         try:
             yield
-        except UserError:
+        except (UserError, torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())

@@ -35,7 +35,7 @@ def check_schema(found: Any, newest: int, what: str) -> None:
         is_newer = isinstance(found, int) and found > newest
         why = ": a newer cpq_train wrote it, read it with that one" if is_newer else ""
         accepted = "1" if newest == 1 else f"1 to {newest}"
-        raise UserError(f"{what}: schema is {found!r}; accepted: {accepted}{why}")
+        raise UserError(f"{what}: schema is {shown(found)}; accepted: {accepted}{why}")
 
 
 def check_document(document: Any, newest: int, kind: TypeAdapter[Any], where: str) -> None:
@@ -150,7 +150,7 @@ _ACCEPTED = {
 def _sentence(error: ErrorDetails, where: str) -> str:
     if error["type"] == "missing":
         *above, key = error["loc"]
-        has = ", ".join(map(str, error["input"])) or "nothing"
+        has = ", ".join(str(one)[:60] for one in list(error["input"])[:20]) or "nothing"
         return f"{_place(where, above)}: needs {key!r}, and has {has}"
     return f"{_place(where, error['loc'])}: {_why(error)}"
 

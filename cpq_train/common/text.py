@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any, Final
 
-_MARKUP: Final = re.compile(r"[\\`*<>|&~$]|\](?=[(\[:])|^[-+=#](?!\d)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_MARKUP: Final = re.compile(
+    r"[\\`*<>|&~$]|\](?=[(\[:])|^[-+=#](?!\d)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    r"|:(?=//)|(?<=www)\.|(?<=\w)@(?=\w)"
+)
 """What Markdown reads as more than text. Brackets alone, and an underscore between letters, it does not."""
 
 _FORMULA: Final = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")

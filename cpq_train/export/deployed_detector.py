@@ -342,8 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     for cloud, records in results.items() if options.output is None else ():
         print(f"{cloud}: {len(records)} boxes; x, y, z, length, width, height (m), yaw (rad), vx, vy (m/s)")
-        for record in records:
-            print(f"{record['name']:20} {record['score']:.3f}", *(f"{value:7.2f}" for value in record["box"]))
+        for name, record in ((ascii(one["name"])[1:-1], one) for one in records):
+            print(f"{name:20} {record['score']:.3f}", *(f"{value:7.2f}" for value in record["box"]))
 
 
 if __name__ == "__main__":

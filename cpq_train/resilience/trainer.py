@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from typing_extensions import override
@@ -98,31 +99,35 @@ class ResilientTrainer(HookedTrainer):
 
     @override
     def resumed_checkpoint(self, model: LightningModule, ckpt_path: str | Path | None) -> str | Path | None:
-        """What `last` means is rank 0's choice, which all ranks follow."""
-        self.continues_run = ckpt_path == "last"
-        if self.continues_run:
-            self.strategy.connect(model)
-            self.strategy.setup_environment()
-            # Lightning looks at the loader alone; here the data module knows the place in the epoch.
-            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
-            newest = self._newest_checkpoint() if self.is_global_zero else None
-            return self.strategy.broadcast(newest)
-        if self.is_global_zero and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists():
+        """What `last` means is rank 0's choice, which all ranks follow.
+
+        Raises:
+            UserError: There is none to validate, test or predict with.
+        """
+        is_fit = self.state.fn == TrainerFn.FITTING
+        self.continues_run = is_fit and ckpt_path == "last"
+        if ckpt_path == "last":
+            return self._last_checkpoint(model, is_fit)
+        is_earlier = is_fit and ckpt_path is None and (checkpoint_folder(self) / RESUME_FILE).exists()
+        if self.is_global_zero and is_earlier:
             rank_zero_warn(
                 f"{str(checkpoint_folder(self))!r} holds an earlier run, whose files are now replaced; "
                 "--ckpt_path last would go on with it"
             )
         return ckpt_path
 
-    @override
-    def newest_checkpoint(self) -> Path:
-        """The most advanced checkpoint of the run folder.
-
-        Raises:
-            UserError: There is none.
-        """
-        found = newest_checkpoint(checkpoint_folder(self))
-        if found is None:
+    def _last_checkpoint(self, model: LightningModule, is_fit: bool) -> str | None:
+        self.strategy.connect(model)
+        self.strategy.setup_environment()
+        # Lightning looks at the loader alone; here the data module knows the place in the epoch.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+        found: str | None = None
+        if self.is_global_zero:
+            found = (
+                self._newest_checkpoint() if is_fit else _name_of(newest_checkpoint(checkpoint_folder(self)))
+            )
+        found = self.strategy.broadcast(found)
+        if found is None and not is_fit:
             raise UserError(f"ckpt_path is 'last': no checkpoint in {str(checkpoint_folder(self))!r}")
         return found
 
@@ -139,7 +144,11 @@ class ResilientTrainer(HookedTrainer):
             if newest is None
             else f"--ckpt_path last: going on from {str(newest)!r}"
         )
-        return None if newest is None else str(newest)
+        return _name_of(newest)
+
+
+def _name_of(file: Path | None) -> str | None:
+    return None if file is None else str(file)
 
 
 def is_started_by_rank_0(trainer: Trainer) -> bool:

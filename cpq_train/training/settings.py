@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired
 
 from cpq_train.arms.starting_point import CalibrationConfig
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
 from cpq_train.common.schema import keys, validated_plain
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
@@ -26,6 +26,8 @@ HYPER_PARAMETERS = "hyper_parameters"
 
 DECIDED_BY_FILE = ("arm", "scheme", "batchnorm")
 """Settings of the model that a checkpoint, or a deployment file, has itself."""
+
+NUM_SHOWN = 3
 
 _CLASSES: dict[str, type[Any]] = {
     "network": NetworkConfig,
@@ -75,7 +77,7 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: str | Path) -> dict[st
     """
     found = checkpoint.get(HYPER_PARAMETERS, {})
     if not isinstance(found, Mapping):
-        raise UserError(f"checkpoint {str(path)!r}: {HYPER_PARAMETERS} is {found!r}; expected a mapping")
+        raise UserError(f"checkpoint {str(path)!r}: {HYPER_PARAMETERS} is {shown(found)}; expected a mapping")
     return dict(found)
 
 
@@ -102,8 +104,8 @@ def settings_of(checkpoint: Mapping[str, Any], path: str | Path, detector: type)
 
 
 def _check_known(settings: Mapping[str, Any], accepted: Collection[str], where: str) -> None:
-    if unknown := sorted(repr(name) for name in settings if name not in accepted):
-        raise UserError(f"{where}: {', '.join(unknown)} unknown; accepted: {', '.join(accepted)}")
+    if unknown := sorted(shown(name) for name in settings if name not in accepted):
+        raise UserError(f"{where}: {', '.join(unknown[:NUM_SHOWN])} unknown; accepted: {', '.join(accepted)}")
 
 
 @cache

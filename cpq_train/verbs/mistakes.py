@@ -10,17 +10,14 @@ from pathlib import Path
 from types import TracebackType
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import cannot_write
+from cpq_train.common.files import FULL, cannot_write
 
 _LIBRARIES = ("lightning.", "jsonargparse.", "wandb.", "mlflow.")
 """Packages whose own `raise` is addressed to whoever configured them."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Met while a file is written, when the system does not say which."""
-
 _OF_FILES = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.ENAMETOOLONG, errno.ELOOP, *_FULL),
+    *(errno.ENAMETOOLONG, errno.ELOOP, *FULL),
 )
 """What a person does something about; any other error of the system is told as it is."""
 
@@ -37,9 +34,9 @@ def naming_mistakes() -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno not in _OF_FILES or (error.filename is None and error.errno not in _FULL):
+        if error.errno not in _OF_FILES or (error.filename is None and error.errno not in FULL):
             raise
-        if error.errno in _FULL and error.filename is not None:
+        if error.errno in FULL and error.filename is not None:
             raise UserError(cannot_write(Path(str(error.filename)), None, error)) from error
         name = "a file" if error.filename is None else repr(str(error.filename))
         raise UserError(f"{name} cannot be used: {error.strerror}") from error

@@ -1,5 +1,7 @@
 """YAML and JSON files: what they hold, and the one line that says why they are none."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import yaml
 
 from cpq_train.common.documents import parse_yaml, read_json, read_yaml
 from cpq_train.common.errors import UserError
+from cpq_train.quantization.scheme import Scheme
 
 
 @pytest.mark.parametrize(
@@ -96,3 +99,26 @@ def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"sidecar '.*' does not exist"):
         read_json(tmp_path / "file/below", "sidecar")
+
+
+def test_a_key_that_occurs_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+    text = ", ".join(f'"{number}": 0' for number in [*range(200_000), 199_999])
+    (tmp_path / "x.json").write_text(f"{{{text}}}")
+    began_s = time.process_time()
+    with pytest.raises(UserError, match="'199999' occurs twice"):
+        read_json(tmp_path / "x.json", "file")
+    assert time.process_time() - began_s < 20
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "1" + ":1" * 5000])
+def test_a_whole_number_of_thousands_of_digits(number: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(f"name: {number}\n")
+    with pytest.raises(UserError, match="name: got a number of thousands of digits, accepted: a text"):
+        Scheme.from_file(tmp_path / "s.yaml")
+
+
+def test_documents_are_regular_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    for read in (read_json, read_yaml):
+        with pytest.raises(UserError, match="file '.*' is a FIFO, socket or device: expected a file"):
+            read(tmp_path / "x.json", "file")

@@ -25,10 +25,6 @@ from cpq_train.common.lightning_private import (
 )
 
 SIGNATURES = {
-    "Trainer._fit_impl": (
-        Trainer,
-        ["self", "model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"],
-    ),
     "Trainer._run": (Trainer, ["self", "model", "ckpt_path", "weights_only"]),
     "_CheckpointConnector.__init__": (checkpoint_connector._CheckpointConnector, ["self", "trainer"]),
     "_CheckpointConnector._parse_ckpt_path": (
