@@ -228,12 +228,16 @@ class QuantCLI(HookedCLI):
     def callbacks_of_run(
         self, named: Sequence[Callback], own: Sequence[Callback], has_logger: bool
     ) -> list[Callback]:
-        """Those named, and our own; of the classes of our own one each, the last that is named."""
+        """Those named, and our own; of the classes of our own one each, the last that is named.
+
+        The resume point is the first of all: what a step was saved with is put back before anything is done.
+        """
         own = [*([StartLoggers(), LearningRateMonitor("step")] if has_logger else []), *own]
         last_named = {type(callback): callback for callback in named}
         kinds = {type(callback) for callback in own}
         kept = [one for one in named if type(one) not in kinds or one is last_named[type(one)]]
-        return [*kept, *(one for one in own if type(one) not in last_named)]
+        chosen = [*kept, *(one for one in own if type(one) not in last_named)]
+        return sorted(chosen, key=lambda one: not isinstance(one, ResumePoint))
 
     def _settle_run_folder(self, config: Namespace) -> None:
         """Fill in the number of an array's task; what a trial run writes goes when it ends."""

@@ -120,5 +120,5 @@ def test_a_whole_number_of_thousands_of_digits(number: str, tmp_path: Path) -> N
 def test_documents_are_regular_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.json")
     for read in (read_json, read_yaml):
-        with pytest.raises(UserError, match="file '.*' is a FIFO, socket or device: expected a file"):
+        with pytest.raises(UserError, match=r"file '.*' is a FIFO, socket or device: expected a file"):
             read(tmp_path / "x.json", "file")
