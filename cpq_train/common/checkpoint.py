@@ -179,8 +179,7 @@ def _is_refusal(message: str, path: Path) -> bool:
     and of garbage; a pickle starts with 0x80, an archive with PK.
     """
     with path.open("rb") as file:
-        start = file.read(4)
-    is_pickle = start[:1] == b"\x80" or start == b"PK\x03\x04"
+        is_pickle = file.read(1) == b"\x80" or is_archive(path)
     return "GLOBAL" in message or ("Unsupported operand" in message and is_pickle)
 
 
