@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,10 +54,18 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
     path = folder / LOCK_FILE
     gone = f"{str(folder)!r} has been finished or removed just now"
     try:
-        file = path.open("ab+" if is_new else "rb+", buffering=0)
+        # What a stranger has put there may be a link to a file of the user, or a FIFO.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if is_new else 0)
+        descriptor = os.open(path, flags, 0o666)
     except FileNotFoundError as error:
         raise FolderInUse(gone) from error
-    with file:
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FolderInUse(f"{str(path)!r} is a link") from error
+    with open(descriptor, "rb+", buffering=0) as file:
+        if not _is_own_file(os.fstat(descriptor)):
+            raise FolderInUse(f"{str(path)!r} is no file of its own")
         has_locks = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,9 +75,10 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
             raise FolderInUse(f"{str(folder)!r} is being written by {who}") from error
         except OSError:
             has_locks = False
-        if not _is_file(path, file.fileno()):
+        if not _is_file(path, descriptor):
             raise FolderInUse(gone)
         with suppress(OSError):  # a full disk, which the lock does not need
+            file.seek(0)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield has_locks
@@ -76,13 +86,20 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
 
 def _is_file(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     return False
 
 
+def _is_own_file(status: os.stat_result) -> bool:
+    """Whether it is a regular file, and no other name of one."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
 def remove_remnant(folder: Path) -> None:
-    """Remove a folder whose writer has ended; one that may still be written to stays."""
+    """Remove a folder whose writer has ended; one that may still be written to stays, as does a link."""
     lock = folder / LOCK_FILE
+    if folder.is_symlink() or lock.is_symlink():
+        return
     with suppress(FolderInUse, OSError):
         # Its writer is about to lock it, or wrote before there were locks.
         if not lock.exists() or not lock.stat().st_size:
