@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -23,9 +24,14 @@ UNFINISHED = ".unfinished"
 
 _PARTS = "parts"
 
+_NAME = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
+"""Names of complete folders: other ones are not ours."""
+
 
 def homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
     """The folders that may hold what is derived from a version of a data set, in order of preference.
+
+    A data root may be a stranger's: what leads out of it by a link is left out.
 
     Args:
         root: the data root.
@@ -36,12 +42,14 @@ def homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / unique / version]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".cpq_train" / version, user_cache / "cpq_train" / unique / version]
+    in_root = root / ".cpq_train" / version
+    inside = Path(os.path.realpath(in_root)).is_relative_to(os.path.realpath(root))
+    return [*([in_root] if inside else []), user_cache / "cpq_train" / unique / version]
 
 
-def find(places: list[Path], name: str) -> Path | None:
-    """The complete folder of a name, in the first home that has it."""
-    return next((home / name for home in places if (home / name).is_dir()), None)
+def find(places: list[Path], name: str) -> list[Path]:
+    """The complete folders of a name, in the order of the homes; links are none."""
+    return [home / name for home in places if _is_folder(home / name)]
 
 
 @contextmanager
@@ -93,8 +101,10 @@ def start_folder(places: list[Path], name: str) -> Path:
             (home / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusals.append(f"{home} ({error.strerror})")
-        else:
+            continue
+        if _is_folder(home / name):
             return home / name
+        refusals.append(f"{home} ({name} there is a link)")
     raise UserError(
         f"no folder derived from the data set can be written: {', '.join(refusals)}; give data.cache_dir"
     )
@@ -103,6 +113,8 @@ def start_folder(places: list[Path], name: str) -> Path:
 def publish(unfinished: Path, folder: Path) -> None:
     """Gives a complete folder its final name; where another process was first, its folder is kept."""
     (unfinished / LOCK_FILE).unlink(missing_ok=True)
+    if folder.is_symlink():
+        folder.unlink()
     try:
         unfinished.rename(folder)
     except OSError:
@@ -121,8 +133,13 @@ def discard(folder: Path) -> None:
 def drop_others(folder: Path) -> None:
     """Removes the folders of the same kind beside a complete one."""
     for other in folder.parent.iterdir():
-        if other != folder and _kind(other.name) == _kind(folder.name):
+        is_older = other != folder and _NAME.fullmatch(other.name) and _is_folder(other)
+        if is_older and _kind(other.name) == _kind(folder.name):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _unfinished(name: str, ending: str) -> str:

@@ -120,8 +120,8 @@ def build_gt_database(
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
     name = _name(index, split, num_sweeps)
     places = derived.homes(index.root, version, cache_dir)
-    folder = derived.find(places, name)
-    if folder is None or not _is_whole(folder):
+    folder = next(filter(_is_whole, derived.find(places, name)), None)
+    if folder is None:
         parts = derived.parts_folder(places, name)
         folder = parts.with_name(name)
         _build(index, rows, parts, folder, num_sweeps, num_workers)
@@ -166,7 +166,7 @@ def open_gt_database(
         f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
         f"--split {split} --num_sweeps {num_sweeps}{place}"
     )
-    folder = derived.find(places, _name(index, split, num_sweeps))
+    folder = next(iter(derived.find(places, _name(index, split, num_sweeps))), None)
     if folder is None:
         raise UserError(
             f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "

@@ -216,7 +216,7 @@ def open_index(
     stamps = _table_stamps(root, version)
     key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
     places = derived.homes(root, version, cache_dir)
-    if (folder := derived.find(places, key)) is not None:
+    for folder in derived.find(places, key):
         try:
             return _load(folder, root, version)
         except UserError as error:

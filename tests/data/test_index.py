@@ -191,7 +191,7 @@ def test_half_built_index_is_never_used(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_processes_may_build_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = builds(monkeypatch)
-    monkeypatch.setattr(derived, "find", lambda *_: None)
+    monkeypatch.setattr(derived, "find", lambda *_: [])
     with ThreadPoolExecutor(4) as pool:
         indexes = list(pool.map(lambda _: open_index(root, "v1.0-mini"), range(4)))
     assert len(built) == 4
