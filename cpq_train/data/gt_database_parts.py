@@ -10,25 +10,48 @@ import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cpq_train.common.arrays import Column
 from cpq_train.common.file_names import file_name
 from cpq_train.common.folders import naming_full_disks
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
-from cpq_train.data.column_files import Columns, checksum, write_columns
+from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.sweeps import load_sweeps
 
 Rows = NDArray[np.int64]
 
-_PART_COLUMNS = ("classes", "boxes", "num_points", "sample_rows", "tokens")
-COLUMNS = (*_PART_COLUMNS, "point_offsets", "point_checksums", "points")
-"""Files of a database, see `GtDatabase`."""
+_OF_OBJECTS: Final = {
+    "classes": Column("i", ("N",), 1),
+    "boxes": Column("f", ("N", 9), 8),
+    "num_points": Column("i", ("N",), 4),
+    "sample_rows": Column("i", ("N",), 4),
+    "tokens": Column("S", ("N",)),
+}
+_POINTS: Final = {"points": Column("f", ("P", 5), 4)}
+LAYOUT: Final = Layout(
+    columns={
+        **_OF_OBJECTS,
+        "point_offsets": Column("i", ("N+1",), 8),
+        "point_checksums": Column("u", ("N",), 4),
+        **_POINTS,
+    },
+    ranges={"classes": (0, len(DETECTION_CLASSES)), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
+    offsets={"point_offsets": "P"},
+    in_pieces=("points",),
+)
+"""Of a database, see `GtDatabase`. N objects, P points; S samples of the index."""
+
+COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
+"""Files of a database."""
 
 
 def object_annotations(index: NuScenesIndex, row: int) -> Rows:
@@ -136,7 +159,7 @@ def _write(file: Path, part: Columns) -> None:
 def merge_parts(files: list[Path], folder: Path) -> None:
     """Writes the columns of a database from its parts; the points pass through memory scene by scene."""
     folder.mkdir()
-    columns = _joined(_read(file, _PART_COLUMNS) for file in files)
+    columns = _joined(_read(file, _OF_OBJECTS) for file in files)
     columns["point_offsets"] = np.concatenate([[0], np.cumsum(columns["num_points"], dtype=np.int64)])
     shape = (int(columns["point_offsets"][-1]), 5)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -157,7 +180,7 @@ def _is_whole(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        _read(file, (*_PART_COLUMNS, "points"))
+        _read(file, (*_OF_OBJECTS, "points"))
     except Exception as error:  # NumPy and zipfile have many
         say(f"{file} is damaged and built anew: {error}")
         return False

@@ -25,6 +25,7 @@ from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.progress import progress, say
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, open_columns, write_columns
+from cpq_train.data.index_columns import LAYOUT
 from cpq_train.data.tables import TABLES, TableReader
 
 _SCHEMA = 2
@@ -43,6 +44,8 @@ class NuScenesIndex(CheckedColumns):
     annotation_offsets[s + 1]`. Strings are UTF-8 bytes. Quaternions are `w x y z`, as in the tables; lengths
     in metres, velocities in m/s.
     """
+
+    _remedy = "start again to make it anew"
 
     folder: Path
     """Where the columns lie."""
@@ -189,11 +192,8 @@ class NuScenesIndex(CheckedColumns):
         }
 
 
-COLUMNS: tuple[str, ...] = tuple(
-    name
-    for name in NuScenesIndex.__annotations__
-    if name.startswith(("scene_", "sample_", "frame_", "annotation_"))
-)
+COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
+"""Files of an index."""
 
 
 def open_index(
@@ -292,7 +292,7 @@ def _load(folder: Path, root: Path, version: str) -> NuScenesIndex:
     Raises:
         UserError: it is damaged, or a column is missing.
     """
-    meta, columns = open_columns(folder, COLUMNS)
+    meta, columns = open_columns(folder, LAYOUT)
     index = object.__new__(NuScenesIndex)
     index.__dict__.update(meta, folder=folder, root=root, version=version, _unchecked=columns)
     return index

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -245,6 +246,16 @@ def test_a_damaged_database(
     assert "the GT database is built anew" in said
     assert contents(database) == whole
     use(root)
+
+
+def test_what_a_disk_changes_in_a_database(root: Path, database: Path) -> None:
+    flip(database / "boxes.npy")
+    (database / CONTENTS_FILE).touch()  # nothing seems to have changed since
+    opened = pickle.loads(pickle.dumps(open_gt_database(open_index(root, "v1.0-mini"), "train", 1)))
+    command = f"build-gt-database --root {root} --version v1.0-mini --split train --num_sweeps 1"
+    with pytest.raises(DamageError, match=rf"boxes\.npy is damaged(.|\n)*{re.escape(command)}") as error:
+        _ = opened.boxes
+    assert "start again" not in str(error.value)
 
 
 @pytest.mark.parametrize("way", ["flipped", "empty", "text", "bomb"])
