@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, Protocol
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -65,12 +65,13 @@ class Described(Protocol):
         """Its lengths."""
 
 
-def read_npz(path: Path, what: str) -> Arrays:
+def read_npz(path: Path, what: str, names: Collection[str] | None = None) -> Arrays:
     """The arrays of an .npz archive by their names.
 
     Args:
         path: The archive.
         what: What it is, for the message.
+        names: Only these, as far as they are there.
 
     Raises:
         UserError: It is missing, no regular file, damaged, holds Python objects or texts that are none, or
@@ -79,7 +80,7 @@ def read_npz(path: Path, what: str) -> Arrays:
     check_regular(path, what)
     try:
         with ZipFile(path) as archive:
-            return _arrays(archive, path.stat().st_size)
+            return _arrays(archive, path.stat().st_size, names)
     except _Unfit as error:
         reason = str(error)
     except _DAMAGED as error:
@@ -101,7 +102,7 @@ class _Unfit(Exception):
     """What is wrong with an archive, in words."""
 
 
-def _arrays(archive: ZipFile, num_bytes: int) -> Arrays:
+def _arrays(archive: ZipFile, num_bytes: int, wanted: Collection[str] | None) -> Arrays:
     members = archive.infolist()
     unpacked, most = sum(member.file_size for member in members), max(_FREE_BYTES, _MAX_RATIO * num_bytes)
     if unpacked > most:
@@ -111,7 +112,8 @@ def _arrays(archive: ZipFile, num_bytes: int) -> Arrays:
     names = [member.filename.removesuffix(".npy") for member in members]
     if len(set(names)) < len(names):
         raise _Unfit(f"arrays {shown(names)}; accepted: each name once")
-    return {name: _array(archive, member) for name, member in zip(names, members, strict=True)}
+    stored = dict(zip(names, members, strict=True))
+    return {name: _array(archive, stored[name]) for name in names if wanted is None or name in wanted}
 
 
 def _array(archive: ZipFile, member: ZipInfo) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from cpq_train.common.arrays import Column
+from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
+from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -88,7 +89,7 @@ def build_parts(
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
-        if not _is_whole(file)
+        if not _is_whole(file, len(index))
     ]
     loader = FollowingLoader(  # which hands errors over
         _Parts(index, tasks, num_sweeps),
@@ -175,18 +176,39 @@ def merge_parts(files: list[Path], folder: Path) -> None:
     write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether the part of a scene is there, by the checksums that it holds."""
+def _is_whole(file: Path, num_samples: int) -> bool:
+    """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
     if not file.is_file():
         return False
     try:
-        _read(file, (*_OF_OBJECTS, "points"))
-    except Exception as error:  # NumPy and zipfile have many
+        _check(_read(file, (*_OF_OBJECTS, *_POINTS)), num_samples, str(file))
+    except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
         return False
     return True
 
 
-def _read(file: Path, names: Iterable[str]) -> Columns:
-    with np.load(file, allow_pickle=False) as part:
-        return {name: part[name] for name in names}
+def _check(part: Columns, num_samples: int, where: str) -> None:
+    """See that a part is of objects, and of their points: it may be a stranger's.
+
+    Raises:
+        UserError: it is not.
+    """
+    check_values(part["classes"], 0, len(DETECTION_CLASSES) - 1, f"{where}: classes")
+    check_values(part["sample_rows"], 0, num_samples - 1, f"{where}: sample_rows")
+    check_values(part["num_points"], 0, len(part["points"]), f"{where}: num_points")
+    num_points = int(part["num_points"].sum(dtype=np.int64))
+    if num_points != len(part["points"]):
+        raise UserError(f"{where}: num_points add up to {num_points}; accepted: {len(part['points'])}")
+
+
+def _read(file: Path, names: Collection[str]) -> Columns:
+    """Some columns of a part.
+
+    Raises:
+        UserError: they are missing, or no columns of their kind.
+    """
+    part = read_npz(file, "part", names)
+    kinds = {name: kind for name, kind in {**_OF_OBJECTS, **_POINTS}.items() if name in names}
+    check_columns(part, kinds, str(file))
+    return part

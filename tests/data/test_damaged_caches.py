@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,7 +259,33 @@ def test_what_a_disk_changes_in_a_database(root: Path, database: Path) -> None:
     assert "start again" not in str(error.value)
 
 
-@pytest.mark.parametrize("way", ["flipped", "empty", "text", "bomb"])
+def of_part(**columns: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Other columns in a part, as a stranger would write it."""
+
+    def change(path: Path) -> None:
+        part = dict(np.load(path))
+        np.savez(path, **part | {name: changed(part[name]) for name, changed in columns.items()})
+
+    return change
+
+
+def packed_zeros(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("points.npy", bytes(1 << 27))
+
+
+PARTS: dict[str, Callable[[Path], None]] = {
+    "of no class": of_part(classes=lambda column: np.full_like(column, 99)),
+    "of other rows": of_part(sample_rows=lambda column: column + 1000),
+    "of fewer objects": of_part(classes=lambda column: column[1:]),
+    "of flat points": of_part(points=lambda column: column.ravel()),
+    "of fewer points": of_part(points=lambda column: column[1:]),
+    "of texts": of_part(num_points=lambda column: column.astype(np.bytes_)),
+    "expanding": packed_zeros,
+}
+
+
+@pytest.mark.parametrize("way", ["flipped", "empty", "text", "bomb", *PARTS])
 def test_a_damaged_part(
     root: Path, database: Path, way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +304,8 @@ def test_a_damaged_part(
     if way == "bomb":
         with part.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
+    elif way in PARTS:
+        PARTS[way](part)
     else:
         part.write_bytes({"flipped": data, "empty": b"", "text": b"nonsense"}[way])
     capsys.readouterr()
