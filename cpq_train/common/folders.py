@@ -22,6 +22,8 @@ from cpq_train.common.files import room
 
 LOCK_FILE = ".lock"
 
+_HOLDER = "process "
+
 _STALE_S = 3600.0
 """Age of a folder without a lock, from which on nobody is about to lock it."""
 
@@ -80,8 +82,17 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
         with suppress(OSError):  # a full disk, which the lock does not need
             file.seek(0)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode())
         yield has_locks
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is the lock of a folder, of this user, and no link to one; held or not."""
+    with suppress(OSError):
+        status = path.lstat()
+        is_ours = _is_own_file(status) and status.st_uid == os.getuid()
+        return is_ours and path.read_bytes()[: len(_HOLDER)] == _HOLDER.encode()
+    return False
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
