@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from cpq_train.common.errors import UserError
@@ -122,12 +122,19 @@ def publish(unfinished: Path, folder: Path) -> None:
             raise
 
 
-def discard(folder: Path) -> None:
-    """Removes a folder that is damaged; nobody finds it from the first moment on."""
+def discard(folder: Path) -> bool:
+    """Removes a folder that is damaged; nobody finds it from the first moment on.
+
+    Returns:
+        Whether it is gone: not from where this process cannot write to.
+    """
     aside = folder.with_name(_unfinished(folder.name, uuid.uuid4().hex))
-    with suppress(OSError):  # another process was first, or nobody can: whoever looks for it next will say
+    try:
         folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # another process was first
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
 
 
 def drop_others(folder: Path) -> None:

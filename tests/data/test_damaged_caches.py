@@ -154,7 +154,7 @@ def test_opening_reads_no_column(
     assert not hasattr(index, "sample_timess")
 
 
-def test_a_table_edited_in_secret(root: Path) -> None:
+def test_a_table_edited_in_secret(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "v1.0-mini/sample_annotation.json"
     before = path.stat()
     first = open_index(root, "v1.0-mini").annotation_num_lidar_pts.sum()
@@ -165,6 +165,7 @@ def test_a_table_edited_in_secret(root: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
     assert open_index(root, "v1.0-mini").annotation_num_lidar_pts.sum() != first
+    assert "is built anew: its tables are others" in capsys.readouterr().err
 
 
 REMNANT = f".unfinished-{'a' * 16}-{'b' * 32}"
