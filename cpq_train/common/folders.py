@@ -27,8 +27,7 @@ _HOLDER = "process "
 _STALE_S = 3600.0
 """Age of a folder without a lock, from which on nobody is about to lock it."""
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
-"""None: NumPy, which does not pass the number on."""
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class FolderInUse(UserError):
@@ -153,3 +152,14 @@ def naming_full_disks(
             f"cannot write {what} to {str(folder)!r}: {room(folder, num_bytes)} ({error.strerror or error}); "
             f"{left} is left behind"
         ) from error
+
+
+@contextmanager
+def numbering_errors() -> Iterator[None]:
+    """Around what NumPy writes: its errors have no number, and those of writing are of full disks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}") from error

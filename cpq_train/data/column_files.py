@@ -8,6 +8,7 @@ that opening takes no pass over the files.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Collection, Mapping
@@ -24,6 +25,7 @@ from pydantic import TypeAdapter
 from cpq_train.common.arrays import Column, check_columns, check_values
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import LoadingError, UserError, shown
+from cpq_train.common.folders import numbering_errors
 from cpq_train.common.schema import Count, keys, list_of, validated
 from cpq_train.data.derived import discard
 
@@ -156,7 +158,8 @@ def write_columns(
             piece by piece.
     """
     for name, column in columns.items():
-        np.save(folder / f"{name}.npy", column, allow_pickle=False)
+        with numbering_errors():
+            np.save(folder / f"{name}.npy", column, allow_pickle=False)
     of_columns = {
         name: {"dtype": column.dtype.str, "shape": column.shape, "crc32": checksum(column)}
         for name, column in columns.items()
@@ -193,7 +196,7 @@ def open_columns(
         raise DamageError(f"{path} is damaged: its checksum is another")
     said = {name: _said(contents["columns"][name], f"{path}: column {name}") for name in names}
     lengths = {**known, **check_columns(said, layout.columns, str(path))}
-    columns, written_ns = {}, path.stat().st_ctime_ns
+    columns, written_ns, is_older = {}, path.stat().st_ctime_ns, False
     for name in names:
         crc32 = contents["columns"][name]["crc32"]
         if (crc32 is None) != (name in layout.in_pieces):
@@ -203,7 +206,11 @@ def open_columns(
             file, _mapped(file, said[name]), crc32, _range(name, layout, lengths), _end(name, layout, lengths)
         )
         if file.stat().st_ctime_ns > written_ns:
+            is_older = True
             columns[name].check()
+    if is_older:
+        with suppress(OSError):  # where it cannot be written, every opening compares again
+            os.utime(path, follow_symlinks=False)
     return contents["meta"], columns
 
 

@@ -173,16 +173,18 @@ def open_gt_database(
     """
     places = derived.homes(index.root, index.version, cache_dir)
     command = _command(index, split, num_sweeps, cache_dir)
-    folder = next(iter(derived.find(places, _name(index, split, num_sweeps))), None)
-    if folder is None:
-        raise UserError(
-            f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
-            f"{index.root} has none of its present tables; build it with\n  {command}"
-        )
-    try:
-        return _load(folder, len(index), command)
-    except UserError as error:
-        raise UserError(f"{error}; build the GT database anew with\n  {command}") from error
+    reasons = []
+    for folder in derived.find(places, _name(index, split, num_sweeps)):
+        try:
+            return _load(folder, len(index), command)
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(f"{'; '.join(reasons)}; build the GT database anew with\n  {command}")
+    raise UserError(
+        f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
+        f"{index.root} has none of its present tables; build it with\n  {command}"
+    )
 
 
 def _command(index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None) -> str:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
 from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
-from cpq_train.common.folders import naming_full_disks
+from cpq_train.common.folders import naming_full_disks, numbering_errors
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
@@ -169,7 +169,8 @@ def merge_parts(files: list[Path], folder: Path) -> None:
         np.lib.format.write_array_header_1_0(stream, header)
         for file in track(files, "Merging scenes"):
             part = _read(file, ("points", "num_points"))
-            part["points"].tofile(stream)
+            with numbering_errors():
+                part["points"].tofile(stream)
             checksums += map(checksum, np.split(part["points"], np.cumsum(part["num_points"])[:-1]))
         os.fsync(stream.fileno())
     columns["point_checksums"] = np.array(checksums, dtype=np.uint32)

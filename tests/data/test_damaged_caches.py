@@ -16,7 +16,7 @@ from limits import files_of_at_most
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import LOCK_FILE, locked
-from cpq_train.data import column_files
+from cpq_train.data import column_files, derived
 from cpq_train.data.column_files import CONTENTS_FILE, DamageError
 from cpq_train.data.gt_database import build_gt_database, open_gt_database
 from cpq_train.data.gt_database_parts import COLUMNS as GT_COLUMNS
@@ -154,6 +154,21 @@ def test_opening_reads_no_column(
     assert not hasattr(index, "sample_timess")
 
 
+def test_columns_that_only_seem_changed_are_read_once(
+    pristine_root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    checksum = column_files.checksum
+    monkeypatch.setattr(column_files, "checksum", lambda c: read.append(1) or checksum(c))
+    time.sleep(0.02)  # change times are coarse
+    for path in found(cache, CONTENTS_FILE).parent.glob("*.npy"):
+        path.chmod(0o644)
+    for num_read in (len(COLUMNS), 0, 0):
+        read.clear()
+        open_index(pristine_root, "v1.0-mini", cache)
+        assert len(read) == num_read
+
+
 def test_a_table_edited_in_secret(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "v1.0-mini/sample_annotation.json"
     before = path.stat()
@@ -211,6 +226,19 @@ def test_a_full_disk_while_an_index_is_built(root: Path) -> None:
         assert "\n" not in message
         assert list((root / ".cpq_train/v1.0-mini").iterdir()) == []
     assert len(open_index(root, "v1.0-mini")) == 8
+
+
+def test_a_damaged_database_that_cannot_be_removed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    index = open_index(root, "v1.0-mini")
+    build_gt_database(root, "v1.0-mini", num_sweeps=1, num_workers=0)
+    (damaged,) = (root / ".cpq_train/v1.0-mini").glob("gt-*")
+    whole = derived.homes(root, "v1.0-mini", None)[1] / damaged.name
+    shutil.copytree(damaged, whole)
+    WAYS["cut"](damaged / "boxes.npy")
+    assert open_gt_database(index, "train", 1).folder == whole
 
 
 @pytest.fixture

@@ -56,13 +56,25 @@ def test_a_half_written_root_never_gets_the_name(tmp_path: Path, monkeypatch: py
     def failing_scan(*args: object, **kwargs: object) -> object:
         taken.append(1)
         if len(taken) > 15:
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scene, "scan", failing_scan)
     with pytest.raises(UserError, match=r"No space left.*nothing is left behind"):
         simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
     assert len(taken) == 16
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_every_error_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpq_train.simulator.scene as scene
+
+    def failing_scan(*args: object, **kwargs: object) -> object:
+        raise OSError("a library is missing")
+
+    monkeypatch.setattr(scene, "scan", failing_scan)
+    with pytest.raises(OSError, match=r"^a library is missing$"):
+        simulate(tmp_path / "root", num_scenes=1, num_samples_per_scene=1, num_workers=1)
     assert not list(tmp_path.iterdir())
 
 
