@@ -113,9 +113,9 @@ def start_folder(places: list[Path], name: str) -> Path:
 def publish(unfinished: Path, folder: Path) -> None:
     """Gives a complete folder its final name; where another process was first, its folder is kept."""
     (unfinished / LOCK_FILE).unlink(missing_ok=True)
-    if folder.is_symlink():
-        folder.unlink()
     try:
+        if not _is_folder(folder):
+            folder.unlink(missing_ok=True)
         unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import uuid
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -179,12 +180,14 @@ def merge_parts(files: list[Path], folder: Path) -> None:
 
 def _is_whole(file: Path, num_samples: int) -> bool:
     """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return False
     try:
         _check(_read(file, (*_OF_OBJECTS, *_POINTS)), num_samples, str(file))
     except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file, ignore_errors=True)
         return False
     return True
 

@@ -303,7 +303,7 @@ def packed_zeros(path: Path) -> None:
         archive.writestr("points.npy", bytes(1 << 27))
 
 
-PARTS: dict[str, Callable[[Path], None]] = {
+PARTS: dict[str, Callable[[Path], object]] = {
     "of no class": of_part(classes=lambda column: np.full_like(column, 99)),
     "of other rows": of_part(sample_rows=lambda column: column + 1000),
     "of fewer objects": of_part(classes=lambda column: column[1:]),
@@ -311,6 +311,8 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "of fewer points": of_part(points=lambda column: column[1:]),
     "of texts": of_part(num_points=lambda column: column.astype(np.bytes_)),
     "expanding": packed_zeros,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link": lambda path: (path.unlink(), path.symlink_to(path)),
 }
 
 

@@ -1,6 +1,7 @@
 """A data root of a stranger: what it ships beside the tables leads to no place outside it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def test_folders_that_are_links(root: Path, outside: Path) -> None:
     with pytest.raises(UserError, match="is a link"):
         derived.parts_folder([home], "gt-0123456789abcdef")
     stays(outside)
+
+
+def test_a_file_in_the_place_of_a_folder(root: Path) -> None:
+    folder = open_index(root, "v1.0-mini").folder
+    shutil.rmtree(folder)
+    folder.write_text("x")
+    assert open_index(root, "v1.0-mini").folder == folder
 
 
 def test_only_older_ones_are_dropped(root: Path) -> None:
