@@ -9,7 +9,7 @@ nothing, and write to its own folder only. Prints a table of file kinds and endi
 should not be:
 
     executed    code of a file ran, or a process or a connection was started
-    outside     something was written elsewhere
+    outside     something was written elsewhere, or a file of the case that belongs to no reader has changed
     traceback   a person would see one, or a code that is none of ours
     hang        no end within a minute
     changed     other numbers than from the whole file, and code 0
@@ -35,7 +35,7 @@ import torch
 from fuzzing.mutations import CANARY, HOSTILE_TEXTS
 from fuzzing.running import STARTS, Ending, run
 from fuzzing.subjects import SUBJECTS, Reader, Subject
-from fuzzing.workspace import build, copy
+from fuzzing.workspace import build, copy, outside
 
 import cpq_train.verbs.lightning_cli  # noqa: F401 - here, and not in every process
 
@@ -109,9 +109,11 @@ def _one(workspace: Path, place: Path, name: str, rng: random.Random, expected: 
     file = rng.choice(files)
     mutation = rng.choice(sorted(subject.mutations))
     done = subject.mutations[mutation](file, rng)
-    log = place.with_suffix(".log")
+    log, before = place.with_suffix(".log"), outside(place)
     ended = run(reader.arguments, place, log)
     ending = class_of(ended, reader, place, expected[words])
+    if outside(place) != before and ending != "executed":
+        ending = "outside"
     shutil.rmtree(place)
     relative = str(file.relative_to(place))
     return Case(name, mutation, words.partition(" ")[0], relative, done, ending, log, ended.seconds)

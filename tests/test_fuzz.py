@@ -1,6 +1,7 @@
 """A hundred damaged and hostile files, each read by a command; and the fuzzer sees what it looks for."""
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -39,6 +40,10 @@ def _opens_elsewhere(arguments: list[str]) -> None:
 def _renames_elsewhere(arguments: list[str]) -> None:
     Path("here").write_text("x")
     Path("here").rename(arguments[0])
+
+
+def _removes_elsewhere(arguments: list[str]) -> None:
+    shutil.rmtree(arguments[0], ignore_errors=True)
 
 
 def _connects(arguments: list[str]) -> None:
@@ -95,6 +100,7 @@ def _finds_something_else(arguments: list[str]) -> None:
     [
         (_opens_elsewhere, "outside"),
         (_renames_elsewhere, "outside"),
+        (_removes_elsewhere, "outside"),
         (_connects, "executed"),
         (_starts, "executed"),
         (_imports, "executed"),
@@ -128,3 +134,23 @@ def test_what_the_fuzzer_sees(
         warnings.simplefilter("ignore")
         ended = running.run(reader.arguments, place, tmp_path / "log")
     assert class_of(ended, reader, place, "whole") == ending
+
+
+@pytest.mark.parametrize("way", ["changed", "removed", "added", "a link"])
+def test_files_that_belong_to_no_reader(way: str, tmp_path: Path) -> None:
+    from fuzzing.workspace import OUTSIDE, outside
+
+    letter = tmp_path / OUTSIDE / "documents" / "letter"
+    letter.parent.mkdir(parents=True)
+    letter.write_text("of the user")
+    before = outside(tmp_path)
+    assert outside(tmp_path) == before
+    if way == "changed":
+        letter.write_text("of another")
+    elif way == "added":
+        letter.with_name("another").touch()
+    else:
+        letter.unlink()
+    if way == "a link":
+        letter.symlink_to("/dev/null")
+    assert outside(tmp_path) != before

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple, Protocol
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
@@ -28,27 +28,50 @@ _FREE_BYTES: Final = 64 * 2**20
 _MAX_CODE_POINT: Final = 0x10FFFF
 
 _MAX_FLOAT_BYTES: Final = 8
-_KINDS: Final = {"i": "whole numbers", "f": "floating-point numbers", "U": "texts", "b": "flags"}
+_KINDS: Final = {
+    "i": "whole numbers",
+    "u": "whole numbers from 0 on",
+    "f": "floating-point numbers",
+    "U": "texts",
+    "S": "texts in bytes",
+    "b": "flags",
+}
 
 
 class Column(NamedTuple):
     """What an array should be.
 
     Attributes:
-        kind: Of its dtype: i (signed or not), f, U or b.
-        shape: A number, or a letter for a length that is the same wherever the letter stands.
+        kind: Of its dtype: i, u, f, U, S or b; where `num_bytes` is None, i may be unsigned too.
+        shape: A number, or a letter for a length that is the same wherever the letter stands; N+1 is one
+            more than N.
+        num_bytes: Of each number; None for any.
     """
 
     kind: str
     shape: tuple[str | int, ...]
+    num_bytes: int | None = None
 
 
-def read_npz(path: Path, what: str) -> Arrays:
+class Described(Protocol):
+    """An array, or what is said of one."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its lengths."""
+
+
+def read_npz(path: Path, what: str, names: Collection[str] | None = None) -> Arrays:
     """The arrays of an .npz archive by their names.
 
     Args:
         path: The archive.
         what: What it is, for the message.
+        names: Only these, as far as they are there.
 
     Raises:
         UserError: It is missing, no regular file, damaged, holds Python objects or texts that are none, or
@@ -57,7 +80,7 @@ def read_npz(path: Path, what: str) -> Arrays:
     check_regular(path, what)
     try:
         with ZipFile(path) as archive:
-            return _arrays(archive, path.stat().st_size)
+            return _arrays(archive, path.stat().st_size, names)
     except _Unfit as error:
         reason = str(error)
     except _DAMAGED as error:
@@ -79,7 +102,7 @@ class _Unfit(Exception):
     """What is wrong with an archive, in words."""
 
 
-def _arrays(archive: ZipFile, num_bytes: int) -> Arrays:
+def _arrays(archive: ZipFile, num_bytes: int, wanted: Collection[str] | None) -> Arrays:
     members = archive.infolist()
     unpacked, most = sum(member.file_size for member in members), max(_FREE_BYTES, _MAX_RATIO * num_bytes)
     if unpacked > most:
@@ -89,7 +112,8 @@ def _arrays(archive: ZipFile, num_bytes: int) -> Arrays:
     names = [member.filename.removesuffix(".npy") for member in members]
     if len(set(names)) < len(names):
         raise _Unfit(f"arrays {shown(names)}; accepted: each name once")
-    return {name: _array(archive, member) for name, member in zip(names, members, strict=True)}
+    stored = dict(zip(names, members, strict=True))
+    return {name: _array(archive, stored[name]) for name in names if wanted is None or name in wanted}
 
 
 def _array(archive: ZipFile, member: ZipInfo) -> NDArray[Any]:
@@ -125,13 +149,18 @@ def _code_points(texts: NDArray[Any]) -> NDArray[Any]:
     return flat.view(texts.dtype.str[0] + "u4")
 
 
-def check_columns(arrays: Mapping[str, NDArray[Any]], columns: Mapping[str, Column], where: str) -> None:
+def check_columns(
+    arrays: Mapping[str, Described], columns: Mapping[str, Column], where: str
+) -> dict[str, int]:
     """See that arrays are there, of their kind, and as long as one another.
 
     Args:
         arrays: By name; more than `columns` has are passed over.
         columns: What they should be.
         where: The file, for the message.
+
+    Returns:
+        The length that each letter stands for.
 
     Raises:
         UserError: One is missing, or of another kind or shape.
@@ -142,17 +171,33 @@ def check_columns(arrays: Mapping[str, NDArray[Any]], columns: Mapping[str, Colu
     lengths: dict[str, int] = {}
     for name, column in columns.items():
         dtype, shape = arrays[name].dtype, arrays[name].shape
-        is_wide = dtype.kind == "f" and dtype.itemsize > _MAX_FLOAT_BYTES
-        if is_wide or dtype.kind.replace("u", "i") != column.kind:
+        if not _is_of_kind(dtype, column):
             accepted = _KINDS[column.kind]
+            accepted += f" of {column.num_bytes} bytes" if column.num_bytes else ""
             raise UserError(f"{where}: array {name} holds {shown(dtype.str)}; accepted: {accepted}")
         fits = len(shape) == len(column.shape) and all(
-            length == (wanted if isinstance(wanted, int) else lengths.setdefault(wanted, length))
-            for wanted, length in zip(column.shape, shape, strict=True)
+            _is_long(length, wanted, lengths) for wanted, length in zip(column.shape, shape, strict=True)
         )
         if not fits:
             accepted = ", ".join(str(lengths.get(str(part), part)) for part in column.shape)
             raise UserError(f"{where}: array {name} has shape {shape}; accepted: ({accepted})")
+    return lengths
+
+
+def _is_of_kind(dtype: np.dtype[Any], column: Column) -> bool:
+    is_wide = dtype.kind == "f" and dtype.itemsize > _MAX_FLOAT_BYTES
+    if column.num_bytes is not None:
+        return (dtype.kind, dtype.itemsize) == (column.kind, column.num_bytes)
+    return dtype.kind.replace("u", "i") == column.kind and dtype.itemsize > 0 and not is_wide
+
+
+def _is_long(length: int, wanted: str | int, lengths: dict[str, int]) -> bool:
+    """Whether a length is the wanted one; what a letter stands for is set by the first that has it."""
+    if isinstance(wanted, int):
+        return length == wanted
+    letter = wanted.removesuffix("+1")
+    more = int(letter != wanted)
+    return length >= more and length == lengths.setdefault(letter, length - more) + more
 
 
 def check_values(array: NDArray[Any], least: float, most: float, where: str, unknown: bool = False) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +22,12 @@ from cpq_train.common.files import room
 
 LOCK_FILE = ".lock"
 
+_HOLDER = "process "
+
 _STALE_S = 3600.0
 """Age of a folder without a lock, from which on nobody is about to lock it."""
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, None)
-"""None: NumPy, which does not pass the number on."""
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class FolderInUse(UserError):
@@ -53,10 +55,18 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
     path = folder / LOCK_FILE
     gone = f"{str(folder)!r} has been finished or removed just now"
     try:
-        file = path.open("ab+" if is_new else "rb+", buffering=0)
+        # What a stranger has put there may be a link to a file of the user, or a FIFO.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if is_new else 0)
+        descriptor = os.open(path, flags, 0o666)
     except FileNotFoundError as error:
         raise FolderInUse(gone) from error
-    with file:
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FolderInUse(f"{str(path)!r} is a link") from error
+    with open(descriptor, "rb+", buffering=0) as file:
+        if not _is_own_file(os.fstat(descriptor)):
+            raise FolderInUse(f"{str(path)!r} is no file of its own")
         has_locks = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,23 +76,40 @@ def locked(folder: Path, is_new: bool = True) -> Iterator[bool]:
             raise FolderInUse(f"{str(folder)!r} is being written by {who}") from error
         except OSError:
             has_locks = False
-        if not _is_file(path, file.fileno()):
+        if not _is_file(path, descriptor):
             raise FolderInUse(gone)
         with suppress(OSError):  # a full disk, which the lock does not need
+            file.seek(0)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(f"{_HOLDER}{os.getpid()} on {socket.gethostname()}".encode())
         yield has_locks
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is the lock of a folder, of this user, and no link to one; held or not."""
+    with suppress(OSError):
+        status = path.lstat()
+        is_ours = _is_own_file(status) and status.st_uid == os.getuid()
+        return is_ours and path.read_bytes()[: len(_HOLDER)] == _HOLDER.encode()
+    return False
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     return False
 
 
+def _is_own_file(status: os.stat_result) -> bool:
+    """Whether it is a regular file, and no other name of one."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+
 def remove_remnant(folder: Path) -> None:
-    """Remove a folder whose writer has ended; one that may still be written to stays."""
+    """Remove a folder whose writer has ended; one that may still be written to stays, as does a link."""
     lock = folder / LOCK_FILE
+    if folder.is_symlink() or lock.is_symlink():
+        return
     with suppress(FolderInUse, OSError):
         # Its writer is about to lock it, or wrote before there were locks.
         if not lock.exists() or not lock.stat().st_size:
@@ -125,3 +152,14 @@ def naming_full_disks(
             f"cannot write {what} to {str(folder)!r}: {room(folder, num_bytes)} ({error.strerror or error}); "
             f"{left} is left behind"
         ) from error
+
+
+@contextmanager
+def numbering_errors() -> Iterator[None]:
+    """Around what NumPy writes: its errors have no number, and those of writing are of full disks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}") from error

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from cpq_train.common.errors import UserError
@@ -23,9 +24,14 @@ UNFINISHED = ".unfinished"
 
 _PARTS = "parts"
 
+_NAME = re.compile(r"(?:[a-z]+-)?[0-9a-f]{16}")
+"""Names of complete folders: other ones are not ours."""
+
 
 def homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
     """The folders that may hold what is derived from a version of a data set, in order of preference.
+
+    A data root may be a stranger's: what leads out of it by a link is left out.
 
     Args:
         root: the data root.
@@ -36,12 +42,14 @@ def homes(root: Path, version: str, cache_dir: str | Path | None) -> list[Path]:
     if cache_dir is not None:
         return [Path(cache_dir).expanduser() / unique / version]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".cpq_train" / version, user_cache / "cpq_train" / unique / version]
+    in_root = root / ".cpq_train" / version
+    inside = Path(os.path.realpath(in_root)).is_relative_to(os.path.realpath(root))
+    return [*([in_root] if inside else []), user_cache / "cpq_train" / unique / version]
 
 
-def find(places: list[Path], name: str) -> Path | None:
-    """The complete folder of a name, in the first home that has it."""
-    return next((home / name for home in places if (home / name).is_dir()), None)
+def find(places: list[Path], name: str) -> list[Path]:
+    """The complete folders of a name, in the order of the homes; links are none."""
+    return [home / name for home in places if _is_folder(home / name)]
 
 
 @contextmanager
@@ -93,8 +101,10 @@ def start_folder(places: list[Path], name: str) -> Path:
             (home / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refusals.append(f"{home} ({error.strerror})")
-        else:
+            continue
+        if _is_folder(home / name):
             return home / name
+        refusals.append(f"{home} ({name} there is a link)")
     raise UserError(
         f"no folder derived from the data set can be written: {', '.join(refusals)}; give data.cache_dir"
     )
@@ -104,25 +114,39 @@ def publish(unfinished: Path, folder: Path) -> None:
     """Gives a complete folder its final name; where another process was first, its folder is kept."""
     (unfinished / LOCK_FILE).unlink(missing_ok=True)
     try:
+        if not _is_folder(folder):
+            folder.unlink(missing_ok=True)
         unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
 
 
-def discard(folder: Path) -> None:
-    """Removes a folder that is damaged; nobody finds it from the first moment on."""
+def discard(folder: Path) -> bool:
+    """Removes a folder that is damaged; nobody finds it from the first moment on.
+
+    Returns:
+        Whether it is gone: not from where this process cannot write to.
+    """
     aside = folder.with_name(_unfinished(folder.name, uuid.uuid4().hex))
-    with suppress(OSError):  # another process was first, or nobody can: whoever looks for it next will say
+    try:
         folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # another process was first
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
 
 
 def drop_others(folder: Path) -> None:
     """Removes the folders of the same kind beside a complete one."""
     for other in folder.parent.iterdir():
-        if other != folder and _kind(other.name) == _kind(folder.name):
+        is_older = other != folder and _NAME.fullmatch(other.name) and _is_folder(other)
+        if is_older and _kind(other.name) == _kind(folder.name):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _unfinished(name: str, ending: str) -> str:

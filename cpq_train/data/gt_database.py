@@ -25,7 +25,7 @@ from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.progress import say
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
-from cpq_train.data.gt_database_parts import COLUMNS, build_parts, merge_parts, object_annotations
+from cpq_train.data.gt_database_parts import COLUMNS, LAYOUT, build_parts, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS
 
@@ -58,13 +58,21 @@ class GtDatabase(CheckedColumns):
     """(N,) CRC-32 of the points of each object."""
     points: NDArray[np.float32] = field(repr=False)
     """(P, 5) x, y, z in metres relative to the centre of the box, not rotated; intensity; time lag in s."""
+    num_samples: int = 0
+    """Of the index that `sample_rows` are rows of."""
+    command: str = field(default="", repr=False)
+    """What builds it."""
+
+    @property
+    def _remedy(self) -> str:  # type: ignore[override]
+        return f"build the GT database anew with\n  {self.command}"
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder,)
+        return _load, (self.folder, self.num_samples, self.command)
 
     def points_of(self, row: int) -> NDArray[np.float32]:
         """A copy of the points (P, 5) of the object at a row, moved to where they were seen.
@@ -77,7 +85,7 @@ class GtDatabase(CheckedColumns):
         if checksum(points) != self.point_checksums[row]:
             raise DamageError(
                 f"the GT database {self.folder} is damaged: the points of object {row} are others; "
-                "build-gt-database, started again, builds it anew"
+                f"{self._remedy}"
             )
         points[:, :3] += self.boxes[row, :3].astype(np.float32)
         return points
@@ -120,12 +128,15 @@ def build_gt_database(
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
     name = _name(index, split, num_sweeps)
     places = derived.homes(index.root, version, cache_dir)
-    folder = derived.find(places, name)
-    if folder is None or not _is_whole(folder):
+    command = _command(index, split, num_sweeps, cache_dir)
+    found = (_whole(folder, len(index), command) for folder in derived.find(places, name))
+    database = next(filter(None, found), None)
+    if database is None:
         parts = derived.parts_folder(places, name)
         folder = parts.with_name(name)
         _build(index, rows, parts, folder, num_sweeps, num_workers)
-    _print_counts(_load(folder))
+        database = _load(folder, len(index), command)
+    _print_counts(database)
 
 
 def _build(
@@ -161,36 +172,42 @@ def open_gt_database(
         UserError: there is none of the present tables; the message is the command that builds it.
     """
     places = derived.homes(index.root, index.version, cache_dir)
+    command = _command(index, split, num_sweeps, cache_dir)
+    reasons = []
+    for folder in derived.find(places, _name(index, split, num_sweeps)):
+        try:
+            return _load(folder, len(index), command)
+        except UserError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(f"{'; '.join(reasons)}; build the GT database anew with\n  {command}")
+    raise UserError(
+        f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
+        f"{index.root} has none of its present tables; build it with\n  {command}"
+    )
+
+
+def _command(index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None) -> str:
     place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
-    command = (
+    return (
         f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
         f"--split {split} --num_sweeps {num_sweeps}{place}"
     )
-    folder = derived.find(places, _name(index, split, num_sweeps))
-    if folder is None:
-        raise UserError(
-            f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
-            f"{index.root} has none of its present tables; build it with\n  {command}"
-        )
-    try:
-        return _load(folder)
-    except UserError as error:
-        raise UserError(f"{error}; build the GT database anew with\n  {command}") from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a database is what was written; a damaged one is removed, and said."""
+def _whole(folder: Path, num_samples: int, command: str) -> GtDatabase | None:
+    """A database that is what was written; a damaged one is removed, and said."""
     try:
-        database = _load(folder)
+        database = _load(folder, num_samples, command)
         for row in range(len(database)):
             database.points_of(row)
         for name in COLUMNS:
             getattr(database, name)
     except UserError as error:
-        say(f"the GT database is built anew: {error}")
+        say(f"the GT database is built anew: {str(error).partition('; ')[0]}")
         derived.discard(folder)
-        return False
-    return True
+        return None
+    return database
 
 
 def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
@@ -198,14 +215,16 @@ def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
     return f"gt-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
-def _load(folder: Path) -> GtDatabase:
+def _load(folder: Path, num_samples: int, command: str) -> GtDatabase:
     """Maps a database.
 
     Raises:
         UserError: it is damaged.
     """
+    unchecked = open_columns(folder, LAYOUT, {"S": num_samples})[1]
     database = object.__new__(GtDatabase)
-    database.__dict__.update(folder=folder, _unchecked=open_columns(folder, COLUMNS)[1])
+    known = {"folder": folder, "num_samples": num_samples, "command": command}
+    database.__dict__.update(known, _unchecked=unchecked)
     return database
 
 

@@ -7,28 +7,53 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
+from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
-from cpq_train.common.folders import naming_full_disks
+from cpq_train.common.folders import naming_full_disks, numbering_errors
+from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
-from cpq_train.data.column_files import Columns, checksum, write_columns
+from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.sweeps import load_sweeps
 
 Rows = NDArray[np.int64]
 
-_PART_COLUMNS = ("classes", "boxes", "num_points", "sample_rows", "tokens")
-COLUMNS = (*_PART_COLUMNS, "point_offsets", "point_checksums", "points")
-"""Files of a database, see `GtDatabase`."""
+_OF_OBJECTS: Final = {
+    "classes": Column("i", ("N",), 1),
+    "boxes": Column("f", ("N", 9), 8),
+    "num_points": Column("i", ("N",), 4),
+    "sample_rows": Column("i", ("N",), 4),
+    "tokens": Column("S", ("N",)),
+}
+_POINTS: Final = {"points": Column("f", ("P", 5), 4)}
+LAYOUT: Final = Layout(
+    columns={
+        **_OF_OBJECTS,
+        "point_offsets": Column("i", ("N+1",), 8),
+        "point_checksums": Column("u", ("N",), 4),
+        **_POINTS,
+    },
+    ranges={"classes": (0, len(DETECTION_CLASSES)), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
+    offsets={"point_offsets": "P"},
+    in_pieces=("points",),
+)
+"""Of a database, see `GtDatabase`. N objects, P points; S samples of the index."""
+
+COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
+"""Files of a database."""
 
 
 def object_annotations(index: NuScenesIndex, row: int) -> Rows:
@@ -65,7 +90,7 @@ def build_parts(
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
-        if not _is_whole(file)
+        if not _is_whole(file, len(index))
     ]
     loader = FollowingLoader(  # which hands errors over
         _Parts(index, tasks, num_sweeps),
@@ -136,7 +161,7 @@ def _write(file: Path, part: Columns) -> None:
 def merge_parts(files: list[Path], folder: Path) -> None:
     """Writes the columns of a database from its parts; the points pass through memory scene by scene."""
     folder.mkdir()
-    columns = _joined(_read(file, _PART_COLUMNS) for file in files)
+    columns = _joined(_read(file, _OF_OBJECTS) for file in files)
     columns["point_offsets"] = np.concatenate([[0], np.cumsum(columns["num_points"], dtype=np.int64)])
     shape = (int(columns["point_offsets"][-1]), 5)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -145,25 +170,49 @@ def merge_parts(files: list[Path], folder: Path) -> None:
         np.lib.format.write_array_header_1_0(stream, header)
         for file in track(files, "Merging scenes"):
             part = _read(file, ("points", "num_points"))
-            part["points"].tofile(stream)
+            with numbering_errors():
+                part["points"].tofile(stream)
             checksums += map(checksum, np.split(part["points"], np.cumsum(part["num_points"])[:-1]))
         os.fsync(stream.fileno())
     columns["point_checksums"] = np.array(checksums, dtype=np.uint32)
     write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether the part of a scene is there, by the checksums that it holds."""
-    if not file.is_file():
+def _is_whole(file: Path, num_samples: int) -> bool:
+    """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
+    if not os.path.lexists(file):
         return False
     try:
-        _read(file, (*_PART_COLUMNS, "points"))
-    except Exception as error:  # NumPy and zipfile have many
+        _check(_read(file, (*_OF_OBJECTS, *_POINTS)), num_samples, str(file))
+    except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file, ignore_errors=True)
         return False
     return True
 
 
-def _read(file: Path, names: Iterable[str]) -> Columns:
-    with np.load(file, allow_pickle=False) as part:
-        return {name: part[name] for name in names}
+def _check(part: Columns, num_samples: int, where: str) -> None:
+    """See that a part is of objects, and of their points: it may be a stranger's.
+
+    Raises:
+        UserError: it is not.
+    """
+    check_values(part["classes"], 0, len(DETECTION_CLASSES) - 1, f"{where}: classes")
+    check_values(part["sample_rows"], 0, num_samples - 1, f"{where}: sample_rows")
+    check_values(part["num_points"], 0, len(part["points"]), f"{where}: num_points")
+    num_points = int(part["num_points"].sum(dtype=np.int64))
+    if num_points != len(part["points"]):
+        raise UserError(f"{where}: num_points add up to {num_points}; accepted: {len(part['points'])}")
+
+
+def _read(file: Path, names: Collection[str]) -> Columns:
+    """Some columns of a part.
+
+    Raises:
+        UserError: they are missing, or no columns of their kind.
+    """
+    part = read_npz(file, "part", names)
+    kinds = {name: kind for name, kind in {**_OF_OBJECTS, **_POINTS}.items() if name in names}
+    check_columns(part, kinds, str(file))
+    return part

@@ -2,9 +2,10 @@
 
 `open_index` finds the index of a data root or builds it. It lies in `<root>/.cpq_train/<version>/`, or in
 the user's cache where the root cannot be written. A folder appears there under its final name only when it
-is complete, and the name depends on the size, the inode and the times of every table, so that neither a
-half-built nor an outdated one is ever read. All processes that see one file system see one name; for a copy
-of a data root an index is built once. A damaged index is built anew.
+is complete, and the name depends on the size and the modification time of every table, so that neither a
+half-built nor an outdated one is ever read. Those tables whose inodes and change times it has not seen yet
+are hashed once: a copy of them shares the index, and an edit that keeps size and time is found. A damaged
+index is built anew.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.progress import progress, say
+from cpq_train.common.schema import keys, list_of, mapping_to, validated
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, open_columns, write_columns
-from cpq_train.data.tables import TABLES, TableReader
+from cpq_train.data.index_columns import LAYOUT
+from cpq_train.data.tables import TableReader, find_tables, fingerprint
 
 _SCHEMA = 2
 """Counted up when the columns change, so that older indexes are built anew."""
+
+_META: TypeAdapter[Any] = TypeAdapter(keys({"fingerprint": str, "splits": mapping_to(list_of(str))}))
 
 _PROGRESS_FROM_BYTES = 64 << 20
 """Smaller tables are read within a few seconds and need no progress shown."""
@@ -43,6 +50,8 @@ class NuScenesIndex(CheckedColumns):
     annotation_offsets[s + 1]`. Strings are UTF-8 bytes. Quaternions are `w x y z`, as in the tables; lengths
     in metres, velocities in m/s.
     """
+
+    _remedy = "start again to make it anew"
 
     folder: Path
     """Where the columns lie."""
@@ -189,11 +198,8 @@ class NuScenesIndex(CheckedColumns):
         }
 
 
-COLUMNS: tuple[str, ...] = tuple(
-    name
-    for name in NuScenesIndex.__annotations__
-    if name.startswith(("scene_", "sample_", "frame_", "annotation_"))
-)
+COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
+"""Files of an index."""
 
 
 def open_index(
@@ -213,48 +219,56 @@ def open_index(
         written.
     """
     root = Path(root).expanduser()
-    stamps = _table_stamps(root, version)
-    key = hashlib.sha256(json.dumps([_SCHEMA, stamps]).encode()).hexdigest()[:16]
-    places = derived.homes(root, version, cache_dir)
-    if (folder := derived.find(places, key)) is not None:
+    tables = find_tables(root, version)
+    key, seen = (
+        _hash([_SCHEMA, [table.size_and_time for table in tables]]),
+        f"seen-{_hash([table.identity for table in tables])}",
+    )
+    places, num_bytes = derived.homes(root, version, cache_dir), sum(table.num_bytes for table in tables)
+    reasons, stuck = [], []
+    for folder in derived.find(places, key):
         try:
-            return _load(folder, root, version)
+            index = _load(folder, root, version)
         except UserError as error:
-            say(f"the index of {version} is built anew: {error}")
-            derived.discard(folder)
+            reasons.append(str(error))
+        else:
+            if _is_of(index, seen, num_bytes):
+                return index
+            reasons.append("its tables are others, of the same sizes and times")
+        if not derived.discard(folder):
+            stuck.append(folder.parent)
+    if reasons:
+        say(f"the index of {version} is built anew: {'; '.join(reasons)}")
+    places = [home for home in places if home not in stuck] or places
     with derived.new_folder(places, key) as unfinished:
         folder = unfinished.with_name(key)
-        _build(unfinished, root, version, sum(stamp[1] for stamp in stamps))
+        _build(unfinished, root, version, num_bytes)
+        (unfinished / seen).touch()
         derived.publish(unfinished, folder)
     derived.drop_others(folder)
     return _load(folder, root, version)
 
 
-def _table_stamps(root: Path, version: str) -> list[tuple[str, int, int, int, int]]:
-    """Name, bytes, times of modification and change (ns) and inode of each table.
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-    Raises:
-        UserError: the root, the version or a table does not exist.
+
+def _is_of(index: NuScenesIndex, seen: str, num_bytes: int) -> bool:
+    """Whether an index is of the tables of its root, which are hashed where it has not seen them yet.
+
+    Args:
+        index: the index.
+        seen: name of the file in it that says that it is of these very tables.
+        num_bytes: how large they are.
     """
-    if not root.is_dir():
-        raise UserError(
-            f"data root {str(root)!r} is no folder: expected one that holds {version}/ and samples/"
-        )
-    if not version or not (root / version).is_dir():
-        versions = ", ".join(sorted(path.parent.name for path in root.glob("*/sample_annotation.json")))
-        raise UserError(
-            f"data version {version!r} is not in {root}: found {versions or 'no folder of tables'}"
-        )
-    stamps = []
-    for table in TABLES:
-        path = root / version / f"{table}.json"
-        if not path.is_file():
-            raise UserError(
-                f"table {path} is missing: a data set of version {version} has {', '.join(TABLES)}"
-            )
-        status = path.stat()
-        stamps.append((table, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    return stamps
+    if (index.folder / seen).is_file():
+        return True
+    with _progress(num_bytes, f"Comparing tables of {index.version}") as advance:
+        is_same = fingerprint(index.root / index.version, advance) == index.fingerprint
+    with suppress(OSError):  # where it cannot be written, the next one compares again
+        if is_same:
+            (index.folder / seen).touch(exist_ok=False)
+    return is_same
 
 
 def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
@@ -292,7 +306,9 @@ def _load(folder: Path, root: Path, version: str) -> NuScenesIndex:
     Raises:
         UserError: it is damaged, or a column is missing.
     """
-    meta, columns = open_columns(folder, COLUMNS)
+    meta, columns = open_columns(folder, LAYOUT)
     index = object.__new__(NuScenesIndex)
-    index.__dict__.update(meta, folder=folder, root=root, version=version, _unchecked=columns)
+    validated(_META, meta, str(folder))
+    index.__dict__.update({key: meta[key] for key in ("fingerprint", "splits")})
+    index.__dict__.update(folder=folder, root=root, version=version, _unchecked=columns)
     return index

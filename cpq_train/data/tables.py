@@ -10,9 +10,9 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,54 @@ _CHUNK_BYTES = 1 << 22
 _BETWEEN_RECORDS = re.compile(r"[\s,]*")
 
 
+class Table(NamedTuple):
+    """A table, as the file system knows it; times in ns."""
+
+    name: str
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @property
+    def size_and_time(self) -> tuple[str, int, int]:
+        """What a copy has too."""
+        return self.name, self.num_bytes, self.modified_ns
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """What a copy, and the same table changed in whatever way, does not have."""
+        return self.name, self.inode, self.changed_ns
+
+
+def find_tables(root: Path, version: str) -> list[Table]:
+    """The tables of a data set.
+
+    Raises:
+        UserError: the root, the version or a table does not exist.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"data root {str(root)!r} is no folder: expected one that holds {version}/ and samples/"
+        )
+    if not version or not (root / version).is_dir():
+        versions = ", ".join(sorted(path.parent.name for path in root.glob("*/sample_annotation.json")))
+        raise UserError(
+            f"data version {version!r} is not in {root}: found {versions or 'no folder of tables'}"
+        )
+    tables = []
+    for table in TABLES:
+        path = root / version / f"{table}.json"
+        if not path.is_file():
+            raise UserError(
+                f"table {path} is missing: a data set of version {version} has {', '.join(TABLES)}"
+            )
+        status = path.stat()
+        times_ns = status.st_mtime_ns, status.st_ctime_ns
+        tables.append(Table(table, status.st_size, *times_ns, status.st_ino))
+    return tables
+
+
 class TableReader:
     """The tables of one version of a data set, read once each, in the order of `TABLES`.
 
@@ -60,8 +108,7 @@ class TableReader:
 
         It is there when every table has been read to its end.
         """
-        lines = "\n".join(f"{name} {self._digests[name]}" for name in TABLES)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return _of_all(self._digests)
 
     def records(self, table: str) -> Iterator[Record]:
         """Yields the table's records in file order.
@@ -93,12 +140,45 @@ class TableReader:
         self._digests[table] = digest.hexdigest()
 
 
-def _chunks(path: Path, on_block: Callable[[bytes], None]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def fingerprint(folder: Path, on_bytes: Callable[[int], None]) -> str:
+    """As `TableReader.fingerprint`, of tables whose records nobody needs.
+
+    Args:
+        folder: the folder that holds the tables.
+        on_bytes: as that of `TableReader`.
+
+    Raises:
+        UserError: one is not readable.
+    """
+    digests = {}
+    for table in TABLES:
+        path, digest = folder / f"{table}.json", hashlib.sha256()
+        try:
+            for block in _blocks(path):
+                digest.update(block)
+                on_bytes(len(block))
+        except OSError as error:
+            raise UserError(f"table {path} is not readable: {error.strerror}") from error
+        digests[table] = digest.hexdigest()
+    return _of_all(digests)
+
+
+def _of_all(digests: Mapping[str, str]) -> str:
+    lines = "\n".join(f"{name} {digests[name]}" for name in TABLES)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(_CHUNK_BYTES):
-            on_block(block)
-            yield decoder.decode(block)
+            yield block
+
+
+def _chunks(path: Path, on_block: Callable[[bytes], None]) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for block in _blocks(path):
+        on_block(block)
+        yield decoder.decode(block)
     yield decoder.decode(b"", final=True)
 
 

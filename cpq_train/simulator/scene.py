@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpq_train.common.folders import numbering_errors
 from cpq_train.simulator.geometry import Array, IntArray
 from cpq_train.simulator.scan import Scan, scan
 from cpq_train.simulator.sensor import SWEEP_PERIOD_US
@@ -115,7 +116,8 @@ class _SceneWriter:
         taken = scan(self.world, t, np.random.default_rng([self.entropy, 1, t]), count_rays=is_key)
         folder = "samples" if is_key else "sweeps"
         filename = f"{folder}/{CHANNEL}/{self.task.name}__{CHANNEL}__{self.timestamps_us[t]}.pcd.bin"
-        taken.points.tofile(self.task.root / filename)
+        with numbering_errors():
+            taken.points.tofile(self.task.root / filename)
         if is_key:
             self._annotate(t, sample, taken)
         return {

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_writable
-from cpq_train.common.folders import LOCK_FILE, FolderInUse, locked, naming_full_disks
+from cpq_train.common.folders import LOCK_FILE, FolderInUse, is_lock, locked, naming_full_disks
 from cpq_train.common.progress import track
 from cpq_train.common.signals import signals_blocked
 from cpq_train.simulator.scene import CLOUD_BYTES, SceneTask, num_sweeps, simulate_scene
@@ -138,17 +139,21 @@ def _partial(output: Path) -> Iterator[Path]:
     What a simulation into the same place has left that was killed is removed first.
 
     Raises:
-        UserError: Another simulation writes there.
+        UserError: Another simulation writes there, or something else has that name.
     """
     partial = output.with_name(f".{output.name}.partial")
-    is_there = partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True)
+        is_there = False
+    except FileExistsError:
+        is_there = True
+        _check_ours(partial, output)
     try:
         with locked(partial) as has_locks:
             if is_there and not has_locks:
                 raise FolderInUse(f"{str(partial)!r} may be left of one that was killed: then remove it")
             for path in set(partial.iterdir()) - {partial / LOCK_FILE}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             try:
                 yield partial
             finally:
@@ -158,6 +163,27 @@ def _partial(output: Path) -> Iterator[Path]:
             f"output {output} is being made by another simulation: {error}; accepted: another place, or this "
             "one when that has ended"
         ) from error
+
+
+def _check_ours(partial: Path, output: Path) -> None:
+    """See that a folder is a simulation's of this user, before it is emptied.
+
+    Raises:
+        UserError: Somebody else has put it there, or the user has put something else there.
+    """
+    status, lock = partial.lstat(), partial / LOCK_FILE
+    if not stat.S_ISDIR(status.st_mode):
+        what = "is a link or a file"
+    elif status.st_uid != os.getuid():
+        what = "belongs to another user"
+    elif any(partial.iterdir()) and not is_lock(lock):
+        what = "holds no lock of a simulation"
+    else:
+        return
+    raise UserError(
+        f"output {output} would be made in {str(partial)!r}, which is there and {what}; accepted: another "
+        "place, or this one when that is moved away"
+    )
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -27,6 +27,7 @@ STARTS = (
 
 CHANGED = {
     **dict.fromkeys(("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"), (0,)),
+    "shutil.rmtree": (0,),  # it removes by names that are relative to a descriptor
     **dict.fromkeys(("os.symlink", "os.link"), (1,)),
     "os.rename": (0, 1),
 }
@@ -86,6 +87,7 @@ def _in_child(work: Callable[[], Any], folder: Path, log: Path) -> None:
         os.dup2(descriptor, 2)
         sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1, errors="backslashreplace")
         os.chdir(folder)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         tempfile.tempdir = str(folder)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, resource.RLIM_INFINITY))

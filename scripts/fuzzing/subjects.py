@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fuzzing.mutations import ARRAYS, BYTES, CHECKPOINT, CSV, DOCUMENT, IRREGULAR, YAML, Mutation, missing
+from fuzzing.planted import PLANTED
 from fuzzing.workspace import BASE, FLOAT, OVERLAY, QAT, SENSITIVITY, TINY, qat_run
 
 Result = Callable[[Path, str], Any]
@@ -170,6 +171,10 @@ def _from_foreign(file: str) -> Reader:
     return Reader(arguments, _weights("o.ckpt"))
 
 
+def _cache_files(name: str) -> tuple[str, ...]:
+    return tuple(f"data/.cpq_train/v1.0-trainval/{name}/{file}" for file in ("*.npy", "contents.json"))
+
+
 IRREGULAR_IF_THERE = {name: one for name, one in IRREGULAR.items() if one is not missing}
 """For files that a run folder may do without."""
 
@@ -200,11 +205,11 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "table": Subject(("data/v1.0-trainval/*.json",), (TABLES,), {**DOCUMENT, **IRREGULAR}, True),
     "index": Subject(
-        ("data/.cpq_train/v1.0-trainval/[0-9a-f]*/*",),
+        _cache_files("[0-9a-f]*"),
         (_validated("--model.weights", FLOAT),),
-        {**BYTES, **IRREGULAR},
+        {**BYTES, **IRREGULAR, **PLANTED},
     ),
-    "GT database": Subject(("data/.cpq_train/v1.0-trainval/gt-*/*",), (FIT,), {**BYTES, **IRREGULAR}),
+    "GT database": Subject(_cache_files("gt-*"), (FIT,), {**BYTES, **IRREGULAR, **PLANTED}),
     "metrics": Subject(("*/metrics.json",), (COMPARE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
     "matches": Subject(("*/matches.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),
     "picture's sample": Subject(("*/bev_sample.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),

@@ -17,6 +17,9 @@ SCHEME = Path("configs/schemes/int8.yaml").resolve()
 
 VERSION = "v1.0-trainval"
 
+OUTSIDE = "outside"
+"""Folder of files that belong to no reader, and stay as they are."""
+
 LINKED = ("samples", "sweeps", "maps")
 """Folders of a data root that no reader writes to: copies of a workspace have links to them."""
 
@@ -46,7 +49,11 @@ def build(folder: Path) -> None:
     Raises:
         RuntimeError: A command fails; names its log.
     """
-    folder.mkdir(parents=True)
+    for name in ("documents", "0123456789abcdef"):
+        (folder / OUTSIDE / name).mkdir(parents=True)
+        (folder / OUTSIDE / name / "letter").write_text("of the user")
+    (folder / OUTSIDE / "letter").write_text("process 1 on a host")  # as a lock
+    (folder / OUTSIDE / ".lock").write_text("process 1 on a host")
     shutil.copy(SCHEME, folder / "scheme.yaml")
     for number, arguments in enumerate(_commands()):
         log = folder.with_name(f"{folder.name}-{number}.log")
@@ -96,8 +103,8 @@ def copy(workspace: Path, place: Path, own_tables: bool) -> None:
     Args:
         workspace: The original, which stays as it is.
         place: The copy; files that are never changed in place are links.
-        own_tables: Copy the tables of the data set too: the index, which knows them by their inodes, is then
-            built anew.
+        own_tables: Copy the tables of the data set too: the index, which knows them by their inodes, then
+            hashes them.
     """
     linked = LINKED if own_tables else (*LINKED, VERSION)
     above = {str(workspace / "data"): linked}
@@ -109,6 +116,16 @@ def copy(workspace: Path, place: Path, own_tables: bool) -> None:
     )
     for name in linked:
         (place / "data" / name).symlink_to(workspace / "data" / name)
+
+
+def outside(place: Path) -> dict[str, bytes | str]:
+    """What a workspace holds of files that belong to no reader."""
+    files = sorted((place / OUTSIDE).rglob("*"))
+    return {str(file): _content(file) for file in files if file.is_symlink() or not file.is_dir()}
+
+
+def _content(file: Path) -> bytes | str:
+    return os.readlink(file) if file.is_symlink() else file.read_bytes() if file.is_file() else "no file"
 
 
 def _linked(source: str, place: str) -> None:

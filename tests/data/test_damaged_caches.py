@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from limits import files_of_at_most
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import LOCK_FILE, locked
-from cpq_train.data import column_files
+from cpq_train.data import column_files, derived
 from cpq_train.data.column_files import CONTENTS_FILE, DamageError
 from cpq_train.data.gt_database import build_gt_database, open_gt_database
 from cpq_train.data.gt_database_parts import COLUMNS as GT_COLUMNS
@@ -152,7 +154,22 @@ def test_opening_reads_no_column(
     assert not hasattr(index, "sample_timess")
 
 
-def test_a_table_edited_in_secret(root: Path) -> None:
+def test_columns_that_only_seem_changed_are_read_once(
+    pristine_root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    checksum = column_files.checksum
+    monkeypatch.setattr(column_files, "checksum", lambda c: read.append(1) or checksum(c))
+    time.sleep(0.02)  # change times are coarse
+    for path in found(cache, CONTENTS_FILE).parent.glob("*.npy"):
+        path.chmod(0o644)
+    for num_read in (len(COLUMNS), 0, 0):
+        read.clear()
+        open_index(pristine_root, "v1.0-mini", cache)
+        assert len(read) == num_read
+
+
+def test_a_table_edited_in_secret(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "v1.0-mini/sample_annotation.json"
     before = path.stat()
     first = open_index(root, "v1.0-mini").annotation_num_lidar_pts.sum()
@@ -163,6 +180,7 @@ def test_a_table_edited_in_secret(root: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
     assert open_index(root, "v1.0-mini").annotation_num_lidar_pts.sum() != first
+    assert "is built anew: its tables are others" in capsys.readouterr().err
 
 
 REMNANT = f".unfinished-{'a' * 16}-{'b' * 32}"
@@ -210,6 +228,19 @@ def test_a_full_disk_while_an_index_is_built(root: Path) -> None:
     assert len(open_index(root, "v1.0-mini")) == 8
 
 
+def test_a_damaged_database_that_cannot_be_removed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    index = open_index(root, "v1.0-mini")
+    build_gt_database(root, "v1.0-mini", num_sweeps=1, num_workers=0)
+    (damaged,) = (root / ".cpq_train/v1.0-mini").glob("gt-*")
+    whole = derived.homes(root, "v1.0-mini", None)[1] / damaged.name
+    shutil.copytree(damaged, whole)
+    WAYS["cut"](damaged / "boxes.npy")
+    assert open_gt_database(index, "train", 1).folder == whole
+
+
 @pytest.fixture
 def database(root: Path) -> Path:
     build_gt_database(root, "v1.0-mini", num_sweeps=1, num_workers=0)
@@ -247,7 +278,45 @@ def test_a_damaged_database(
     use(root)
 
 
-@pytest.mark.parametrize("way", ["flipped", "empty", "text", "bomb"])
+def test_what_a_disk_changes_in_a_database(root: Path, database: Path) -> None:
+    flip(database / "boxes.npy")
+    (database / CONTENTS_FILE).touch()  # nothing seems to have changed since
+    opened = pickle.loads(pickle.dumps(open_gt_database(open_index(root, "v1.0-mini"), "train", 1)))
+    command = f"build-gt-database --root {root} --version v1.0-mini --split train --num_sweeps 1"
+    with pytest.raises(DamageError, match=rf"boxes\.npy is damaged(.|\n)*{re.escape(command)}") as error:
+        _ = opened.boxes
+    assert "start again" not in str(error.value)
+
+
+def of_part(**columns: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Other columns in a part, as a stranger would write it."""
+
+    def change(path: Path) -> None:
+        part = dict(np.load(path))
+        np.savez(path, **part | {name: changed(part[name]) for name, changed in columns.items()})
+
+    return change
+
+
+def packed_zeros(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("points.npy", bytes(1 << 27))
+
+
+PARTS: dict[str, Callable[[Path], object]] = {
+    "of no class": of_part(classes=lambda column: np.full_like(column, 99)),
+    "of other rows": of_part(sample_rows=lambda column: column + 1000),
+    "of fewer objects": of_part(classes=lambda column: column[1:]),
+    "of flat points": of_part(points=lambda column: column.ravel()),
+    "of fewer points": of_part(points=lambda column: column[1:]),
+    "of texts": of_part(num_points=lambda column: column.astype(np.bytes_)),
+    "expanding": packed_zeros,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a link": lambda path: (path.unlink(), path.symlink_to(path)),
+}
+
+
+@pytest.mark.parametrize("way", ["flipped", "empty", "text", "bomb", *PARTS])
 def test_a_damaged_part(
     root: Path, database: Path, way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +335,8 @@ def test_a_damaged_part(
     if way == "bomb":
         with part.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
+    elif way in PARTS:
+        PARTS[way](part)
     else:
         part.write_bytes({"flipped": data, "empty": b"", "text": b"nonsense"}[way])
     capsys.readouterr()

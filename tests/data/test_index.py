@@ -164,6 +164,66 @@ def test_touched_table_gives_the_same_fingerprint(root: Path, tmp_path: Path) ->
     assert open_index(elsewhere, "v1.0-mini").fingerprint == first.fingerprint
 
 
+def test_a_copy_of_the_tables_is_hashed_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, hashed, fingerprint = builds(monkeypatch), [], index_module.fingerprint
+    monkeypatch.setattr(index_module, "fingerprint", lambda *a: hashed.append(1) or fingerprint(*a))
+    first = open_index(root, "v1.0-mini", tmp_path / "cache")
+    nodes = [root, tmp_path / "another node", tmp_path / "a third one"]
+    for node in nodes[1:]:
+        shutil.copytree(root, node)
+    for node in [*nodes, *nodes]:
+        if node != root:
+            root.rename(tmp_path / "away")
+            node.rename(root)
+        assert open_index(root, "v1.0-mini", tmp_path / "cache").folder == first.folder
+        if node != root:
+            root.rename(node)
+            (tmp_path / "away").rename(root)
+    assert (len(built), len(hashed)) == (1, 2)
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+
+
+def test_a_copy_beside_an_index_that_cannot_be_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_index(root, "v1.0-mini")
+    root.rename(tmp_path / "away")
+    shutil.copytree(tmp_path / "away", root)
+    built = builds(monkeypatch)
+
+    def refuse(path: Path, exist_ok: bool = True) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    for _ in range(2):
+        assert open_index(root, "v1.0-mini").folder == first.folder
+    assert not built
+
+
+def test_a_damaged_index_that_cannot_be_removed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    damaged = open_index(root, "v1.0-mini").folder
+    (damaged / "frame_paths.npy").write_bytes(b"")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if root in path.parents:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    built = builds(monkeypatch)
+    folders = {open_index(root, "v1.0-mini").folder for _ in range(3)}
+    assert len(built) == len(folders) == 1
+    assert tmp_path / "cache" in folders.pop().parents
+    assert damaged.is_dir()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_half_built_index_is_never_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, saved = np.save, []
 
@@ -191,7 +251,7 @@ def test_half_built_index_is_never_used(root: Path, monkeypatch: pytest.MonkeyPa
 
 def test_processes_may_build_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = builds(monkeypatch)
-    monkeypatch.setattr(derived, "find", lambda *_: None)
+    monkeypatch.setattr(derived, "find", lambda *_: [])
     with ThreadPoolExecutor(4) as pool:
         indexes = list(pool.map(lambda _: open_index(root, "v1.0-mini"), range(4)))
     assert len(built) == 4

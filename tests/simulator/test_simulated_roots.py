@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from command_line import fails
 from limits import files_of_at_most
 
 from cpq_train.common.errors import UserError
-from cpq_train.common.folders import locked
+from cpq_train.common.folders import LOCK_FILE, locked
 from cpq_train.simulator import simulate
 
 
@@ -55,13 +56,25 @@ def test_a_half_written_root_never_gets_the_name(tmp_path: Path, monkeypatch: py
     def failing_scan(*args: object, **kwargs: object) -> object:
         taken.append(1)
         if len(taken) > 15:
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scene, "scan", failing_scan)
     with pytest.raises(UserError, match=r"No space left.*nothing is left behind"):
         simulate(tmp_path / "root", num_scenes=2, num_samples_per_scene=1, num_workers=1)
     assert len(taken) == 16
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_every_error_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpq_train.simulator.scene as scene
+
+    def failing_scan(*args: object, **kwargs: object) -> object:
+        raise OSError("a library is missing")
+
+    monkeypatch.setattr(scene, "scan", failing_scan)
+    with pytest.raises(OSError, match=r"^a library is missing$"):
+        simulate(tmp_path / "root", num_scenes=1, num_samples_per_scene=1, num_workers=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,8 +146,49 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "flock", refuse)
     simulate(tmp_path / "root", num_scenes=1, num_samples_per_scene=1, num_workers=1)
     (tmp_path / ".other.partial").mkdir()
+    (tmp_path / ".other.partial" / LOCK_FILE).write_text("process 1 on a host")
     with pytest.raises(UserError, match=r"other\.partial' may be left of one that was killed"):
         simulate(tmp_path / "other", num_scenes=1, num_samples_per_scene=1, num_workers=1)
+
+
+PLACES: dict[str, Callable[[Path, Path], object]] = {
+    "a link": lambda partial, own: partial.symlink_to(own),
+    "a link to nothing": lambda partial, own: partial.symlink_to(own / "nothing"),
+    "a file": lambda partial, own: partial.write_text("of the user"),
+    "a folder of the user": lambda partial, own: shutil.copytree(own, partial),
+    "a folder with a lock of another kind": lambda partial, own: (
+        shutil.copytree(own, partial),
+        (partial / LOCK_FILE).write_text(""),
+    ),
+    "a folder with a lock that is a link": lambda partial, own: (
+        shutil.copytree(own, partial),
+        (own.parent / "lock").write_text("process 1 on a host"),
+        (partial / LOCK_FILE).symlink_to(own.parent / "lock"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", PLACES)
+def test_what_is_no_simulations_stays(tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "letter").write_text("of the user")
+    PLACES[way](tmp_path / ".root.partial", own)
+    before = [(path, path.is_symlink() or path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")]
+    said = fails(["simulate", "--output", str(tmp_path / "root"), "--num_scenes", "1"], capsys)
+    assert ".root.partial', which is there and " in said
+    after = [(path, path.is_symlink() or path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")]
+    assert after == before
+
+
+def test_a_folder_of_another_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".root.partial").mkdir()
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    said = fails(["simulate", "--output", str(tmp_path / "root"), "--num_scenes", "1"], capsys)
+    assert "belongs to another user" in said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", '{"a": 1, "a": 2}'])
