@@ -74,14 +74,7 @@ def convert(
             "project; target needs neither"
         )
     if source is None:
-        checkpoint = read_checkpoint(input)
-        content = openpcdet_content(checkpoint, input)
-        settings = settings_of(checkpoint, input, CenterPointDetector)
-        from_content(settings.get("network", NetworkConfig()), checkpoint, input)  # every tensor is looked at
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
-        write_whole(output, serialized(content, as_archive=False))
-        print_plain(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
+        _write_openpcdet(input, output)
         return
     subject = build(_network_config(config), "float", None)
     content = read_foreign(input)
@@ -99,6 +92,17 @@ def convert(
         f"forward pass of {output} on {num_voxels} random voxels: "
         f"{len(subject.network.config.class_groups)} heads, every output finite and of the right shape"
     )
+
+
+def _write_openpcdet(input: Path, output: Path) -> None:
+    checkpoint = read_checkpoint(input)
+    content = openpcdet_content(checkpoint, input)
+    settings = settings_of(checkpoint, input, CenterPointDetector)
+    from_content(settings.get("network", NetworkConfig()), checkpoint, input)  # every tensor is looked at
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # OpenPCDet writes files that are no zip archives; torch before 1.6 reads only those.
+    write_whole(output, serialized(content, as_archive=False))
+    print_plain(f"{output}: OpenPCDet, {len(content['model_state'])} tensors")
 
 
 def _check_options(
