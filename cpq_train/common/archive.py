@@ -73,7 +73,7 @@ def _compare(file: zipfile.ZipFile, members: Iterable[zipfile.ZipInfo]) -> None:
                 pass
 
 
-def pickles(path: Path) -> Iterator[BinaryIO]:
+def pickles(path: Path) -> Iterator[io.BufferedReader]:
     """What is pickled in a file of `torch.save`: the members of an archive, or the file itself.
 
     Checksums are not compared: some files have none.
@@ -85,7 +85,7 @@ def pickles(path: Path) -> Iterator[BinaryIO]:
         with zipfile.ZipFile(path) as archive:
             members = [one for one in archive.infolist() if one.filename.lower().endswith(_PICKLE)]
         for member in members:
-            yield io.BytesIO(_stored(file, member))
+            yield io.BufferedReader(io.BytesIO(_stored(file, member)))
 
 
 def _stored(file: BinaryIO, member: zipfile.ZipInfo) -> bytes:

@@ -168,8 +168,10 @@ def read_plain(path: str | Path, mmap: bool = False) -> Any:
 def _check_pickles(path: Path) -> None:
     """Follow what is pickled, before torch makes it. In torch's older format five pickles come first."""
     for file in pickles(path):
-        for _ in range(1 if is_archive(path) else NUM_PICKLES):
+        num_left = 1 if is_archive(path) else NUM_PICKLES
+        while num_left and file.peek(1):
             check_pickle(file, f"checkpoint {str(path)!r}")
+            num_left -= 1
 
 
 def _is_refusal(message: str, path: Path) -> bool:

@@ -98,9 +98,9 @@ class Unchecked(NamedTuple):
         ):
             raise UserError(f"its numbers do not rise from 0 to {self.end}")
         if column.dtype.kind == "S":
-            padded = np.pad(np.ascontiguousarray(column).view((np.uint8, column.itemsize)), ((0, 0), (0, 1)))
+            letters = np.ascontiguousarray(column).view(np.uint8).reshape(len(column), column.itemsize)
             try:
-                str(padded.data, "utf-8")
+                str(np.pad(letters, ((0, 0), (0, 1))).data, "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError("it holds texts that are no UTF-8") from error
 
