@@ -51,19 +51,20 @@ class Ending(NamedTuple):
     seconds: float
 
 
-def run(arguments: list[str], folder: Path, log: Path) -> Ending:
+def run(arguments: list[str], folder: Path, log: Path, timeout_s: float | None = None) -> Ending:
     """The command line in a forked process that may write to a folder only.
 
     Args:
         arguments: Its words.
         folder: Working directory, and the only place for its files.
         log: Where its output goes; violations are lines that begin with `VIOLATION`.
+        timeout_s: When it is killed; None is `TIMEOUT_S`.
     """
     began_s = time.monotonic()
     pid = os.fork()
     if pid == 0:
         _in_child(lambda: main(arguments), folder, log)
-    code = _wait(pid, began_s + TIMEOUT_S)
+    code = _wait(pid, began_s + (timeout_s or TIMEOUT_S))
     said = log.read_text(errors="replace") if log.is_file() else ""
     return Ending(code, said, time.monotonic() - began_s)
 

@@ -25,6 +25,9 @@ LINKED = ("samples", "sweeps", "maps")
 
 FLOAT, QAT = "float/checkpoints/last.ckpt", "qat/checkpoints/last.ckpt"
 
+BUILD_TIMEOUT_S = 600.0
+"""What a command that makes a file of a workspace may take on a busy machine."""
+
 TINY = [
     *("--model.network.voxel_size", "[0.64, 0.64, 0.32]", "--data.num_sweeps", "2"),
     *("--model.post_processing.score_threshold", "0"),  # boxes, though hardly anything is learned
@@ -57,7 +60,7 @@ def build(folder: Path) -> None:
     shutil.copy(SCHEME, folder / "scheme.yaml")
     for number, arguments in enumerate(_commands()):
         log = folder.with_name(f"{folder.name}-{number}.log")
-        ending = run(list(arguments), folder, log)
+        ending = run(list(arguments), folder, log, BUILD_TIMEOUT_S)
         if ending.code != 0:
             raise RuntimeError(f"{' '.join(arguments)} ended with {ending.code}, see {log}")
     torch.save(torch.load(folder / "foreign.pth", weights_only=True), folder / "foreign-archive.pth")
