@@ -22,7 +22,7 @@ from cpq_train.callbacks.evaluation import (
     postprocessing_sha256,
 )
 from cpq_train.callbacks.validations import has_validation
-from cpq_train.common.documents import read_json
+from cpq_train.common.documents import SEAL, read_json, sealed, unsealed
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.schema import accepts, keys, validated
@@ -135,7 +135,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "data": asdict(data.evaluation_config),
         "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
     }
-    return _sha256(depends_on)
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
 def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuScenesDataModule) -> Score:
@@ -149,25 +149,20 @@ def _read(file: Path) -> Score | None:
     try:
         kept = read_json(file, "baseline")
         score = validated(_SCORE, kept, f"baseline {str(file)!r}")
-        if kept.get("sha256", _sha256(score)) != _sha256(score):
-            raise UserError(f"baseline {str(file)!r} is damaged: its checksum is another")
+        unsealed(kept, f"baseline {str(file)!r}")
     except UserError as error:
         rank_zero_warn(f"{error}; it is scored again")
         return None
-    if "sha256" not in kept:
+    if SEAL not in kept:
         rank_zero_warn(f"baseline {str(file)!r} has no checksum: it is taken as it is")
     return score
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write(file: Path, score: Score) -> None:
     """Keep a score, where that can be done: it was worth its time, and the next run may do without."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({**score, "sha256": _sha256(score)}))
+        write_whole(file, json.dumps(sealed(score)))
     except (OSError, UserError) as error:  # a full disk is a UserError
         why = error if isinstance(error, UserError) else error.strerror
         rank_zero_warn(f"a baseline's score is not kept in {str(file.parent)!r} ({why})")

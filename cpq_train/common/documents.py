@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -14,6 +16,9 @@ from cpq_train.common.files import check_regular
 
 MAX_NODES: Final = 100_000
 """How much a YAML file may hold once its aliases are written out; a config.yaml of a run has some 500."""
+
+SEAL: Final = "crc32"
+"""Key of a document's checksum."""
 
 MAX_CHARACTERS: Final = 1_000_000
 """How long a YAML text may be; reading one of this length takes seconds."""
@@ -77,6 +82,30 @@ def read_json(path: Path, what: str) -> Any:
     except ValueError as error:
         reason = str(error)
     raise UserError(f"{what} {str(path)!r} is no JSON: {reason}")
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with its checksum, by which `unsealed` finds damage that no other check would."""
+    rest = {key: value for key, value in document.items() if key != SEAL}
+    return {**rest, SEAL: checksum_of(rest)}
+
+
+def unsealed(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A document without its checksum; one that has none, as older files, is taken as it is.
+
+    Raises:
+        UserError: The checksum is another.
+    """
+    rest = {key: value for key, value in document.items() if key != SEAL}
+    if SEAL in document and document[SEAL] != checksum_of(rest):
+        accepted = f"as it was written, or, where it was edited on purpose, without {SEAL!r}"
+        raise UserError(f"{where} is not what was written: its checksum is another; accepted: {accepted}")
+    return rest
+
+
+def checksum_of(value: Any) -> int:
+    """CRC-32 of plain values, whatever the order of keys."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from cpq_train.common.arrays import Column, check_columns, check_values
-from cpq_train.common.documents import read_json
+from cpq_train.common.documents import checksum_of, read_json
 from cpq_train.common.errors import LoadingError, UserError, shown
 from cpq_train.common.folders import numbering_errors
 from cpq_train.common.schema import Count, keys, list_of, validated
@@ -168,7 +168,7 @@ def write_columns(
         for name, (dtype, shape) in in_pieces.items()
     }
     contents = {"meta": dict(meta), "columns": of_columns}
-    (folder / CONTENTS_FILE).write_text(json.dumps({"crc32": _crc32(contents), "contents": contents}))
+    (folder / CONTENTS_FILE).write_text(json.dumps({"crc32": checksum_of(contents), "contents": contents}))
 
 
 def open_columns(
@@ -192,7 +192,7 @@ def open_columns(
     contents_kind = keys({"meta": dict[str, Any], "columns": keys(dict.fromkeys(names, _COLUMN))})
     kind: TypeAdapter[Any] = TypeAdapter(keys({"crc32": Count, "contents": contents_kind}))
     contents = validated(kind, document, str(path))["contents"]
-    if document["crc32"] != _crc32(contents):
+    if document["crc32"] != checksum_of(contents):
         raise DamageError(f"{path} is damaged: its checksum is another")
     said = {name: _said(contents["columns"][name], f"{path}: column {name}") for name in names}
     lengths = {**known, **check_columns(said, layout.columns, str(path))}
@@ -253,7 +253,3 @@ def _mapped(file: Path, said: _Said) -> NDArray[Any]:
         return np.memmap(file, dtype=said.dtype, mode="r", shape=said.shape, offset=offset)
     except OSError as error:
         raise DamageError(f"{file} is not readable: {error.strerror}") from error
-
-
-def _crc32(contents: Any) -> int:
-    return zlib.crc32(json.dumps(contents, sort_keys=True).encode())

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import NotRequired
 
 from cpq_train.common.arm_names import Row
-from cpq_train.common.documents import read_json
+from cpq_train.common.documents import read_json, sealed, unsealed
 from cpq_train.common.files import write_whole
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.schema import Count, CountAboveZero, accepts, check_document, keys
@@ -122,18 +122,18 @@ def write_metrics(path: Path, document: Document) -> None:
         UserError: The document is not as the schema has it.
     """
     check_metrics(document, str(path))
-    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(sealed(document), indent=2, allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> Document:
     """Read and check `metrics.json`.
 
     Raises:
-        UserError: The file is absent, no JSON, or not as the schema has it.
+        UserError: The file is absent, damaged, no JSON, or not as the schema has it.
     """
     document = read_json(path, "metrics file")
     check_metrics(document, str(path))
-    return dict(document)
+    return unsealed(document, f"metrics file {str(path)!r}")
 
 
 def _in_order(bounds: list[float]) -> list[float]:

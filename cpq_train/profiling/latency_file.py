@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from cpq_train.common.arm_names import Row
-from cpq_train.common.documents import read_json
+from cpq_train.common.documents import read_json, sealed, unsealed
 from cpq_train.common.files import write_whole
 from cpq_train.common.schema import CountAboveZero, accepts, check_document, keys, list_of
 
@@ -64,15 +64,15 @@ def write_latency(path: Path, document: dict[str, Any]) -> None:
     """
     document = {"schema": SCHEMA, **document}
     check_document(document, SCHEMA, _KIND, str(path))
-    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(sealed(document), indent=2, allow_nan=False) + "\n")
 
 
 def read_latency(path: Path) -> dict[str, Any]:
     """Read and check the file.
 
     Raises:
-        UserError: It is absent, no JSON, or not as the schema has it.
+        UserError: It is absent, damaged, no JSON, or not as the schema has it.
     """
     document = read_json(path, "latency file")
     check_document(document, SCHEMA, _KIND, str(path))
-    return dict(document)
+    return unsealed(document, f"latency file {str(path)!r}")

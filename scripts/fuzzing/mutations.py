@@ -260,7 +260,7 @@ def _header(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def _extreme(array: Any) -> Any:
-    return np.full_like(array, 2**31 - 1) if array.dtype.kind == "i" else np.full(array.shape, np.nan)
+    return np.full_like(array, 2**31 - 1) if array.dtype.kind == "i" else np.full(array.shape, -np.inf)
 
 
 ARRAY_CHANGES: Mapping[str, Callable[[Any], Any]] = {

@@ -41,7 +41,7 @@ DAMAGE: dict[str, Callable[[str], bytes]] = {
     "too large": lambda text: json.dumps({**SCORE, "mAP": 1e308}).encode(),
     "text": lambda text: json.dumps({**SCORE, "mAP": "0.25"}).encode(),
     "missing": lambda text: json.dumps({"mAP": 0.25}).encode(),
-    "another checksum": lambda text: json.dumps({**SCORE, "sha256": [1]}).encode(),
+    "another checksum": lambda text: json.dumps({**SCORE, "crc32": [1]}).encode(),
 }
 
 

@@ -1,5 +1,6 @@
 """YAML and JSON files: what they hold, and the one line that says why they are none."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cpq_train.common.documents import parse_yaml, read_json, read_yaml
+from cpq_train.common.documents import parse_yaml, read_json, read_yaml, sealed, unsealed
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.scheme import Scheme
 
@@ -122,3 +123,13 @@ def test_documents_are_regular_files(tmp_path: Path) -> None:
     for read in (read_json, read_yaml):
         with pytest.raises(UserError, match=r"file '.*' is a FIFO, socket or device: expected a file"):
             read(tmp_path / "x.json", "file")
+
+
+def test_a_seal_finds_what_types_do_not() -> None:
+    document = {"b": [1.5, None, "é"], "a": {"x": 1}}
+    written = json.loads(json.dumps(sealed(document)))
+    assert unsealed(written, "it") == document
+    assert sealed(written) == written
+    assert unsealed(document, "it") == document  # as older files are
+    with pytest.raises(UserError, match="it is not what was written: its checksum is another"):
+        unsealed({**written, "a": {"x": 2}}, "it")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, TypeAlias
 from pydantic import Field, TypeAdapter
 from torch import nn
 
+from cpq_train.common.documents import sealed, unsealed
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import append_whole, check_regular, write_whole
 from cpq_train.common.progress import track
@@ -103,7 +104,7 @@ class MeasurementLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Keep a measurement, which holds its own `key`."""
-        append_whole(self._path, json.dumps(record) + "\n")
+        append_whole(self._path, json.dumps(sealed(record)) + "\n")
         self._by_key[record["key"]] = record
 
 
@@ -121,10 +122,10 @@ def _measurement(line: bytes, where: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(line)
         validated(_KIND, record, where)
+        return unsealed(record, where)
     except (UserError, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{where}: {error}"
         raise UserError(f"{reason}; delete the line or the file") from error
-    return record
 
 
 def measure(
