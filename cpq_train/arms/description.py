@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
+from typing_extensions import NotRequired
 
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
@@ -40,6 +41,9 @@ _Layer = keys(
         "weight": _Quantizer,
         "input": _Quantizer,
         "shares_input_with": str | None,
+        # Files of the first release lack both.
+        "why_float": NotRequired[str],
+        "why_simulated": NotRequired[str],
     }
 )
 _ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(

@@ -13,6 +13,7 @@ from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
+from cpq_train.verbs.describe import describe
 
 BIAS = "network.dense_head.heads_list.0.hm.1.bias"
 
@@ -115,6 +116,17 @@ def test_an_incomplete_description_is_refused(missing: str, tmp_path: Path) -> N
     torch.save(content, tmp_path / "less.ckpt")
     with pytest.raises(UserError, match=f"quantization: needs '{missing}', and has "):
         load(_config("ptq"), tmp_path / "less.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("why_simulated", torch.zeros(2)), ("kind", None), ("weight", {}), ("input", 3)]
+)
+def test_a_wrong_row_of_a_layer_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    next(iter(content["quantization"]["layers"].values()))[key] = value
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=rf"odd\.ckpt', quantization, layers, .*, {key}(: |, )"):
+        describe(tmp_path / "odd.ckpt")
 
 
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
