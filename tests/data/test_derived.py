@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpq_train.common.documents import checksum_of
 from cpq_train.common.errors import UserError
 from cpq_train.data import column_files, derived
 from cpq_train.data.column_files import CONTENTS_FILE
@@ -86,7 +87,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what is said of the columns, and let the checksum fit, as anybody can."""
     contents = json.loads((folder / CONTENTS_FILE).read_text())["contents"]
     change(contents["columns"])
-    document = {"crc32": column_files._crc32(contents), "contents": contents}
+    document = {"crc32": checksum_of(contents), "contents": contents}
     (folder / CONTENTS_FILE).write_text(json.dumps(document))
 
 
