@@ -64,7 +64,10 @@ class ResumePoint(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            number = next_run_number(checkpoint_folder(trainer)) if trainer.is_global_zero else 0
+            # A run that goes on has the number that its checkpoint says.
+            goes_on = getattr(trainer, "continues_run", False) and bool(trainer.restored_checkpoint)  # type: ignore[attr-defined]
+            is_asked = trainer.is_global_zero and not goes_on
+            number = next_run_number(checkpoint_folder(trainer)) if is_asked else 0
             began = (number, time.time())
             self._run_number, self._run_started_s = trainer.strategy.broadcast(began)
             if distributed.is_available() and distributed.is_initialized():

@@ -220,10 +220,8 @@ def open_index(
     """
     root = Path(root).expanduser()
     tables = find_tables(root, version)
-    key, seen = (
-        _hash([_SCHEMA, [table.size_and_time for table in tables]]),
-        f"seen-{_hash([table.identity for table in tables])}",
-    )
+    key = _hash([_SCHEMA, [table.size_and_time for table in tables]])
+    seen = f"seen-{_hash([table.identity for table in tables])}"
     places, num_bytes = derived.homes(root, version, cache_dir), sum(table.num_bytes for table in tables)
     reasons, stuck = [], []
     for folder in derived.find(places, key):

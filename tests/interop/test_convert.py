@@ -467,6 +467,18 @@ def test_to_openpcdet_and_back(config_file: Path, reference_dir: Path, tmp_path:
     assert all(torch.equal(tensor, returned[name]) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.complex64])
+def test_only_real_numbers_go_back(kind: torch.dtype, tmp_path: Path) -> None:
+    _our_checkpoint(tmp_path / "ours.ckpt")
+    content = torch.load(tmp_path / "ours.ckpt", weights_only=True)
+    name = "network.dense_head.heads_list.0.hm.1.bias"
+    content["state_dict"][name] = content["state_dict"][name].to(kind)
+    torch.save(content, tmp_path / "ours.ckpt")
+    with pytest.raises(UserError, match=rf"1 tensors hold other numbers .*{kind} instead of torch.float32"):
+        convert(tmp_path / "ours.ckpt", tmp_path / "pcdet.pth", target="openpcdet")
+    assert not (tmp_path / "pcdet.pth").exists()
+
+
 @pytest.mark.parametrize(("arm", "name"), [("ptq", "int8"), ("float_tuned", None)])
 def test_folded_and_quantized_networks_do_not_go_back(arm: str, name: str | None, tmp_path: Path) -> None:
     scheme = Scheme.from_dict({"name": name}) if name else None

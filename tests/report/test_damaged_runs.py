@@ -317,3 +317,11 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["matches.npz", "metrics.json"])
+def test_a_link_to_itself_is_no_missing_file(name: str, runs: Path, run: Path) -> None:
+    (run / name).unlink()
+    (run / name).symlink_to(run / name)
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        load_runs([runs / "float", run])
