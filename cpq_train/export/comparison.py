@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cpq_train.export.engine import Engine, new_session, run_sample
 from cpq_train.export.graph import onnx
 from cpq_train.export.plan import Addition, Convolution, InputRange
-from cpq_train.export.portable import coords_name
-from cpq_train.export.readback import read_plan
+from cpq_train.export.portable.reader import read_plan
+from cpq_train.export.portable.writer import coords_name
 from cpq_train.models import HeadOutput
 from cpq_train.quantization.reference.rulebook import RowOf
 from cpq_train.quantization.switches import quantized_layers

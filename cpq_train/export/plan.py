@@ -19,7 +19,7 @@ from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
 FEATURES = "voxel_features"
-"""The tensor that the first operation reads: features of the voxels."""
+"""The tensor that a whole network starts from: features of the voxels."""
 
 Float32: TypeAlias = NDArray[np.float32]
 
@@ -51,7 +51,8 @@ class InputRange:
 class Convolution:
     """A convolution, followed by a ReLU or not.
 
-    y = conv(codes_x, codes_w) * (step_x * step_w) + bias, or in float conv(x, w) + bias.
+    y = conv(codes_x, codes_w) * (step_x * step_w) + bias, or in float conv(x, w) + bias. A bias of whole
+    numbers belongs to the sum: y = (conv(codes_x, codes_w) + bias) * (step_x * step_w).
 
     Attributes:
         name: Of the layer in the network.
@@ -59,7 +60,7 @@ class Convolution:
         source: The tensor that it reads.
         weight: Codes (int8) or float32, laid out as PyTorch and spconv have it.
         weight_step: (C',) value of one code of each output channel; None where the layer is float.
-        bias: (C',), or None.
+        bias: (C',) float32; int32, whole multiples of step_x * step_w; float16; or None.
         input_range: None where the layer is float.
         kernel: Geometry; a submanifold layer's padding is that which centres its kernel.
         relu: Whether negative results become 0.
@@ -70,7 +71,7 @@ class Convolution:
     source: str
     weight: NDArray[Any]
     weight_step: Float32 | None
-    bias: Float32 | None
+    bias: NDArray[Any] | None
     input_range: InputRange | None
     kernel: Kernel
     relu: bool = False
@@ -127,16 +128,18 @@ class Plan:
     """A network as operations in the order of the pass.
 
     Attributes:
-        num_features: Features of a voxel.
-        grid: Cells along z, y, x of the grid of voxels.
+        num_features: Features of a voxel, or channels of the map, that it starts from.
+        grid: Cells along z, y, x of the grid of these voxels, or rows and columns of this map.
         operations: Each reads what stands before it.
         outputs: Name of an output -> its tensor.
+        source: The tensor that it starts from.
     """
 
     num_features: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     operations: tuple[Operation, ...]
     outputs: Mapping[str, str]
+    source: str = FEATURES
 
     def __getitem__(self, name: str) -> Operation:
         """The operation of a name."""
@@ -163,7 +166,7 @@ class Plan:
 
     def is_non_negative(self, tensor: str) -> bool:
         """Whether a tensor has no negative number: it comes from behind a ReLU."""
-        if tensor == FEATURES:
+        if tensor == self.source:
             return False
         made_by = self[tensor]
         if isinstance(made_by, HeightMap | Concatenation):
@@ -180,7 +183,7 @@ def differences(plan: Plan, other: Plan) -> list[str]:
     """
     found = [
         f"{name} is {mine!r} and {theirs!r}"
-        for name in ("num_features", "grid")
+        for name in ("num_features", "grid", "source")
         if (mine := getattr(plan, name)) != (theirs := getattr(other, name))
     ]
     if dict(plan.outputs) != dict(other.outputs):

@@ -19,8 +19,8 @@ from cpq_train.data.settings import DataSettings
 from cpq_train.export.graph import OPSET, onnx
 from cpq_train.export.plan import FEATURES, Plan, differences
 from cpq_train.export.planning import output_name, plan_of
-from cpq_train.export.portable import COORDS, portable_graph
-from cpq_train.export.readback import read_plan
+from cpq_train.export.portable.reader import read_plan
+from cpq_train.export.portable.writer import COORDS, portable_graph
 from cpq_train.export.sidecar import ENGINE_SUFFIX, Sidecar, sidecar_path
 from cpq_train.models import NetworkConfig
 from cpq_train.models.center_head import branches_of

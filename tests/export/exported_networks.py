@@ -19,7 +19,7 @@ from cpq_train.arms.subject import Subject
 from cpq_train.data.settings import DataSettings
 from cpq_train.export.plan import Plan
 from cpq_train.export.planning import plan_of
-from cpq_train.export.portable import portable_graph
+from cpq_train.export.portable.writer import portable_graph
 from cpq_train.export.sidecar import Sidecar
 from cpq_train.export.writing import write_portable
 from cpq_train.models import CenterPoint, NetworkConfig

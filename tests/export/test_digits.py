@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cpq_train.export.digits import BYTE_BITS, EXACT_LIMIT, Digit, bits_of_exact_sums, put_together, split
 from cpq_train.export.graph import Graph
+from cpq_train.export.portable.digits import (
+    BYTE_BITS,
+    EXACT_LIMIT,
+    Digit,
+    bits_of_exact_sums,
+    put_together,
+    split,
+)
 from cpq_train.quantization.numerics.formats import IntegerFormat
 
 formats = st.builds(IntegerFormat, st.integers(2, 16), st.booleans(), st.booleans())

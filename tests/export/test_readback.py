@@ -18,7 +18,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.export import writing
 from cpq_train.export.plan import Plan, differences
 from cpq_train.export.planning import plan_of
-from cpq_train.export.readback import read_plan
+from cpq_train.export.portable.reader import read_plan
 from cpq_train.export.sidecar import read_sidecar, sidecar_path
 from cpq_train.export.writing import check_written
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cpq_train.export.graph import Graph
-from cpq_train.export.rulebooks import Voxels, new_voxels, strided_outputs, table
+from cpq_train.export.portable.rulebooks import Voxels, new_voxels, strided_outputs, table
 from cpq_train.quantization.reference.rulebook import Kernel, output_positions, rules
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SubMConv3d
 from cpq_train.sparse.rulebook import find_or_build

@@ -1,7 +1,7 @@
 """From a portable file to the plan that it holds: read from its nodes and numbers, not from what was meant.
 
 Every operation is found by walking up from the outputs: what makes a tensor, what that reads, and so on. What
-does not have a form that `portable.py` writes is refused with the name of its tensor; so is, in the end, each
+does not have a form that `writer.py` writes is refused with the name of its tensor; so is, in the end, each
 node and number that the writer would not have made of the plan that was found.
 """
 
@@ -27,7 +27,7 @@ from cpq_train.export.plan import (
     Operation,
     Plan,
 )
-from cpq_train.export.portable import portable_graph
+from cpq_train.export.portable.writer import portable_graph
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 

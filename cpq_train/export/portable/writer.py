@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cpq_train.export.digits import BYTE_BITS, Digit, bits_of_exact_sums, put_together, split
 from cpq_train.export.graph import Graph
+from cpq_train.export.parts import shapes
 from cpq_train.export.plan import (
     FEATURES,
     Addition,
@@ -33,7 +33,8 @@ from cpq_train.export.plan import (
     InputRange,
     Plan,
 )
-from cpq_train.export.rulebooks import Cells, Voxels, new_voxels, strided_outputs, table
+from cpq_train.export.portable.digits import BYTE_BITS, Digit, bits_of_exact_sums, put_together, split
+from cpq_train.export.portable.rulebooks import Cells, Voxels, new_voxels, strided_outputs, table
 from cpq_train.quantization.reference.rulebook import Kernel
 
 COORDS = "voxel_coords"
@@ -72,16 +73,15 @@ class _Writer:
         self.code_names = plan.code_tensors()
         self.voxels: dict[str, Voxels] = {}
         """Tensor of features -> its voxels."""
-        self.sizes: dict[str, tuple[int, ...]] = {}
-        """Tensor -> C, or (C, H, W) of a map."""
+        self.shapes = shapes(plan)
 
     def write(self) -> Graph:
         graph, plan = self.graph, self.plan
         graph.input(FEATURES, np.float32, ["V", plan.num_features])
         coords = graph.input(COORDS, np.int32, ["V", 3])
         coords = graph.cast(coords, np.int64, coords_name(plan, FEATURES))
-        self._add_voxels(FEATURES, coords, plan.grid)
-        self.sizes[FEATURES] = (plan.num_features,)
+        depth, height, width = plan.grid
+        self._add_voxels(FEATURES, coords, (depth, height, width))
         for operation in plan.operations:
             match operation:
                 case Convolution() if operation.is_sparse:
@@ -95,7 +95,7 @@ class _Writer:
                 case Concatenation():
                     self._concatenation(operation)
         for name, tensor in plan.outputs.items():
-            graph.output(name, tensor, [1, *self.sizes[tensor]])
+            graph.output(name, tensor, [1, *self.shapes[tensor]])
         return graph
 
     # Codes
@@ -157,9 +157,6 @@ class _Writer:
             size = kernel.size[0]
             total = graph.node("DepthToSpace", [total], f"{name}.upsampled", blocksize=size, mode="CRD")
         self._rescale(layer, total, (-1, 1, 1))
-        _, *shape = self.sizes[layer.source]
-        shape_out = kernel.transposed_shape(shape, (0, 0)) if is_transposed else kernel.output_shape(shape)
-        self.sizes[name] = (layer.weight.shape[1 if is_transposed else 0], *shape_out)
 
     def _sparse(self, layer: Convolution) -> None:
         """(V, C) -> (V', C')."""
@@ -168,7 +165,6 @@ class _Writer:
             self._sparse_float(layer, found)
         else:
             self._sparse_integer(layer, layer.input_range, found)
-        self.sizes[layer.name] = (len(layer.weight),)
 
     def _table(self, layer: Convolution) -> str:
         """The table of a sparse layer; where it is strided, its output voxels too."""
@@ -258,7 +254,7 @@ class _Writer:
     def _addition(self, layer: Addition) -> None:
         graph, name = self.graph, layer.name
         branch, _ = layer.sources
-        self.voxels[name], self.sizes[name] = self.voxels[branch], self.sizes[branch]
+        self.voxels[name] = self.voxels[branch]
         terms = list(layer.sources)
         if layer.ranges is not None:
             for row, read in enumerate(zip(layer.sources, layer.ranges, strict=True)):
@@ -277,18 +273,14 @@ class _Writer:
     def _height_map(self, operation: HeightMap) -> None:
         """(V, C) -> (1, C * D, H, W)."""
         graph, name, (source,) = self.graph, operation.name, operation.sources
-        voxels, (channels,) = self.voxels[source], self.sizes[source]
-        depth, height, width = voxels.grid
+        voxels, channels = self.voxels[source], self.shapes[source][0]
         empty = graph.filled(graph.ints(*voxels.grid, channels), np.float32(0), f"{name}.empty")
         volume = graph.node("ScatterND", [empty, voxels.coords, source], f"{name}.volume")
         first = graph.node("Transpose", [volume], f"{name}.channels_first", perm=[3, 0, 1, 2])
-        self.sizes[name] = (channels * depth, height, width)
-        graph.node("Reshape", [first, graph.ints(1, *self.sizes[name])], name)
+        graph.node("Reshape", [first, graph.ints(1, *self.shapes[name])], name)
 
     def _concatenation(self, operation: Concatenation) -> None:
         self.graph.node("Concat", operation.sources, operation.name, axis=1)
-        sizes = [self.sizes[source] for source in operation.sources]
-        self.sizes[operation.name] = (sum(size[0] for size in sizes), *sizes[0][1:])
 
 
 def _attributes(kernel: Kernel) -> dict[str, Any]:
