@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
+from cpq_train.export.parts import dense_part, sparse_part
 from cpq_train.export.plan import (
     FEATURES,
     Addition,
@@ -34,6 +35,12 @@ from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.reference.rulebook import Kernel
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
 
+Part = Literal["whole", "sparse", "dense"]
+"""What a file holds of a network: all, what works on voxels up to their map, or what works on maps."""
+
+SPARSE_PREFIX = "backbone_3d."
+"""What the names of layers that work on voxels start with."""
+
 MAX_WEIGHT_BITS = 8
 """Wider codes fit no engine's integer weights."""
 
@@ -46,16 +53,22 @@ def output_name(head: int, branch: str) -> str:
 
 
 @torch.no_grad()
-def plan_of(network: CenterPoint) -> Plan:
+def plan_of(network: CenterPoint, part: Part = "whole") -> Plan:
     """What a deployment file of a network says.
 
     Args:
         network: Quantized and calibrated, BatchNorm folded.
+        part: How much of it.
 
     Raises:
         UserError: Layers cannot be exported; names each and says why.
     """
-    _refuse(why_not(network))
+    refuse(why_not(network, part))
+    plan = _whole_plan(network)
+    return plan if part == "whole" else sparse_part(plan) if part == "sparse" else dense_part(plan)
+
+
+def _whole_plan(network: CenterPoint) -> Plan:
     walk = _Walk(names_of(network))
     sparse, bev, head = network.backbone_3d, network.backbone_2d, network.dense_head
     stages = (sparse.conv_input, sparse.conv1, sparse.conv2, sparse.conv3, sparse.conv4, sparse.conv_out)
@@ -165,10 +178,20 @@ def _amax(quantizer: Quantizer) -> float:
     return float(quantizer.range_of(cast(Tensor, quantizer.amax)).amax)
 
 
-def why_not(network: nn.Module) -> dict[str, str]:
-    """Name -> reason of every layer that no plan can hold."""
-    reasons = {name: _why_not(module) for name, module in network.named_modules()}
+def why_not(network: nn.Module, part: Part = "whole") -> dict[str, str]:
+    """Name -> reason of every layer of a part that no plan of it can hold."""
+    reasons = {
+        name: _why_not(module) or (_why_not_exact(module) if part == "whole" else "")
+        for name, module in network.named_modules()
+        if part == "whole" or name.startswith(SPARSE_PREFIX) == (part == "sparse")
+    }
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _why_not_exact(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not isinstance(module, QuantizedConvolution):
+        return "a float dense layer: its fp32 sums are rounded in another order by every library; quantize it"
+    return ""
 
 
 def _why_not(module: nn.Module) -> str:
@@ -180,8 +203,6 @@ def _why_not(module: nn.Module) -> str:
         )
     if isinstance(module, QuantizedConvolution):
         return _why_not_quantized(module) or _why_no_geometry(module)
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        return "a float dense layer: its fp32 sums are rounded in another order by every library; quantize it"
     return _why_no_geometry(module) if isinstance(module, CONVOLUTIONS) else ""
 
 
@@ -227,7 +248,15 @@ def _tiles(layer: nn.ConvTranspose2d) -> bool:
     return is_square and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
 
 
-def _refuse(reasons: dict[str, str]) -> None:
+def refuse(reasons: Mapping[str, str]) -> None:
+    """End with the layers that cannot be exported, by reason, if there are any.
+
+    Args:
+        reasons: Name -> reason.
+
+    Raises:
+        UserError: There is one.
+    """
     if reasons:
         by_reason: dict[str, list[str]] = {}
         for name, reason in reasons.items():
