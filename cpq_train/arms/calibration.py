@@ -15,6 +15,7 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.progress import track
 from cpq_train.quantization.health import Problem, refuse, table
 from cpq_train.quantization.prepare import leave_in_float
+from cpq_train.quantization.ranges.bias_steps import bias_problems, widen_steps
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -49,7 +50,8 @@ def calibrate(
         show: Whether tables and progress are printed.
 
     Raises:
-        UserError: There are no such samples, or a range came out unfit and the scheme has it an error.
+        UserError: There are no such samples, or a range came out unfit, or a step too small for a bias, and
+            the scheme has it an error.
     """
     assert subject.scheme is not None
     if show:
@@ -68,12 +70,22 @@ def calibrate(
         "left_in_float": list(subject.prepared.left_in_float),
         **improve(subject, samples.calibration_dataloader, forward, config, show),
     }
+    _fit_biases(subject.network, show)
 
 
 def _collect_ranges(subject: Subject, batches: Batches, forward: Forward, show: bool) -> None:
     with collecting_ranges(subject.network, partial(_on_unfit, subject, show)):
         for batch in track(batches, "Calibrating (batches)" if show else None):
             forward(subject.network, batch)
+
+
+def _fit_biases(network: nn.Module, show: bool) -> None:
+    """Widen the steps that are too small for a bias where the scheme says so; elsewhere they are an error."""
+    widened = widen_steps(network)
+    if widened and show:
+        lines = "".join(f"\n  {name}: channels {', '.join(map(str, c))}" for name, c in widened.items())
+        print_plain(f"warning: steps of weights widened, too small for their biases:{lines}", style="yellow")
+    refuse(bias_problems(network))
 
 
 def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:

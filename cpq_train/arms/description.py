@@ -41,7 +41,8 @@ _Layer = keys(
         "weight": _Quantizer,
         "input": _Quantizer,
         "shares_input_with": str | None,
-        # Files of the first release lack both.
+        # Old files lack these.
+        "bias": NotRequired[str],
         "why_float": NotRequired[str],
         "why_simulated": NotRequired[str],
     }
@@ -139,6 +140,7 @@ def _layers(prepared: Prepared, amax: AmaxPolicy) -> dict[str, Any]:
             "arithmetic": chosen.arithmetic,
             "weight": _quantizer(chosen.weight, chosen.weight_axis(kind), amax),
             "input": _quantizer(chosen.input, None, amax),
+            "bias": chosen.bias,
             "why_float": chosen.why_float,
             "why_simulated": "" if chosen.is_float else chosen.why_simulated,
             "shares_input_with": shared,

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,9 +30,11 @@ from cpq_train.models import CenterPoint
 from cpq_train.models.backbone_3d import SparseBasicBlock
 from cpq_train.models.topology import names_of
 from cpq_train.quantization.layers import QuantAdd, QuantizedConvolution
+from cpq_train.quantization.numerics.biases import bias_codes
 from cpq_train.quantization.numerics.fake_quant import SMALLEST_AMAX, round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.ranges.bias_steps import bias_problems
 from cpq_train.quantization.reference.rulebook import Kernel
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
 
@@ -131,10 +134,24 @@ def _convolution(name: str, layer: Any, source: str, padding: tuple[int, int]) -
     if isinstance(layer, QuantizedConvolution):
         weight, weight_step = _weight_codes(layer)
         input_range = _range(layer._input_quantizer)
-    bias = None if layer.bias is None else layer.bias.numpy().copy()
     return Convolution(
-        name, _kind(layer), source, weight, weight_step, bias, input_range, _kernel(layer, padding)
+        name, _kind(layer), source, weight, weight_step, _bias(layer), input_range, _kernel(layer, padding)
     )
+
+
+def _bias(layer: Any) -> NDArray[Any] | None:
+    """A bias in the type that says what it is."""
+    if layer.bias is None:
+        return None
+    bias: Tensor = layer.bias
+    if isinstance(layer, QuantizedConvolution) and layer.bias_kind == "accumulator":
+        x_quantizer = cast(Quantizer, layer._input_quantizer)
+        step_x = x_quantizer.range_of(cast(Tensor, x_quantizer.amax)).step
+        step_w = cast(Quantizer, layer._weight_quantizer).range_of(layer.weight).step
+        bias = bias_codes(bias, step_x * step_w.reshape(-1)).int()
+    elif isinstance(layer, QuantizedConvolution) and layer.bias_kind == "fp16":
+        bias = bias.half()
+    return bias.numpy().copy()
 
 
 def _kind(layer: nn.Module) -> str:
@@ -185,6 +202,10 @@ def why_not(network: nn.Module, part: Part = "whole") -> dict[str, str]:
         for name, module in network.named_modules()
         if part == "whole" or name.startswith(SPARSE_PREFIX) == (part == "sparse")
     }
+    for problem in bias_problems(network):
+        layer = problem.quantizer.rpartition(".")[0]
+        if reasons.get(layer) == "":
+            reasons[layer] = f"{problem.problem} ({problem.affected})"
     return {name: reason for name, reason in reasons.items() if reason}
 
 

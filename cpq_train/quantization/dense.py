@@ -35,6 +35,7 @@ class IntegerConvolution(NamedTuple):
         w_format: Integers of the weight.
         exact_sum: The convolution of two code tensors; what it returns is overwritten.
         geometry: Of that convolution.
+        is_bias_in_sum: Whether that sum has the bias already, as a code.
     """
 
     x_range: Range
@@ -43,9 +44,13 @@ class IntegerConvolution(NamedTuple):
     w_format: IntegerFormat
     exact_sum: Callable[[Tensor, Tensor], Tensor]
     geometry: Geometry
+    is_bias_in_sum: bool = False
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`y = acc * (step_x * step_w) + bias`, acc being the exact sum; x and y (B, C, H, W)."""
+        """`y = acc * (step_x * step_w) + bias`, acc being the exact sum, which may have the bias in it.
+
+        x and y are (B, C, H, W).
+        """
         log_x = None if self.x_format is None else self.x_range.log_amax
         return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, log_x, self.w_range.log_amax, self))
 
@@ -71,7 +76,7 @@ class _IntegerConvolution(Function):
         ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(x, weight, w_codes.mul_(of.w_range.step))
-        return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+        return y if bias is None or of.is_bias_in_sum else y.add_(bias.view(1, -1, 1, 1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

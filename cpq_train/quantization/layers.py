@@ -5,6 +5,8 @@ and is computed so:
 
     acc = conv(codes_x, codes_w);    y = acc * (step_x * step_w);    y = y + bias
 
+or with the bias in the sum, or in half precision (`numerics/biases.py`).
+
 `exact_sum.py` keeps every sum a whole number that is held exactly, so that the result does not depend on the
 order of summation, the kernel or the device. A layer of which only the weight or only the input is rounded,
 or whose numbers are no integers, is the float layer on rounded values.
@@ -25,7 +27,20 @@ from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization.dense import IntegerConvolution
 from cpq_train.quantization.numerics import int8_kernel
-from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, exact_sum
+from cpq_train.quantization.numerics.biases import (
+    STEP_OF_ZERO_CHANNEL,
+    BiasKind,
+    as_deployed,
+    in_half_precision,
+)
+from cpq_train.quantization.numerics.exact_sum import (
+    Axes,
+    Codes,
+    Convolve,
+    add_bias_codes,
+    exact_sum,
+    num_exact_parts,
+)
 from cpq_train.quantization.numerics.fake_quant import add_codes, rescale
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.int8_kernel import Geometry
@@ -37,9 +52,10 @@ from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMCo
 class QuantizedConvolution(nn.Module):
     """What the four quantized convolutions share; mixed in before the float layer.
 
-    `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float. While `is_bypassed` the
-    layer is the float one, whatever its quantizers, which other layers may share, are doing. `why_simulated`
-    is empty where the layer is an integer sum, see `LayerScheme.why_simulated`.
+    `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float; `bias_kind` says what
+    the bias is in the layer's arithmetic, `widens_steps` what becomes of steps too small for it. While
+    `is_bypassed` the layer is the float one, whatever its quantizers, which other layers may share, are
+    doing. `why_simulated` is empty where the layer is an integer sum, see `LayerScheme.why_simulated`.
     """
 
     kind: ClassVar[str]
@@ -51,16 +67,21 @@ class QuantizedConvolution(nn.Module):
     _input_quantizer: Quantizer | None
     _weight_quantizer: Quantizer | None
     why_simulated: str
+    bias_kind: BiasKind
+    widens_steps: bool
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
-        self.why_simulated = scheme.why_simulated
+        self.why_simulated, self.bias_kind = scheme.why_simulated, scheme.bias
+        self.widens_steps = scheme.widens_steps
         self._input_quantizer = None if scheme.input.is_off else Quantizer(scheme.input)
         self._weight_quantizer = None
         if not scheme.weight.is_off:
             axis = scheme.weight_axis(self.kind)
             channels = 1 if axis is None else self.weight.shape[axis]
             self._weight_quantizer = Quantizer(scheme.weight, axis, channels, self.weight.dim())
+            if self.bias_kind == "accumulator":
+                self._weight_quantizer.step_of_zero = STEP_OF_ZERO_CHANNEL
             self._weight_quantizer.set_amax_from(self.weight)
 
     def rounds(self, x: Tensor) -> bool:
@@ -89,18 +110,24 @@ class QuantizedConvolution(nn.Module):
         x = x.float() if self._input_quantizer is None else self._input_quantizer(x)
         weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
         out = convolve(x, weight)
-        return out if self.bias is None else out + self._per_channel(self.bias, out)
+        if self.bias is None:
+            return out
+        bias = in_half_precision(self.bias) if self.bias_kind == "fp16" else self.bias
+        return out + self._per_channel(bias, out)
 
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         x_codes, step_x = self._input_quantizer.codes(x)
         w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
-        acc = self._exact_sum(x_codes, w_codes, convolve)
-        return rescale(acc, step_x, step_w, self.bias, self.axes.feature)
+        bias = as_deployed(self.bias, self.bias_kind, step_x, step_w)
+        acc = self._exact_sum(x_codes, w_codes, convolve, bias.codes)
+        return rescale(acc, step_x, step_w, bias.values, self.axes.feature, bias.is_in_sum)
 
-    def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
-        return exact_sum(x_codes, w_codes, *self._formats(), convolve, self.axes)
+    def _exact_sum(
+        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
+    ) -> Tensor:
+        return exact_sum(x_codes, w_codes, *self._formats(), convolve, self.axes, bias_codes)
 
     def _formats(self) -> tuple[IntegerFormat, IntegerFormat]:
         both = (self._input_quantizer, self._weight_quantizer)
@@ -130,24 +157,31 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         x_format, w_format = self._formats()
+        x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
+        bias = as_deployed(self.bias, self.bias_kind, x_range.step, w_range.step)
         convolution = IntegerConvolution(
-            self._input_quantizer.range_of(x),
+            x_range,
             None if self._input_quantizer.is_shared else x_format,
-            self._weight_quantizer.range_of(self.weight),
+            w_range,
             w_format,
-            lambda codes_x, codes_w: self._exact_sum(codes_x, codes_w, convolve),
+            lambda codes_x, codes_w: self._exact_sum(codes_x, codes_w, convolve, bias.codes),
             self._geometry(),
+            bias.is_in_sum,
         )
         if self._input_quantizer.is_shared:
             x, _ = self._input_quantizer.codes(x)
-        return convolution(x, self.weight, self.bias)
+        return convolution(x, self.weight, bias.values)
 
-    def _exact_sum(self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve) -> Tensor:
-        x_format, w_format = self._formats()
-        geometry = self._geometry()
+    def _exact_sum(
+        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
+    ) -> Tensor:
+        (x_format, w_format), geometry = self._formats(), self._geometry()
         if int8_kernel.takes(x_codes, w_codes, x_format.qmax, w_format.largest_magnitude, geometry):
-            return int8_kernel.convolve(x_codes, w_codes, geometry)
-        return super()._exact_sum(x_codes, w_codes, convolve)
+            both = Codes.of(x_codes, x_format), Codes.of(w_codes, w_format)
+            # The kernel rounds its sums: a bias may be added to what it returns where they were below 2^24.
+            if bias_codes is None or num_exact_parts(*both, self.axes) == 1:
+                return add_bias_codes(int8_kernel.convolve(x_codes, w_codes, geometry), bias_codes, self.axes)
+        return super()._exact_sum(x_codes, w_codes, convolve, bias_codes)
 
     def _geometry(self) -> Geometry:
         layer = cast(_ConvNd, self)
@@ -248,6 +282,12 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Float layer -> quantized layer."""
 
+ADDED = (
+    *("_input_quantizer", "_weight_quantizer", "_residual_quantizer"),
+    *("why_simulated", "bias_kind", "widens_steps"),
+)
+"""What a quantized layer has beyond the float one."""
+
 
 def quantize_layer(layer: nn.Module, scheme: LayerScheme) -> None:
     """Make a float layer a quantized one, in place: its class changes, its parameters stay.
@@ -264,6 +304,6 @@ def unquantize_layer(layer: nn.Module) -> None:
     """Make a quantized layer the float one again, in place: its quantizers go, its parameters stay."""
     float_types = {quantized: plain for plain, quantized in QUANTIZED.items()}
     layer.__class__ = float_types[type(layer)]
-    for name in ("_input_quantizer", "_weight_quantizer", "_residual_quantizer", "why_simulated"):
+    for name in ADDED:
         if hasattr(layer, name):
             delattr(layer, name)

@@ -57,7 +57,8 @@ class Quantizer(TensorQuantizer):
     The buffer `_amax` exists from the start, as NaN until it is calibrated or loaded, so that a state dict
     loads on any device; `calibration.check_ranges` finds what was left NaN. A dynamic quantizer has no
     buffer. A learned range is trained as the parameter `_log_amax`, so that amax stays positive and a
-    learning rate means the same for a range of 0.01 and one of 100; the buffer follows it.
+    learning rate means the same for a range of 0.01 and one of 100; the buffer follows it. `step_of_zero` is
+    the value of code 1 where amax is at most 2^-24.
 
     Args:
         scheme: Bits, granularity, method and mode; `mode` is static or dynamic.
@@ -90,6 +91,7 @@ class Quantizer(TensorQuantizer):
         self._memo: tuple[Tensor, Tensor] | None = None
         self._collected: Tensor | None = None
         self._range: Range | None = None
+        self.step_of_zero = 1.0
         if scheme.mode == "static":
             shape = [num_channels if d == axis else 1 for d in range(num_dims)] if axis is not None else []
             self.register_buffer("_amax", torch.full(shape, torch.nan))
@@ -156,7 +158,8 @@ class Quantizer(TensorQuantizer):
     def _new_range(
         self, amax: Tensor, version: int, window: float | None = None, log_amax: nn.Parameter | None = None
     ) -> Range:
-        scale, step = fake_quant.scale_of(amax, self.format), fake_quant.step_of(amax, self.format)
+        scale = fake_quant.scale_of(amax, self.format)
+        step = fake_quant.step_of(amax, self.format, self.step_of_zero)
         return Range(amax, version, scale, step, window, log_amax)
 
     def learn(self) -> None:

@@ -3,14 +3,18 @@
     name: int8
     share_residual: true                      # one range for a residual block's input and its add
     on_unfit_range: error                     # or float: leave layers in float whose range comes out unfit
+    on_small_step: error                      # or widen: the weight's range, where a bias has no code
     tensorrt_conv_transpose: false            # true: ConvTranspose2d weights per input channel (axis 0)
     defaults:
       weight: {bits: 8, granularity: per_channel, method: max}
       input: {bits: 8, granularity: per_tensor, method: mse}
+      bias: accumulator                       # whole multiples of step_x * step_w; or float, or fp16
     rules:                                    # later rules win
       - layers: "backbone_3d.conv_input.*"    # glob over module names
         weight: off
         input: off
+
+`bias` is float where it is not set, and wherever no integer sum stands behind a layer.
 
 `kinds` restricts a rule to kinds of layer (`Conv2d`, `ConvTranspose2d`, `SubMConv3d`, `SparseConv3d`,
 `ResidualAdd`). A quantizer's settings are the fields of `QuantizerScheme`; `off` is short for `{mode: off}`.
@@ -31,6 +35,7 @@ from pydantic_core import CoreSchema, core_schema
 from cpq_train.common.documents import parse_yaml, read_text
 from cpq_train.common.errors import UserError, shown
 from cpq_train.common.schema import Flag, accepts, known_keys, validated
+from cpq_train.quantization.numerics.biases import BiasKind
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
 Kind = Literal["SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd"]
@@ -122,6 +127,8 @@ class LayerScheme:
         scales_input_channels: Whether weight ranges belong to input channels (`tensorrt_conv_transpose`): a
             scale then sits on a summed index and cannot leave the sum.
         why_float: Why nothing is quantized: the rule, or the defaults, that turned it off.
+        bias: What the bias is in the layer's arithmetic.
+        widens_steps: Whether steps that are too small for a bias are made larger.
     """
 
     weight: QuantizerScheme
@@ -129,6 +136,8 @@ class LayerScheme:
     has_weight: bool = True
     scales_input_channels: bool = False
     why_float: str = ""
+    bias: BiasKind = "float"
+    widens_steps: bool = False
 
     def weight_axis(self, kind: str) -> int | None:
         """Axis of the weight whose channels have a range each; None for one range, or without a weight."""
@@ -197,12 +206,13 @@ class _SomeOf:
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of `rules`: which layers, and what it sets for their weights and inputs."""
+    """One entry of `rules`: which layers, and what it sets for their weights, inputs and biases."""
 
     layers: str
     kinds: Annotated[tuple[Kind, ...], BeforeValidator(_kinds)] = KINDS
     weight: Annotated[Mapping[str, Any], _SomeOf(ForWeights)] = field(default_factory=dict)
     input: Annotated[Mapping[str, Any], _SomeOf(ForInputs)] = field(default_factory=dict)
+    bias: BiasKind | None = None
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether the rule speaks of the layer `name` of kind `kind`."""
@@ -215,6 +225,7 @@ class Defaults:
 
     weight: ForWeights = WeightScheme()
     input: ForInputs = InputScheme()
+    bias: BiasKind = "float"
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,7 @@ class Scheme:
     name: str = "unnamed"
     share_residual: Flag = True
     on_unfit_range: Literal["error", "float"] = "error"
+    on_small_step: Literal["error", "widen"] = "error"
     tensorrt_conv_transpose: Flag = False
     defaults: Annotated[Defaults, known_keys(Defaults)] = Defaults()
     rules: tuple[Annotated[Rule, known_keys(Rule)], ...] = ()
@@ -240,8 +252,8 @@ class Scheme:
             raise UserError(f"{where} ends within a line, as one that was cut; accepted: whole lines")
         scheme = cls.from_dict(parse_yaml(text, where), where)
         for number, rule in enumerate(scheme.rules, 1):
-            if not (rule.weight or rule.input):
-                raise UserError(f"{where}, rule {number} sets nothing; accepted: weight, input, or both")
+            if not (rule.weight or rule.input or rule.bias):
+                raise UserError(f"{where}, rule {number} sets nothing; accepted: weight, input, bias")
         return scheme
 
     @classmethod
@@ -252,6 +264,9 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back to an equal scheme."""
         rules = [{**asdict(rule), "kinds": list(rule.kinds)} for rule in self.rules]
+        for rule in rules:
+            if rule["bias"] is None:
+                del rule["bias"]
         return {**asdict(self), "rules": rules}
 
     def with_float(self, names: Iterable[str]) -> Scheme:
@@ -287,20 +302,26 @@ class Scheme:
 
     def _resolve_layer(self, name: str, kind: str) -> LayerScheme:
         weight: QuantizerScheme = self.defaults.weight
-        input_, why_float = self.defaults.input, "the defaults"
+        input_, bias, why_float = self.defaults.input, self.defaults.bias, "the defaults"
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(name, kind):
                 where = f"scheme {self.name!r}, rule {number}"
                 weight = _override(weight, rule.weight, f"{where}, weight")
                 input_ = _override(input_, rule.input, f"{where}, input")
-                why_float = f"rule {number} ({rule.layers})"
+                bias = rule.bias or bias
+                if rule.weight or rule.input:
+                    why_float = f"rule {number} ({rule.layers})"
         if kind == "ResidualAdd":
             layer = LayerScheme(replace(weight, mode="off"), input_, has_weight=False)
         else:
             on_inputs = self.tensorrt_conv_transpose and kind == "ConvTranspose2d"
             per_channel = weight.granularity == "per_channel"
             layer = LayerScheme(weight, input_, scales_input_channels=on_inputs and per_channel)
-        return replace(layer, why_float=why_float) if layer.is_float else layer
+        if layer.is_float:
+            return replace(layer, why_float=why_float)
+        if not layer.has_weight or (bias == "accumulator" and layer.why_simulated):
+            return layer
+        return replace(layer, bias=bias, widens_steps=self.on_small_step == "widen")
 
 
 _SCHEME: TypeAdapter[Scheme] = TypeAdapter(Annotated[Scheme, known_keys(Scheme)])

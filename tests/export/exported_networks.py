@@ -52,8 +52,10 @@ SPARSE = ["SubMConv3d", "SparseConv3d", "ResidualAdd"]
 W8, A8 = {"bits": 8, "granularity": "per_channel"}, {"bits": 8}
 
 
-def _scheme(*rules: dict[str, Any], weight: Any = W8, input: Any = A8, **further: Any) -> dict[str, Any]:
-    return {"defaults": {"weight": weight, "input": input}, "rules": list(rules), **further}
+def _scheme(
+    *rules: dict[str, Any], weight: Any = W8, input: Any = A8, bias: str = "float", **further: Any
+) -> dict[str, Any]:
+    return {"defaults": {"weight": weight, "input": input, "bias": bias}, "rules": list(rules), **further}
 
 
 SCHEMES: dict[str, str | dict[str, Any]] = {
@@ -67,6 +69,10 @@ SCHEMES: dict[str, str | dict[str, Any]] = {
         input={"bits": 8, "signed": False},
     ),
     "sixteen": _scheme(input={"bits": 16}),
+    "accumulator": _scheme(CONV_INPUT, bias="accumulator"),
+    "accumulator 16": _scheme(input={"bits": 16}, bias="accumulator"),
+    "accumulator w4": _scheme(CONV_INPUT, weight={"bits": 4, "method": "mse"}, bias="accumulator"),
+    "fp16 biases": _scheme({"layers": "backbone_2d.*", "bias": "accumulator"}, CONV_INPUT, bias="fp16"),
     "narrow": _scheme(
         weight={**W8, "narrow_range": True}, input={"bits": 8, "narrow_range": True}, share_residual=False
     ),

@@ -92,7 +92,7 @@ def test_a_shipped_scheme_that_is_cut_short(file: Path, tmp_path: Path) -> None:
 
 def test_a_rule_that_sets_nothing(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("rules:\n  - layers: backbone_3d.*\n")
-    with pytest.raises(UserError, match=r"s\.yaml', rule 1 sets nothing; accepted: weight, input, or both"):
+    with pytest.raises(UserError, match=r"s\.yaml', rule 1 sets nothing; accepted: weight, input, bias"):
         Scheme.from_file(tmp_path / "s.yaml")
 
 
@@ -150,7 +150,7 @@ def rule(**settings: object) -> dict[str, object]:
         (rule(kinds="Conv2d"), "rule 1, kinds: got 'Conv2d', accepted: a list of SubMConv3d"),
         (rule(kinds=None), "rule 1, kinds: got None, accepted: a list of SubMConv3d"),
         (rule(layers=3), "rule 1, layers: got 3, accepted: a text"),
-        (rule(layer="*"), "rule 1: unknown key 'layer'; accepted: input, kinds, layers, weight"),
+        (rule(layer="*"), "rule 1: unknown key 'layer'; accepted: bias, input, kinds, layers, weight"),
         (rule(input={"format": "fp8_e4m3", "bits": 4}), "rule 1, input: format fp8_e4m3 has 8 bits, signed"),
         (
             {"defaults": {"input": {"format": "fp8_e4m3"}}, **rule(input={"bits": 4})},
@@ -160,13 +160,19 @@ def rule(**settings: object) -> dict[str, object]:
         ({"rules": 0}, "scheme, rules: got 0, accepted: a list"),
         ({"rules": None}, "scheme, rules: got None, accepted: a list"),
         ({"defaults": None}, "scheme, defaults: got None, accepted: a mapping"),
-        ({"defaults": {"weights": {}}}, "scheme, defaults: unknown key 'weights'; accepted: input, weight"),
+        (
+            {"defaults": {"weights": {}}},
+            "scheme, defaults: unknown key 'weights'; accepted: bias, input, weight",
+        ),
         ({"share_residual": "false"}, "share_residual: got 'false', accepted: true, false"),
         ({"tensorrt_conv_transpose": 1}, "tensorrt_conv_transpose: got 1, accepted: true, false"),
         ({"on_unfit_range": False}, "on_unfit_range: got False, accepted: error, float"),
         ({"name": None}, "scheme, name: got None, accepted: a text"),
         ({1: 2}, "unknown key 1; accepted: defaults"),
-        ({"default": {}}, "unknown key 'default'; accepted: defaults, name, on_unfit_range, rules"),
+        (
+            {"default": {}},
+            "unknown key 'default'; accepted: defaults, name, on_small_step, on_unfit_range, rules",
+        ),
         ({"rules": [{"weight": "off"}]}, "rule 1: needs 'layers'"),
         ({"rules": [{"layers": "*", "kinds": ["Linear"]}]}, "got 'Linear', accepted: SubMConv3d"),
         (["int8"], r"scheme: got \['int8'\], accepted: a mapping"),

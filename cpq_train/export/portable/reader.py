@@ -173,8 +173,10 @@ class _Reader:
         up = self.up(sums, "DepthToSpace", "Conv", "MatMulInteger")
         node = self.up(up.output[0], "Conv", "MatMulInteger")
         weight = self.array(f"{name}.weight_codes")
+        upsampling = _attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
+        if f"{name}.bias_codes" in self.numbers:
+            bias = self.array(f"{name}.bias_codes").reshape(-1)[:: max(upsampling, 1) ** 2].copy()
         if node.op_type == "Conv":
-            upsampling = _attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
             kind, weight, kernel = self.dense(node, weight, upsampling)
             codes = self.up(node.input[0], "Clip").output[0]
         else:
@@ -199,10 +201,13 @@ class _Reader:
         source = self.read(self.maker(rows.input[0], "Concat").input[0])
         return Convolution(name, kind, source, weight, None, bias, None, kernel, relu)
 
-    def without_bias(self, node: Any) -> tuple[str, Float32 | None]:
+    def without_bias(self, node: Any) -> tuple[str, NDArray[Any] | None]:
         """What a bias is added to, and the bias."""
-        if node.op_type == "Add" and node.input[1] in self.numbers:
-            return node.input[0], cast(Float32, self.array(node.input[1]).reshape(-1))
+        if node.op_type == "Add":
+            bias = self.makers.get(node.input[1])
+            name = bias.input[0] if bias is not None and bias.op_type == "Cast" else node.input[1]
+            if name in self.numbers:
+                return node.input[0], self.array(name).reshape(-1)
         return node.output[0], None
 
     def dense(self, node: Any, weight: NDArray[Any], upsampling: int) -> tuple[str, NDArray[Any], Kernel]:

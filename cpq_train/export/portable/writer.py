@@ -136,10 +136,10 @@ class _Writer:
         graph, name, kernel = self.graph, layer.name, layer.kernel
         assert layer.input_range is not None
         is_transposed = layer.kind == "ConvTranspose2d"
-        weight, attributes = layer.weight, _attributes(kernel)
+        weight, attributes, repeats = layer.weight, _attributes(kernel), 1
         if is_transposed:
             weight = weight.transpose(1, 2, 3, 0).reshape(-1, len(weight), 1, 1)
-            attributes = {}
+            attributes, repeats = {}, kernel.size[0] * kernel.size[1]
         is_signed = not self._is_unsigned(layer.source, layer.input_range)
         num_bits = bits_of_exact_sums(weight, output_axis=0, is_signed=is_signed)
         parts = self._digits(layer.source, layer.input_range, num_bits)
@@ -149,10 +149,15 @@ class _Writer:
             graph.node("Conv", [part.tensor, values], f"{name}.sum{number}", **attributes)
             for number, part in enumerate(parts)
         ]
+        in_sum = self._bias_codes(layer, (-1, 1, 1), repeats)
         if len(sums) == 1:  # whole already: this keeps optimizers from folding the scale into the weights
             total = graph.node("Round", sums, f"{name}.sum")
+            for bias in in_sum:
+                whole = graph.cast(bias, np.float32, f"{bias}.whole")
+                total = graph.node("Add", [total, whole], f"{name}.total")
         else:
-            total = put_together(graph, sums, [part.place for part in parts], f"{name}.sum")
+            places = [part.place for part in parts] + [1] * len(in_sum)
+            total = put_together(graph, [*sums, *in_sum], places, f"{name}.sum")
         if is_transposed:
             size = kernel.size[0]
             total = graph.node("DepthToSpace", [total], f"{name}.upsampled", blocksize=size, mode="CRD")
@@ -198,7 +203,7 @@ class _Writer:
         num_out, *_, num_in = layer.weight.shape
         weight = graph.initializer(f"{name}.weight_codes", layer.weight.reshape(num_out, -1).T)
         row = graph.ints(0, layer.weight[0].size)
-        sums, places = [], []
+        sums, places, in_sum = [], [], self._bias_codes(layer, (-1,))
         for number, digit in enumerate(self._digits(layer.source, chosen, BYTE_BITS)):
             padded = self._padded(self._bytes(digit), num_in, np.int8 if digit.is_signed else np.uint8)
             met = graph.node("Gather", [padded, found], f"{name}.met{number}", axis=0)
@@ -206,9 +211,10 @@ class _Writer:
             sums.append(graph.node("MatMulInteger", [rows, weight], f"{name}.sum{number}"))
             places.append(digit.place)
         if len(sums) == 1:
-            total = graph.cast(sums[0], np.float32, f"{name}.sum")
+            total = graph.node("Add", [*sums, *in_sum], f"{name}.total") if in_sum else sums[0]
+            total = graph.cast(total, np.float32, f"{name}.sum")
         else:
-            total = put_together(graph, sums, places, f"{name}.sum")
+            total = put_together(graph, [*sums, *in_sum], places + [1] * len(in_sum), f"{name}.sum")
         self._rescale(layer, total, (-1,))
 
     def _sparse_float(self, layer: Convolution, found: str) -> None:
@@ -246,10 +252,20 @@ class _Writer:
         self._end(layer, sums, [("Mul", [unit], "product"), *self._bias(layer, channel_shape)])
 
     def _bias(self, layer: Convolution, channel_shape: tuple[int, ...]) -> list[Step]:
-        if layer.bias is None:
+        """The step that adds a bias to scaled sums; none where there is no such bias."""
+        if layer.bias is None or layer.bias.dtype == np.int32:
             return []
         bias = self.graph.initializer(f"{layer.name}.bias", layer.bias.reshape(channel_shape))
+        if layer.bias.dtype == np.float16:
+            bias = self.graph.cast(bias, np.float32, f"{bias}.value")
         return [("Add", [bias], "biased")]
+
+    def _bias_codes(self, layer: Convolution, channel_shape: tuple[int, ...], repeats: int = 1) -> list[str]:
+        """The bias that belongs to the sums; none where there is no such bias."""
+        if layer.bias is None or layer.bias.dtype != np.int32:
+            return []
+        codes = layer.bias.repeat(repeats).reshape(channel_shape)
+        return [self.graph.initializer(f"{layer.name}.bias_codes", codes)]
 
     def _addition(self, layer: Addition) -> None:
         graph, name = self.graph, layer.name

@@ -46,6 +46,11 @@ class Codes(NamedTuple):
     smallest: int
     largest: int
 
+    @classmethod
+    def of(cls, values: Tensor, fmt: IntegerFormat) -> Codes:
+        """Codes of a format."""
+        return cls(values, fmt.qmin, fmt.qmax)
+
     @property
     def magnitude(self) -> int:
         """The largest magnitude they can have."""
@@ -59,8 +64,9 @@ def exact_sum(
     w_format: IntegerFormat,
     convolve: Convolve,
     axes: Axes,
+    bias_codes: Tensor | None = None,
 ) -> Tensor:
-    """`convolve(x_codes, w_codes)`, every sum exact and rounded to fp32 once.
+    """`convolve(x_codes, w_codes) + bias_codes`, every sum exact and rounded to fp32 once.
 
     Args:
         x_codes: Codes of the features.
@@ -69,14 +75,14 @@ def exact_sum(
         w_format: Of the weight.
         convolve: Convolution of features with a weight, linear in both, for any number of input channels.
         axes: Where the channels are.
+        bias_codes: (C',) whole numbers that fp32 holds, which belong to the sums.
 
     Returns:
         What `convolve` returns, in fp32, differentiable in both codes.
     """
-    x = Codes(x_codes, x_format.qmin, x_format.qmax)
-    w = Codes(w_codes, w_format.qmin, w_format.qmax)
+    x, w = Codes.of(x_codes, x_format), Codes.of(w_codes, w_format)
     if max(x_format.bits, w_format.bits) <= 8:
-        return _sum_of_bytes(x, w, convolve, axes).float()
+        return add_bias_codes(_sum_of_bytes(x, w, convolve, axes), bias_codes, axes).float()
     with torch.no_grad():
         total = torch.stack(
             [
@@ -85,9 +91,19 @@ def exact_sum(
                 for w_place, w_digit in _digits(w, w_format)
             ]
         ).sum(0)
+        total = add_bias_codes(total, bias_codes, axes)
     if not torch.is_grad_enabled():
         return total.float()
     return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total))
+
+
+def add_bias_codes(sums: Tensor, bias_codes: Tensor | None, axes: Axes) -> Tensor:
+    """Exact sums and their bias codes, in place; in fp32 the total is rounded here, once."""
+    if bias_codes is None:
+        return sums
+    shape = [1] * sums.dim()
+    shape[axes.feature] = -1
+    return sums.add_(bias_codes.view(shape))
 
 
 class _TakeGradient(Function):

@@ -43,10 +43,16 @@ def scale_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     return torch.where(amax <= SMALLEST_AMAX, 0.0, torch.full_like(amax, fmt.qmax) / amax)
 
 
-def step_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
-    """The value of code 1, `amax / qmax` in fp32; 1 where amax <= 2^-24 (the codes are all 0 there)."""
+def step_of(amax: Tensor, fmt: NumberFormat, of_zero: float = 1.0) -> Tensor:
+    """The value of code 1, `amax / qmax` in fp32.
+
+    Args:
+        amax: Any shape.
+        fmt: The numbers in use.
+        of_zero: The value where amax <= 2^-24, whose codes are all 0.
+    """
     amax = amax.float()
-    return torch.where(amax <= SMALLEST_AMAX, 1.0, amax / torch.full_like(amax, fmt.qmax))
+    return torch.where(amax <= SMALLEST_AMAX, of_zero, amax / torch.full_like(amax, fmt.qmax))
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -208,7 +214,13 @@ def codes(
 class _Rescale(Function):
     @staticmethod
     def forward(
-        ctx: Any, acc: Tensor, step_x: Tensor, step_w: Tensor, bias: Tensor | None, channel_dim: int
+        ctx: Any,
+        acc: Tensor,
+        step_x: Tensor,
+        step_w: Tensor,
+        bias: Tensor | None,
+        channel_dim: int,
+        is_in_sum: bool,
     ) -> Tensor:
         shape = [1] * acc.dim()
         shape[channel_dim] = -1
@@ -218,18 +230,25 @@ class _Rescale(Function):
         ctx.save_for_backward(step_w)
         ctx.mark_dirty(acc)
         acc.mul_(step_x * step_w)
-        return acc if bias is None else acc.add_(bias.reshape(shape))
+        return acc if bias is None or is_in_sum else acc.add_(bias.reshape(shape))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None, None]:
         (step_w,) = ctx.saved_tensors
         bias_grad = None
         if ctx.has_bias and ctx.needs_input_grad[3]:
             bias_grad = grad.sum([d for d in range(grad.dim()) if d != ctx.channel_dim])
-        return grad * step_w, None, None, bias_grad, None
+        return grad * step_w, None, None, bias_grad, None, None
 
 
-def rescale(acc: Tensor, step_x: Tensor, step_w: Tensor, bias: Tensor | None, channel_dim: int = 1) -> Tensor:
+def rescale(
+    acc: Tensor,
+    step_x: Tensor,
+    step_w: Tensor,
+    bias: Tensor | None,
+    channel_dim: int = 1,
+    is_in_sum: bool = False,
+) -> Tensor:
     """Sum of products of codes -> float: `y = acc * (step_x * step_w) + bias`, two roundings, in place.
 
     The gradient handed down is `grad * step_w`. Through the convolution with the weight codes it becomes the
@@ -242,8 +261,9 @@ def rescale(acc: Tensor, step_x: Tensor, step_w: Tensor, bias: Tensor | None, ch
         step_w: Value of one step of the weight, one per channel or a scalar, any shape.
         bias: One per channel, or None.
         channel_dim: Where `acc` has its channels.
+        is_in_sum: Whether `acc` has the bias already, as a code (`biases.py`); it still gets its gradient.
     """
-    return cast(Tensor, _Rescale.apply(acc, step_x, step_w, bias, channel_dim))
+    return cast(Tensor, _Rescale.apply(acc, step_x, step_w, bias, channel_dim, is_in_sum))
 
 
 class _AddCodes(Function):

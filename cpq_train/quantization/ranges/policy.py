@@ -10,6 +10,7 @@ from torch import nn
 
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.health import is_weight
+from cpq_train.quantization.ranges.bias_steps import widen_steps
 from cpq_train.quantization.switches import quantized_layers, quantizers
 
 AmaxPolicy = Literal["frozen", "moving", "learned"]
@@ -85,3 +86,4 @@ def finish_observing(network: nn.Module, momentum: float) -> None:
         weight_quantizer = getattr(layer, "_weight_quantizer", None)
         if weight_quantizer is not None:
             weight_quantizer.set_amax_from(layer.weight, momentum)
+    widen_steps(network)

@@ -13,7 +13,7 @@ from cpq_train.common.errors import UserError
 Float32: TypeAlias = NDArray[np.float32]
 
 ZERO_AMAX = np.float32(2.0**-24)
-"""A tensor whose amax is at most this has the codes 0, and steps of 1."""
+"""A tensor whose amax is at most this has the codes 0."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Range:
         narrow_range: Without the most negative code.
         amax: Broadcastable to the tensor; None takes the largest magnitude of each tensor (dynamic).
         axis: Of a dynamic amax per channel; None is one for the tensor.
+        step_of_zero: Value of code 1 where amax is at most 2^-24.
     """
 
     bits: int
@@ -33,6 +34,7 @@ class Range:
     narrow_range: bool = False
     amax: Float32 | None = None
     axis: int | None = None
+    step_of_zero: float = 1.0
 
     @property
     def largest(self) -> int:
@@ -79,4 +81,16 @@ def encode(x: Float32, of: Range) -> Coded:
     if np.isnan(scaled).any():
         raise UserError(f"{np.isnan(scaled).sum()} of {x.size} numbers are NaN, which has no integer code")
     codes = np.clip(np.rint(scaled), of.smallest, of.largest).astype(np.int32)
-    return Coded(codes, np.where(is_zero, np.float32(1), safe / largest))
+    return Coded(codes, np.where(is_zero, np.float32(of.step_of_zero), safe / largest))
+
+
+def encode_bias(bias: Float32, unit: Float32) -> NDArray[np.int64]:
+    """Round a bias to whole multiples of a unit that fp32 holds, at most 2^30 in magnitude.
+
+    Args:
+        bias: (C,).
+        unit: (C,) or (1,), value of one unit of a sum.
+    """
+    multiples = np.rint(bias.astype(np.float64) / unit.astype(np.float64))
+    codes: NDArray[np.int64] = np.clip(multiples, -(2.0**30), 2.0**30).astype(np.float32).astype(np.int64)
+    return codes

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.quantization.reference.codes import Coded, Float32, Range, encode
+from cpq_train.quantization.reference.codes import Coded, Float32, Range, encode, encode_bias
 from cpq_train.quantization.reference.rulebook import (
     Coordinates,
     Kernel,
@@ -41,6 +41,7 @@ class Convolution:
         kind: One of `CHANNELS_AROUND`, which says how the weight lies.
         weight: float32.
         bias: (C',) float32, or None.
+        bias_kind: "float"; "accumulator", whole multiples of the value of one unit of a sum; or "fp16".
         weight_range: amax is one number, or one per output channel with the dimensions of the weight.
         input_range: amax is one number.
         kernel: Geometry; a submanifold layer's padding follows from its size.
@@ -54,6 +55,7 @@ class Convolution:
     input_range: Range
     kernel: Kernel
     output_padding: tuple[int, ...] = (0, 0)
+    bias_kind: str = "float"
 
 
 class LayerResult(NamedTuple):
@@ -62,7 +64,7 @@ class LayerResult(NamedTuple):
     Attributes:
         codes: Of the input (of both inputs of an add, one behind the other).
         weight_codes: In the layout of the weight; empty for an add.
-        sums: int64, the shape of the output.
+        sums: int64, the shape of the output; with the bias where it is a whole number.
         unit: Value of one unit of a sum, broadcastable to the output.
         output: float32.
         positions: Of the output rows of a sparse layer, (V, 4) batch, z, y, x.
@@ -140,9 +142,13 @@ def _of_rows(layer: Convolution, x: Coded, found: Rules, num_out: int) -> LayerR
     kernel = channels_last.reshape(num_channels, -1, num_inputs).transpose(1, 2, 0)
     sums = exact_sums(x.codes, kernel, found, num_out)
     unit = x.step * weight.step.reshape(-1)
+    if layer.bias is not None and layer.bias_kind == "accumulator":
+        sums = sums + encode_bias(layer.bias, unit)
     output = sums.astype(np.float32) * unit
-    if layer.bias is not None:
+    if layer.bias is not None and layer.bias_kind == "float":
         output = output + layer.bias
+    if layer.bias is not None and layer.bias_kind == "fp16":
+        output = output + layer.bias.astype(np.float16).astype(np.float32)
     return LayerResult(x.codes, weight.codes, sums, unit, output)
 
 

@@ -27,7 +27,8 @@ class Observed(NamedTuple):
     Attributes:
         codes: Of the input; of both inputs of an add, one behind the other.
         weight_codes: Empty for an add.
-        sums: Before they were scaled; None for an add, whose sum is never a whole number.
+        sums: Before they were scaled, with the bias where it is a whole number; None for an add, whose sum is
+            never one.
         output: Features or map.
         positions: Of the output rows of a sparse layer, (V, 4) batch, z, y, x.
         shape: Grid of these positions.
@@ -167,6 +168,7 @@ def _convolution(layer: Any) -> reference.Convolution:
             *(tuple(g) for g in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
         ),
         output_padding=tuple(layer.output_padding),
+        bias_kind=layer.bias_kind,
     )
 
 
@@ -178,6 +180,7 @@ def _range(quantizer: Quantizer) -> reference.Range:
         scheme.narrow_range,
         amax=None if scheme.mode == "dynamic" else _array(quantizer.amax),
         axis=None if quantizer.is_per_tensor else quantizer._axis[0],
+        step_of_zero=quantizer.step_of_zero,
     )
 
 
