@@ -23,6 +23,7 @@ from cpq_train.export.plan import (
 )
 from cpq_train.export.planning import plan_of
 from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.reference.codes import encode_bias
 from cpq_train.quantization.reference.rulebook import Kernel
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantized_layers
@@ -139,7 +140,8 @@ def test_numbers_are_those_of_the_layers(scheme: str) -> None:
             assert (operation.ranges is not None) == (operation.name in quantized)
         if not isinstance(operation, Convolution):
             continue
-        assert np.array_equal(operation.bias, layer.bias.detach().numpy())
+        assert operation.bias.dtype == _type_of_bias(layer)
+        assert np.array_equal(operation.bias, _bias_as_deployed(layer))
         if operation.name not in quantized:
             assert (operation.weight_step, operation.input_range) == (None, None)
             assert np.array_equal(operation.weight, layer.weight.detach().numpy())
@@ -153,6 +155,19 @@ def test_numbers_are_those_of_the_layers(scheme: str) -> None:
         assert operation.input_range == InputRange(
             float(layer._input_quantizer.amax), layer._input_quantizer.format
         )
+
+
+def _type_of_bias(layer: Any) -> Any:
+    types = {"float": np.float32, "accumulator": np.int32, "fp16": np.float16}
+    return types[getattr(layer, "bias_kind", "float")]
+
+
+def _bias_as_deployed(layer: Any) -> Any:
+    bias = layer.bias.detach().numpy()
+    if _type_of_bias(layer) is not np.int32:
+        return bias.astype(_type_of_bias(layer))
+    steps = [q.range_of(torch.ones(1)).step for q in (layer._input_quantizer, layer._weight_quantizer)]
+    return encode_bias(bias, (steps[0] * steps[1].reshape(-1)).numpy())
 
 
 def _codes_of(plan: Plan, tensor: str) -> list[str]:

@@ -38,6 +38,7 @@ schemes = st.builds(
         )
         for granularities in (["per_channel", "per_tensor"], ["per_tensor"])
     ),
+    bias=st.sampled_from(["float", "accumulator", "fp16"]),
 )
 
 
