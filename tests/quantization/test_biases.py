@@ -205,8 +205,8 @@ def _with_dead_channels(widens: bool = False, bias: Any = "accumulator", weight:
 def test_a_step_too_small_for_its_bias_is_refused_by_name() -> None:
     network = nn.Sequential(_with_dead_channels())
     said = (
-        r"0\._weight_quantizer +Conv2d +step too small for the bias; accepted: on_small_step: widen, or bias: "
-        r"float +2 of 5, channels 1, 4"
+        r"0\._weight_quantizer +Conv2d +step too small for the bias; accepted: on_small_step: widen, or "
+        r"bias: float +2 of 5, channels 1, 4"
     )
     with pytest.raises(UserError, match=said):
         check_ranges(network)
@@ -265,7 +265,7 @@ def test_a_bias_beyond_half_precision_is_refused_by_name() -> None:
         layer.bias[2] = 70000.0
     network = nn.Sequential(_quantized(layer, "fp16", _map()))
     with pytest.raises(
-        UserError, match="Conv2d +bias beyond fp16; accepted: up to 65504 +1 of 5, channels 2"
+        UserError, match=r"Conv2d +bias beyond fp16; accepted: up to 65504 +1 of 5, channels 2"
     ):
         check_ranges(network)
 

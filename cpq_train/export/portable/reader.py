@@ -7,6 +7,7 @@ node and number that the writer would not have made of the plan that was found.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
-from cpq_train.export.graph import onnx
+from cpq_train.export.graph import Graph, onnx
 from cpq_train.export.plan import (
     FEATURES,
     Addition,
@@ -38,25 +39,39 @@ def read_plan(file: Path) -> Plan:
     Raises:
         UserError: It is no ONNX file, or not one that the writer of portable files makes.
     """
+    return read_with(Reader, portable_graph, file)
+
+
+def read_with(kind: type[Reader], graph_of: Callable[[Plan], Graph], file: Path) -> Plan:
+    """The plan of a file.
+
+    Args:
+        kind: What reads its nodes and numbers.
+        graph_of: What writes such files; the file has to be what it makes of the plan that was found.
+        file: The file.
+
+    Raises:
+        UserError: See `read_plan`.
+    """
     try:
         model = onnx.load(str(file))
         onnx.checker.check_model(model)
-        reader = _Reader(model.graph, str(file))
+        reader = kind(model.graph, str(file))
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of it
         raise UserError(f"{file}: no ONNX file ({_first_line(error)})") from error
     plan = reader.plan()
-    _check_form(model, plan, str(file))
+    _check_form(model, plan, graph_of, str(file))
     return plan
 
 
-def _check_form(model: Any, plan: Plan, where: str) -> None:
+def _check_form(model: Any, plan: Plan, graph_of: Callable[[Plan], Graph], where: str) -> None:
     """Whether a file is, node by node and number by number, what the writer makes of a plan.
 
     Raises:
         UserError: It is not; names the first tensor that differs.
     """
     try:
-        expected = portable_graph(plan).model(model.graph.name, model.producer_version, model.doc_string)
+        expected = graph_of(plan).model(model.graph.name, model.producer_version, model.doc_string)
     except Exception as error:  # whatever numbers that fit no network make of the writer
         raise UserError(f"{where}: its numbers make no network ({_first_line(error)})") from error
     for kind in ("node", "initializer", "input", "output"):
@@ -73,7 +88,14 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class _Reader:
+class Reader:
+    """The operations of a file, found from its outputs on upwards.
+
+    Args:
+        graph: Of the file.
+        where: What to call it in messages.
+    """
+
     def __init__(self, graph: Any, where: str) -> None:
         self.where, self.graph = where, graph
         self.makers = {name: node for node in graph.node for name in node.output}
@@ -83,6 +105,7 @@ class _Reader:
         self.grid = (0, 0, 0)
 
     def plan(self) -> Plan:
+        """The whole plan."""
         outputs = {output.name: self.maker(output.name, "Identity").input[0] for output in self.graph.output}
         for tensor in outputs.values():
             self.read(tensor)
@@ -148,12 +171,17 @@ class _Reader:
         return self.addition(tensor, node, relu)
 
     def addition(self, name: str, node: Any, relu: bool) -> Addition:
+        """The add of a residual block."""
         terms = [self.makers.get(one) for one in self.maker(node.output[0], "Add").input]
         if [term and term.output[0] for term in terms] != [f"{name}.term{row}" for row in range(2)]:
             branch, identity = map(self.read, node.input)
             return Addition(name, (branch, identity), None, relu)
         (a, range_a), (b, range_b) = (self.rounded(self.maker(one).input[0]) for one in node.input)
         return Addition(name, (a, b), (range_a, range_b), relu)
+
+    def codes_above(self, tensor: str) -> str:
+        """The codes that a tensor was made of."""
+        return str(self.up(tensor, "Clip").output[0])
 
     def rounded(self, codes: str) -> tuple[str, InputRange]:
         """The tensor that codes were made of, and how."""
@@ -164,35 +192,36 @@ class _Reader:
         amax = self.array(scale.input[1])
         if self.array(scale.input[0]).item() != largest or amax.dtype != np.float32:
             raise UserError(f"{self.where}: {codes!r} is scaled for another largest code than {largest}")
-        return self.read(scaled.input[0]), InputRange(float(amax.item()), _format(smallest, largest))
+        return self.read(scaled.input[0]), InputRange(float(amax.item()), format_of(smallest, largest))
 
     def integer_convolution(self, name: str, node: Any, relu: bool) -> Convolution:
+        """A layer of codes, whose last node but a ReLU is given."""
         product, bias = self.without_bias(node)
         sums, unit = self.maker(product, "Mul").input
         step, weight_step = self.maker(unit, "Mul").input
         up = self.up(sums, "DepthToSpace", "Conv", "MatMulInteger")
         node = self.up(up.output[0], "Conv", "MatMulInteger")
         weight = self.array(f"{name}.weight_codes")
-        upsampling = _attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
+        upsampling = attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
         if f"{name}.bias_codes" in self.numbers:
             bias = self.array(f"{name}.bias_codes").reshape(-1)[:: max(upsampling, 1) ** 2].copy()
         if node.op_type == "Conv":
             kind, weight, kernel = self.dense(node, weight, upsampling)
-            codes = self.up(node.input[0], "Clip").output[0]
+            codes = self.codes_above(node.input[0])
         else:
             met = self.maker(self.maker(node.input[0], "Reshape").input[0], "Gather")
             kind, kernel = self.sparse(met.input[1])
             weight = weight.T.reshape(weight.shape[1], *kernel.size, -1)
-            codes = self.up(met.input[0], "Clip").output[0]
+            codes = self.codes_above(met.input[0])
         source, chosen = self.rounded(codes)
-        divided = self.maker(step, "Div")
-        if divided.input[0] != self.maker(f"{codes}.scale", "Div").input[1]:
+        if step != f"{codes}.step":
             raise UserError(f"{self.where}: {name!r} has another step than its codes")
         weight = np.ascontiguousarray(weight)
         steps = cast(Float32, self.array(weight_step).reshape(-1))
         return Convolution(name, kind, source, weight, steps, bias, chosen, kernel, relu)
 
     def float_convolution(self, name: str, node: Any, relu: bool) -> Convolution:
+        """A sparse layer of fp32 numbers."""
         total, bias = self.without_bias(node)
         rows = self.maker(self.up(total, "MatMul").input[0], "Gather")
         kind, kernel = self.sparse(self.maker(rows.input[1], "Gather").input[0])
@@ -211,6 +240,7 @@ class _Reader:
         return node.output[0], None
 
     def dense(self, node: Any, weight: NDArray[Any], upsampling: int) -> tuple[str, NDArray[Any], Kernel]:
+        """Kind, weight as PyTorch has it and geometry of a Conv, upsampled so many times behind it, or not."""
         if upsampling:
             num_in, size = weight.shape[1], (upsampling, upsampling)
             weight = weight.reshape(-1, *size, num_in).transpose(3, 0, 1, 2)
@@ -267,17 +297,17 @@ class _Reader:
 def _kernel_of(node: Any) -> Kernel | None:
     """Geometry of a Conv or MaxPool; None where it is not padded alike on both sides."""
     size, stride, pads, dilation = (
-        tuple(_attribute(node, name)) for name in ("kernel_shape", "strides", "pads", "dilations")
+        tuple(attribute(node, name)) for name in ("kernel_shape", "strides", "pads", "dilations")
     )
     half = len(pads) // 2
     return Kernel(size, stride, pads[:half], dilation) if pads[:half] == pads[half:] else None
 
 
-def _attribute(node: Any, name: str) -> Any:
+def attribute(node: Any, name: str) -> Any:
     return next(onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name)
 
 
-def _format(smallest: int, largest: int) -> IntegerFormat:
+def format_of(smallest: int, largest: int) -> IntegerFormat:
     """The integers of a range of codes."""
     if smallest == 0:
         return IntegerFormat(largest.bit_length(), signed=False)

@@ -21,6 +21,7 @@ import math
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpq_train.export.graph import Graph
 from cpq_train.export.parts import shapes
@@ -50,7 +51,7 @@ def portable_graph(plan: Plan) -> Graph:
     Inputs are `voxel_features` (V, features) float32 and `voxel_coords` (V, 3) int32 z, y, x of one sample,
     each voxel once, V >= 0; outputs are those of the plan, (1, C, H, W) float32.
     """
-    return _Writer(plan).write()
+    return Writer(plan).write()
 
 
 def coords_name(plan: Plan, tensor: str) -> str:
@@ -67,7 +68,13 @@ def _voxels_name(plan: Plan, tensor: str) -> str:
     return f"{tensor}.voxels" if is_strided else _voxels_name(plan, made_by.sources[0])
 
 
-class _Writer:
+class Writer:
+    """The graph of a plan in the making.
+
+    Args:
+        plan: A whole network.
+    """
+
     def __init__(self, plan: Plan) -> None:
         self.plan, self.graph = plan, Graph()
         self.code_names = plan.code_tensors()
@@ -76,6 +83,7 @@ class _Writer:
         self.shapes = shapes(plan)
 
     def write(self) -> Graph:
+        """The whole graph."""
         graph, plan = self.graph, self.plan
         graph.input(FEATURES, np.float32, ["V", plan.num_features])
         coords = graph.input(COORDS, np.int32, ["V", 3])
@@ -107,14 +115,19 @@ class _Writer:
             largest = graph.number(chosen.largest)
             amax = graph.initializer(f"{name}.amax", np.array(chosen.amax, np.float32))
             scale = graph.node("Div", [largest, amax], f"{name}.scale")
-            graph.node("Div", [amax, largest], f"{name}.step")
+            self._step(tensor, chosen)
             scaled = graph.node("Mul", [tensor, scale], f"{name}.scaled")
             rounded = graph.node("Round", [scaled], f"{name}.rounded")
             graph.node("Clip", [rounded, graph.number(chosen.smallest), largest], name)
         return name
 
     def _step(self, tensor: str, chosen: InputRange) -> str:
-        return f"{self._codes(tensor, chosen)}.step"
+        """The value of code 1."""
+        graph, name = self.graph, f"{self.code_names[tensor, chosen]}.step"
+        if name in graph:
+            return name
+        amax = graph.initializer(f"{self.code_names[tensor, chosen]}.amax", np.array(chosen.amax, np.float32))
+        return graph.node("Div", [amax, graph.number(chosen.largest)], name)
 
     def _digits(self, tensor: str, chosen: InputRange, num_bits: int) -> list[Digit]:
         codes = self._codes(tensor, chosen)
@@ -136,10 +149,7 @@ class _Writer:
         graph, name, kernel = self.graph, layer.name, layer.kernel
         assert layer.input_range is not None
         is_transposed = layer.kind == "ConvTranspose2d"
-        weight, attributes, repeats = layer.weight, _attributes(kernel), 1
-        if is_transposed:
-            weight = weight.transpose(1, 2, 3, 0).reshape(-1, len(weight), 1, 1)
-            attributes, repeats = {}, kernel.size[0] * kernel.size[1]
+        weight, attributes, repeats = as_convolution(layer)
         is_signed = not self._is_unsigned(layer.source, layer.input_range)
         num_bits = bits_of_exact_sums(weight, output_axis=0, is_signed=is_signed)
         parts = self._digits(layer.source, layer.input_range, num_bits)
@@ -297,6 +307,18 @@ class _Writer:
 
     def _concatenation(self, operation: Concatenation) -> None:
         self.graph.node("Concat", operation.sources, operation.name, axis=1)
+
+
+def as_convolution(layer: Convolution) -> tuple[NDArray[Any], dict[str, Any], int]:
+    """A dense layer as one Conv, which DepthToSpace (CRD) follows where the layer is transposed.
+
+    Returns:
+        Weight; attributes; how many channels of the Conv stand side by side for one of the layer.
+    """
+    if layer.kind != "ConvTranspose2d":
+        return layer.weight, _attributes(layer.kernel), 1
+    weight = layer.weight.transpose(1, 2, 3, 0).reshape(-1, len(layer.weight), 1, 1)
+    return weight, {}, layer.kernel.size[0] * layer.kernel.size[1]
 
 
 def _attributes(kernel: Kernel) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""A plan as an ONNX file whose dense part runs in kernels from codes to codes, of 8 bits throughout.
+
+QLinearConv adds the bias to its sum of 32 bits and rounds to the codes of the next layer in one step:
+
+    code = clip(round_half_even((acc + bias) * (step_x * step_w / step_y)), 0, 255)
+
+The factor is rounded once more than in training, so that a code beside a tie may be another one. The layers
+that write the head's outputs are the exact ones of `writer.py`, and so is the sparse part.
+
+A dense layer is such a kernel where its codes, and those of all that read it, fit: behind a ReLU, of at most
+7 bits in (CPUs without VNNI add two products of u8 and s8 in 16 bits) and 8 out, with one range for all
+readers. The others are exact ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from cpq_train.export.graph import Graph
+from cpq_train.export.plan import Addition, Concatenation, Convolution, InputRange, Operation, Plan
+from cpq_train.export.portable.writer import Writer, as_convolution
+from cpq_train.quantization.numerics.formats import IntegerFormat
+
+LARGEST_IN, LARGEST_OUT = 127, 255
+"""Largest codes that such a kernel may read, and write."""
+
+
+def as_said(plan: Plan) -> Plan:
+    """The plan with unsigned codes wherever no number is negative: so a file of unsigned bytes has them."""
+    return replace(plan, operations=tuple(_unsigned(plan, operation) for operation in plan.operations))
+
+
+def _unsigned(plan: Plan, operation: Operation) -> Operation:
+    if isinstance(operation, Convolution) and operation.input_range is not None:
+        return replace(operation, input_range=_unsigned_range(plan, operation.source, operation.input_range))
+    if isinstance(operation, Addition) and operation.ranges is not None:
+        first, second = (
+            _unsigned_range(plan, *read) for read in zip(operation.sources, operation.ranges, strict=True)
+        )
+        return replace(operation, ranges=(first, second))
+    return operation
+
+
+def _unsigned_range(plan: Plan, tensor: str, chosen: InputRange) -> InputRange:
+    if not plan.is_non_negative(tensor):
+        return chosen
+    return replace(chosen, format=IntegerFormat(chosen.largest.bit_length(), signed=False))
+
+
+def why_not(plan: Plan) -> dict[str, str]:
+    """Layer -> why the target does not take it."""
+    reason = (
+        "its bias is no whole multiple of its step: set bias: accumulator in the scheme, or --snap_biases"
+    )
+    dense = (o for o in plan.operations if isinstance(o, Convolution) and not o.is_sparse)
+    return {o.name: reason for o in dense if o.bias is not None and o.bias.dtype != np.int32}
+
+
+def fused_layers(plan: Plan) -> dict[str, InputRange]:
+    """Dense layer that is one kernel from codes to codes -> the range of the codes that it writes."""
+    found = {}
+    for layer in plan.operations:
+        if isinstance(layer, Convolution) and not layer.is_sparse and _reads_bytes(plan, layer):
+            (chosen, *others) = _readings(plan, layer.name)
+            if layer.relu and chosen is not None and not others and chosen.largest <= LARGEST_OUT:
+                found[layer.name] = chosen
+    return found
+
+
+def _reads_bytes(plan: Plan, layer: Convolution) -> bool:
+    chosen = layer.input_range
+    return chosen is not None and chosen.largest <= LARGEST_IN and plan.is_non_negative(layer.source)
+
+
+def _readings(plan: Plan, tensor: str) -> set[InputRange | None]:
+    """The ranges that a tensor is read with, behind concatenations too; None where as numbers."""
+    found: set[InputRange | None] = {None} if tensor in plan.outputs.values() else set()
+    for operation, source, chosen in plan.reads():
+        if source == tensor:
+            found |= _readings(plan, operation.name) if isinstance(operation, Concatenation) else {chosen}
+    return found
+
+
+def fast_graph(plan: Plan) -> Graph:
+    """The graph of a plan `as_said`; its inputs and outputs are those of the exact one."""
+    return _FastWriter(plan).write()
+
+
+class _FastWriter(Writer):
+    """`<codes>.uint8` are codes as bytes; a fused layer has no tensor of numbers."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.fused = fused_layers(plan)
+
+    def _dense(self, layer: Convolution) -> None:
+        if layer.name not in self.fused:
+            super()._dense(layer)
+            return
+        assert layer.input_range is not None
+        assert layer.weight_step is not None
+        graph, name, written = self.graph, layer.name, self.fused[layer.name]
+        self._name(name, written)
+        weight, attributes, repeats = as_convolution(layer)
+        zeros = [graph.integer(0, dtype) for dtype in (np.uint8, np.int8)]
+        x = [
+            self._byte_codes(layer.source, layer.input_range),
+            self._step(layer.source, layer.input_range),
+            zeros[0],
+        ]
+        steps = graph.initializer(f"{name}.weight_step", layer.weight_step.repeat(repeats))
+        w = [graph.initializer(f"{name}.weight_codes", weight), steps, zeros[1]]
+        y = [self._step(name, written), zeros[0]]
+        codes = graph.node(
+            "QLinearConv", [*x, *w, *y, *self._bias_codes(layer, (-1,), repeats)], name, **attributes
+        )
+        self._finish(layer, codes, repeats)
+
+    def _finish(self, layer: Convolution, codes: str, repeats: int) -> None:
+        """The byte codes of a fused layer: within its range, and upsampled where it is transposed."""
+        graph, name, written = self.graph, layer.name, self.fused[layer.name]
+        wanted = f"{self._name(name, written)}.uint8"
+        if repeats == 1:
+            graph.node("Min", [codes, graph.integer(written.largest, np.uint8)], wanted)
+            return
+        clipped = graph.node("Min", [codes, graph.integer(written.largest, np.uint8)], f"{name}.clipped")
+        channels, height, width = self.shapes[name]
+        size = layer.kernel.size[0]
+        # DepthToSpace in two steps, for onnxruntime has it for bytes in new releases only.
+        apart = graph.ints(1, channels, size, size, height // size, width // size)
+        split = graph.node("Reshape", [clipped, apart], f"{name}.split")
+        moved = graph.node("Transpose", [split], f"{name}.moved", perm=[0, 1, 4, 2, 5, 3])
+        graph.node("Reshape", [moved, graph.ints(1, channels, height, width)], wanted)
+
+    def _concatenation(self, operation: Concatenation) -> None:
+        if not self.fused.keys() & set(operation.sources):
+            super()._concatenation(operation)
+
+    def _codes(self, tensor: str, chosen: InputRange) -> str:
+        name = self._name(tensor, chosen)
+        if name not in self.graph and self._is_in_bytes(tensor):
+            self.graph.cast(self._byte_codes(tensor, chosen), np.float32, name)
+        return super()._codes(tensor, chosen)
+
+    def _byte_codes(self, tensor: str, chosen: InputRange) -> str:
+        """The codes of a tensor as bytes, made once for all readers."""
+        graph, name = self.graph, f"{self._name(tensor, chosen)}.uint8"
+        if name in graph:
+            return name
+        if self._is_in_bytes(tensor):  # a fused layer has made its own by now: this joins them
+            parts = [self._byte_codes(source, chosen) for source in self.plan[tensor].sources]
+            return graph.node("Concat", parts, name, axis=1)
+        return graph.cast(self._codes(tensor, chosen), np.uint8, name)
+
+    def _is_in_bytes(self, tensor: str) -> bool:
+        """Whether a tensor exists as codes alone: a fused layer makes it, or parts of it."""
+        if tensor == self.plan.source:
+            return False
+        made_by = self.plan[tensor]
+        parts = made_by.sources if isinstance(made_by, Concatenation) else (tensor,)
+        return bool(self.fused.keys() & set(parts))
+
+    def _name(self, tensor: str, chosen: InputRange) -> str:
+        """Of codes; those of a part of a concatenation have no reader of their own in the plan."""
+        return self.code_names.setdefault((tensor, chosen), f"{tensor}.codes")
