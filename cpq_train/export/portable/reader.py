@@ -8,7 +8,6 @@ node and number that the writer would not have made of the plan that was found.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from cpq_train.export.plan import (
     Plan,
 )
 from cpq_train.export.portable.writer import portable_graph
+from cpq_train.export.reading import check_form, open_model
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -53,39 +53,11 @@ def read_with(kind: type[Reader], graph_of: Callable[[Plan], Graph], file: Path)
     Raises:
         UserError: See `read_plan`.
     """
-    try:
-        model = onnx.load(str(file))
-        onnx.checker.check_model(model)
-        reader = kind(model.graph, str(file))
-    except Exception as error:  # protobuf's own, and whatever a damaged file makes of it
-        raise UserError(f"{file}: no ONNX file ({_first_line(error)})") from error
-    plan = reader.plan()
-    _check_form(model, plan, graph_of, str(file))
+    model, numbers = open_model(file)
+    plan = kind(model.graph, numbers, str(file)).plan()
+    about = model.graph.name, model.producer_version, model.doc_string
+    check_form(model, plan, lambda plan: graph_of(plan).model(*about), str(file))
     return plan
-
-
-def _check_form(model: Any, plan: Plan, graph_of: Callable[[Plan], Graph], where: str) -> None:
-    """Whether a file is, node by node and number by number, what the writer makes of a plan.
-
-    Raises:
-        UserError: It is not; names the first tensor that differs.
-    """
-    try:
-        expected = graph_of(plan).model(model.graph.name, model.producer_version, model.doc_string)
-    except Exception as error:  # whatever numbers that fit no network make of the writer
-        raise UserError(f"{where}: its numbers make no network ({_first_line(error)})") from error
-    for kind in ("node", "initializer", "input", "output"):
-        for found, wanted in zip_longest(getattr(model.graph, kind), getattr(expected.graph, kind)):
-            if found != wanted:
-                one = wanted if found is None else found
-                name = one.output[0] if kind == "node" else one.name
-                raise UserError(f"{where}: {kind} {name!r} is not what the writer makes of the rest")
-    if model != expected:
-        raise UserError(f"{where}: has more than nodes and numbers, or another version of the operators")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Reader:
@@ -93,14 +65,14 @@ class Reader:
 
     Args:
         graph: Of the file.
+        numbers: Of the file, by name.
         where: What to call it in messages.
     """
 
-    def __init__(self, graph: Any, where: str) -> None:
-        self.where, self.graph = where, graph
+    def __init__(self, graph: Any, numbers: dict[str, NDArray[Any]], where: str) -> None:
+        self.where, self.graph, self.numbers = where, graph, numbers
         self.makers = {name: node for node in graph.node for name in node.output}
         self.order = {name: number for number, name in enumerate(self.makers)}
-        self.numbers = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
         self.operations: dict[str, Operation] = {}
         self.grid = (0, 0, 0)
 
@@ -130,7 +102,7 @@ class Reader:
         """Numbers of the file."""
         if name not in self.numbers:
             raise UserError(f"{self.where}: no numbers of the name {name!r}")
-        return cast(NDArray[Any], self.numbers[name])
+        return self.numbers[name]
 
     def up(self, tensor: str, *operators: str) -> Any:
         """The nearest node of an operator above a tensor, along first inputs."""
