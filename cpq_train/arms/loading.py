@@ -94,8 +94,18 @@ def fold_checkpoint(config: NetworkConfig, path: str | Path, output: str | Path)
         path: A float_tuned, ptq or qat checkpoint of this project.
         output: Where to.
     """
-    subject = from_weights(config, path, batchnorm="folded")
+    write_subject(from_weights(config, path, batchnorm="folded"), path, output)
+
+
+def write_subject(subject: Subject, source: str | Path, output: str | Path) -> None:
+    """Write what was made of a checkpoint as one of its own; it holds no state of training.
+
+    Args:
+        subject: The network.
+        source: The checkpoint, which says the rest.
+        output: Where to.
+    """
     state = {NETWORK_PREFIX + name: tensor for name, tensor in subject.network.state_dict().items()}
     kept = ("epoch", "global_step", "hyper_parameters", "data", "pytorch-lightning_version")
-    checkpoint = {key: value for key, value in read_checkpoint(path, mmap=True).items() if key in kept}
+    checkpoint = {key: value for key, value in read_checkpoint(source, mmap=True).items() if key in kept}
     write_checkpoint({**checkpoint, "state_dict": state, "quantization": subject.describe()}, output)

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cpq_train.export.engine import Engine, new_session, run_sample
+from cpq_train.export.engine import Engine, new_session
 from cpq_train.export.graph import onnx
 from cpq_train.export.plan import Addition, Convolution, InputRange
-from cpq_train.export.portable.reader import read_plan
+from cpq_train.export.portable.fast import in_bytes
 from cpq_train.export.portable.writer import coords_name
+from cpq_train.export.targets import target_of
 from cpq_train.models import HeadOutput
 from cpq_train.quantization.reference.rulebook import RowOf
 from cpq_train.quantization.switches import quantized_layers
@@ -58,9 +59,12 @@ class Probe:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.plan = engine, read_plan(engine.file)
-        self.code_names = self.plan.code_tensors()
+        self.engine, self.target = engine, target_of(engine.sidecar.target, str(engine.file))
+        self.plan = self.target.read_plan(engine.file)
         model = onnx.load(str(engine.file))
+        made = {name for node in model.graph.node for name in node.output}
+        names = self.plan.code_tensors()
+        self.code_names = {read: name if name in made else in_bytes(name) for read, name in names.items()}
         sparse = [o for o in self.plan.operations if isinstance(o, Convolution) and o.is_sparse]
         coords = {coords_name(self.plan, layer.source) for layer in sparse}
         for name in (*self.code_names.values(), *sorted(coords)):
@@ -81,7 +85,7 @@ class Probe:
         features, coords, _ = inputs
         ours, seen = _observe(network, inputs)
         theirs = self.engine(*inputs)
-        values = run_sample(self._session, features, coords[:, 1:])
+        values = self.engine.run_sample(self._session, features, coords)
         for operation in self.plan.operations:
             if operation.name in seen and isinstance(operation, Addition | Convolution):
                 self._count(operation, seen[operation.name], values, flips)

@@ -5,10 +5,10 @@ Letters: V voxels, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,11 +19,16 @@ from typing_extensions import override
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
 from cpq_train.export.packages import require
+from cpq_train.export.parts import MAP
+from cpq_train.export.plan import COORDS, FEATURES
 from cpq_train.export.sidecar import read_sidecar
-from cpq_train.models import HeadOutput, NetworkConfig
+from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 
-TARGETS = ("portable",)
-"""Those whose files an engine here runs whole."""
+WHOLE_TARGETS = ("portable", "portable-fast")
+"""Those whose files are whole networks."""
+
+DENSE_TARGETS = ("tensorrt",)
+"""Those whose files are dense parts: they run behind the sparse part of the checkpoint that they are of."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -33,11 +38,16 @@ OF_TRAINING = ("backbone_bn_momentum",)
 _ERRORS_ONLY = 3
 
 
+Front: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""The sparse part of a network: from voxels to their map."""
+
+
 class Engine(nn.Module):
     """A deployment file, run by onnxruntime on the CPU.
 
     Args:
         file: The file.
+        front: The sparse part of its network, in front of a file that is the dense part alone.
 
     Attributes:
         file: The file.
@@ -47,19 +57,16 @@ class Engine(nn.Module):
         version: Of the runtime.
 
     Raises:
-        UserError: The file or its sidecar is missing, damaged or foreign, or onnxruntime is not installed.
+        UserError: The file or its sidecar is missing, damaged or foreign, is a part of a network that nothing
+            here runs or that lacks its front, or onnxruntime is not installed.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, front: Front | None = None) -> None:
         super().__init__()
-        self.file, self.sidecar = file, read_sidecar(file)
-        if self.sidecar.target not in TARGETS:
-            raise UserError(
-                f"engine file {str(file)!r} is of target {self.sidecar.target!r}; "
-                f"accepted: {', '.join(TARGETS)}"
-            )
+        self.file, self.sidecar, self._front = file, read_sidecar(file), front
+        self._check_target()
         self.config = NetworkConfig(**self.sidecar.network)
         self.version: str = require("onnxruntime").__version__
         self._session = new_session(file.read_bytes(), str(file))
@@ -85,15 +92,32 @@ class Engine(nn.Module):
         self, voxel_features_VC: Tensor, voxel_coords_V4: Tensor, batch_size: int
     ) -> list[HeadOutput]:
         """Raw outputs of each class group, computed sample by sample; see `CenterPoint.forward`."""
-        samples = [voxel_coords_V4[:, 0] == sample for sample in range(batch_size)]
         found = [
-            run_sample(self._session, voxel_features_VC[rows], voxel_coords_V4[rows, 1:]) for rows in samples
+            self.run_sample(self._session, voxel_features_VC[rows], voxel_coords_V4[rows])
+            for rows in (voxel_coords_V4[:, 0] == sample for sample in range(batch_size))
         ]
         heads: list[HeadOutput] = [{} for _ in self.config.class_groups]
         for output in self.sidecar.outputs:
             maps = np.concatenate([outputs[output["name"]] for outputs in found])
             heads[output["head"]][output["branch"]] = torch.from_numpy(maps).to(voxel_features_VC.device)
         return heads
+
+    @torch.no_grad()
+    def run_sample(self, session: Any, features_VC: Tensor, coords_V4: Tensor) -> dict[str, NDArray[Any]]:
+        """Name -> value of every output of a session for one sample.
+
+        Args:
+            session: Of `new_session`, whose inputs are those of the file.
+            features_VC: Features of the voxels.
+            coords_V4: Their sample, which does not matter, and their cells z, y, x.
+        """
+        if self._front is None:
+            feed = {FEATURES: _numpy(features_VC.float()), COORDS: _numpy(coords_V4[:, 1:].int())}
+        else:
+            of_one = torch.cat([torch.zeros_like(coords_V4[:, :1]), coords_V4[:, 1:]], 1)
+            feed = {MAP: _numpy(self._front(features_VC, of_one, 1).float())}
+        names: Sequence[str] = [output.name for output in session.get_outputs()]
+        return dict(zip(names, session.run(None, feed), strict=True))
 
     def check_source(self, checkpoint: str | Path | None) -> None:
         """Whether the file was exported from a checkpoint; None asks for nothing.
@@ -124,6 +148,18 @@ class Engine(nn.Module):
                 raise UserError(
                     f"model.network.{field.name} is {asked}; engine file {str(self.file)!r} has {own}"
                 )
+
+    def _check_target(self) -> None:
+        target, where = self.sidecar.target, f"engine file {str(self.file)!r}"
+        if target not in WHOLE_TARGETS + DENSE_TARGETS:
+            raise UserError(
+                f"{where} is of target {target!r}; accepted: {', '.join(WHOLE_TARGETS + DENSE_TARGETS)}"
+            )
+        if target in DENSE_TARGETS and self._front is None:
+            raise UserError(
+                f"{where} is of target {target!r}, a dense part alone: it runs behind the sparse part of its "
+                "checkpoint, with validate, test and predict and --model.weights CHECKPOINT"
+            )
 
     def _check_ends(self) -> None:
         """Whether the file has the inputs and outputs that its sidecar names."""
@@ -160,18 +196,33 @@ def new_session(content: bytes, where: str) -> Any:
         raise UserError(f"engine file {where!r}: onnxruntime cannot run it: {first}") from error
 
 
-def run_sample(session: Any, features_VC: Tensor, coords_V3: Tensor) -> dict[str, NDArray[Any]]:
-    """Name -> value of every output of a session for one sample.
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def open_engine(
+    file: Path, checkpoint: str | Path | None = None, network: Callable[[], CenterPoint] | None = None
+) -> Engine:
+    """The engine of a deployment file.
 
     Args:
-        session: Of `new_session`.
-        features_VC: Features of the voxels.
-        coords_V3: Their cells z, y, x.
+        file: The file.
+        checkpoint: What it has to come from; None asks for nothing.
+        network: Gives the network of that checkpoint, whose sparse part runs in front of a dense part.
+
+    Raises:
+        UserError: See `Engine`; or the file was exported from another checkpoint.
     """
-    feed = {
-        "voxel_features": features_VC.detach().float().cpu().contiguous().numpy(),
-        "voxel_coords": coords_V3.int().cpu().contiguous().numpy(),
-    }
-    names: Sequence[str] = [output.name for output in session.get_outputs()]
-    outputs: Mapping[str, NDArray[Any]] = dict(zip(names, session.run(None, feed), strict=True))
-    return dict(outputs)
+    is_part = read_sidecar(file).target in DENSE_TARGETS
+    engine = Engine(file, _front_of(network().eval()) if is_part and network is not None else None)
+    engine.check_source(checkpoint)
+    return engine
+
+
+def _front_of(network: CenterPoint) -> Front:
+    def front(features_VC: Tensor, coords_V4: Tensor, batch_size: int) -> Tensor:
+        volume = network.backbone_3d(features_VC.cpu(), coords_V4.cpu(), batch_size)
+        bev_BCHW: Tensor = network.map_to_bev_module(volume)
+        return bev_BCHW
+
+    return front

@@ -1,7 +1,7 @@
 """What a deployment file says, whatever the target: operations, their numbers, who reads which tensor.
 
-A plan is made from a network (`planning.py`) and read again from what a writer wrote (`readback.py`); the two
-have to be equal bit for bit. A tensor has the name of the operation that makes it.
+A plan is made from a network (`planning.py`) and read again from what a target's writer wrote; the two have
+to be equal bit for bit. A tensor has the name of the operation that makes it.
 
 Letters: C channels, K kernel cells.
 """
@@ -20,6 +20,9 @@ from cpq_train.quantization.reference.rulebook import Kernel
 
 FEATURES = "voxel_features"
 """The tensor that a whole network starts from: features of the voxels."""
+
+COORDS = "voxel_coords"
+"""Beside it, the cells of the voxels."""
 
 Float32: TypeAlias = NDArray[np.float32]
 

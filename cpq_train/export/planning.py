@@ -44,6 +44,13 @@ Part = Literal["whole", "sparse", "dense"]
 SPARSE_PREFIX = "backbone_3d."
 """What the names of layers that work on voxels start with."""
 
+PATTERNS: dict[Part, tuple[str, ...]] = {
+    "whole": ("*",),
+    "sparse": (f"{SPARSE_PREFIX}*",),
+    "dense": ("backbone_2d.*", "dense_head.*"),
+}
+"""Part -> globs over the names of its layers."""
+
 MAX_WEIGHT_BITS = 8
 """Wider codes fit no engine's integer weights."""
 
@@ -145,10 +152,7 @@ def _bias(layer: Any) -> NDArray[Any] | None:
         return None
     bias: Tensor = layer.bias
     if isinstance(layer, QuantizedConvolution) and layer.bias_kind == "accumulator":
-        x_quantizer = cast(Quantizer, layer._input_quantizer)
-        step_x = x_quantizer.range_of(cast(Tensor, x_quantizer.amax)).step
-        step_w = cast(Quantizer, layer._weight_quantizer).range_of(layer.weight).step
-        bias = bias_codes(bias, step_x * step_w.reshape(-1)).int()
+        bias = bias_codes(bias, layer.unit()).int()
     elif isinstance(layer, QuantizedConvolution) and layer.bias_kind == "fp16":
         bias = bias.half()
     return bias.numpy().copy()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from typing_extensions import NotRequired
 
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.documents import read_json
@@ -32,7 +33,7 @@ _KIND = TypeAdapter(
             "file": keys({"name": str, "sha256": str, "num_bytes": Count}),
             "checkpoint": keys({**dict.fromkeys(("path", "sha256", "arm"), str), "parents": dict[str, Any]}),
             "inputs": list_of(keys({"name": str})),
-            "outputs": list_of(keys({"name": str, "head": Count, "branch": str})),
+            "outputs": list_of(keys({"name": str, "head": NotRequired[Count], "branch": NotRequired[str]})),
             "class_names": list[Any],
             "head_map": keys(dict.fromkeys(("stride", "width", "height"), Count)),
             **dict.fromkeys(("scheme", "coverage", "versions"), dict[str, Any]),
@@ -49,14 +50,14 @@ class Sidecar:
     """What lies beside a deployment file.
 
     Attributes:
-        target: The writer, such as "portable".
+        target: One of `targets.TARGETS`.
         file: "name", "sha256", "num_bytes" of the deployment file.
         checkpoint: "path", "sha256", "arm", "parents" of what was exported.
         scheme: How it is quantized, whole.
         coverage: Kind of layer -> [quantized, all].
         versions: Package -> version, and "opset".
         inputs: "name", "dtype", "shape" (letters are free) and "meaning" of each.
-        outputs: The same, with "head" (index into the class groups) and "branch".
+        outputs: The same; maps of the head also with "head" (index into the class groups) and "branch".
         class_names: Names by class id.
         head_map: "stride" in voxels, "width" and "height" in cells, of the map that the outputs lie on.
         network: Settings of `NetworkConfig`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +15,13 @@ from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, replacing
 from cpq_train.data.settings import DataSettings
-from cpq_train.export.graph import OPSET, onnx
-from cpq_train.export.plan import FEATURES, Plan, differences
-from cpq_train.export.planning import output_name, plan_of
-from cpq_train.export.portable.reader import read_plan
-from cpq_train.export.portable.writer import COORDS, portable_graph
+from cpq_train.export.graph import onnx
+from cpq_train.export.parts import MAP
+from cpq_train.export.plan import COORDS, FEATURES, Plan, differences
+from cpq_train.export.planning import output_name, plan_of, refuse
 from cpq_train.export.sidecar import ENGINE_SUFFIX, Sidecar, sidecar_path
-from cpq_train.models import NetworkConfig
+from cpq_train.export.targets import TARGETS, Target
+from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import branches_of
 from cpq_train.models.decode import PostProcessing
 from cpq_train.quantization.prepare import coverage
@@ -36,19 +35,37 @@ BRANCH_MEANING = {
     "hm": "score of each class of the group before the sigmoid",
 }
 FEATURE_MEANING = "mean of the points of each voxel: x, y, z (m), intensity (0 to 255), time lag (s)"
-COORDS_MEANING = "cell of each voxel along z, y, x; each cell once, in any order"
+MEANINGS = {
+    FEATURES: FEATURE_MEANING,
+    COORDS: "cell of each voxel along z, y, x; each cell once, in any order",
+    MAP: "features of the voxels as a map, channel = c * depth + z, 0 where no voxel is",
+}
+"""Name of an input, or of an output that is no head's -> what it is."""
 
 
-def write_portable(
+def plan_for(target: Target, network: CenterPoint) -> Plan:
+    """The plan of a network as a target has it.
+
+    Raises:
+        UserError: Layers cannot be exported; names each and says why.
+    """
+    plan = target.as_said(plan_of(network, target.part))
+    refuse(target.why_not(plan))
+    return plan
+
+
+def write_deployment(
+    target: str,
     subject: Subject,
     post_processing: PostProcessing,
     data: DataSettings,
     checkpoint: Path,
     output: Path,
 ) -> Sidecar:
-    """Export a network as one ONNX file of standard operators.
+    """Export a network as the file of a target.
 
     Args:
+        target: Name of one of `TARGETS`.
         subject: A quantized network.
         post_processing: From heads to boxes, for the sidecar.
         data: From points to voxels, for the sidecar.
@@ -67,7 +84,8 @@ def write_portable(
             f"checkpoint {str(checkpoint)!r} is of arm {subject.arm!r}, whose layers are float ones; "
             "accepted: ptq and qat"
         )
-    plan = plan_of(subject.network)
+    chosen = TARGETS[target]
+    plan = plan_for(chosen, subject.network)
     source = {
         "path": str(checkpoint),
         "sha256": sha256_of(checkpoint),
@@ -75,12 +93,12 @@ def write_portable(
         "parents": dict(subject.parents),
     }
     about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {source['sha256']}"
-    model = portable_graph(plan).model("centerpoint", version("cpq_train"), about)
+    model = chosen.model_of(plan, version("cpq_train"), about)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output, model.ByteSize()) as partial:
         onnx.save(model, str(partial))
-        check_written(partial, plan)
-    sidecar = _sidecar(subject, plan, post_processing, data, source, output)
+        check_written(partial, plan, chosen)
+    sidecar = _sidecar(target, model, subject, post_processing, data, source, output)
     sidecar.write(sidecar_path(output))
     return sidecar
 
@@ -109,19 +127,20 @@ def check_place(output: Path) -> None:
         )
 
 
-def check_written(file: Path, plan: Plan) -> None:
-    """Read a file again and compare it with its plan, bit for bit.
+def check_written(file: Path, plan: Plan, target: Target) -> None:
+    """Read a file of a target again and compare it with its plan, bit for bit.
 
     Raises:
         UserError: They differ.
     """
-    if different := differences(plan, read_plan(file)):
+    if different := differences(plan, target.read_plan(file)):
         raise UserError(f"{file}: what was written is not the plan:\n  " + "\n  ".join(different))
 
 
 def _sidecar(
+    target: str,
+    model: Any,
     subject: Subject,
-    plan: Plan,
     post_processing: PostProcessing,
     data: DataSettings,
     source: dict[str, Any],
@@ -130,7 +149,7 @@ def _sidecar(
     config, geometry = subject.network.config, subject.network.geometry
     assert subject.scheme is not None
     return Sidecar(
-        target="portable",
+        target=target,
         file={"name": output.name, "sha256": sha256_of(output), "num_bytes": output.stat().st_size},
         checkpoint=source,
         scheme=subject.scheme.to_dict(),
@@ -139,13 +158,10 @@ def _sidecar(
             "cpq_train": version("cpq_train"),
             "torch": str(torch.__version__),
             "onnx": version("onnx"),
-            "opset": OPSET,
+            "opset": model.opset_import[0].version,
         },
-        inputs=[
-            _end(FEATURES, ["V", plan.num_features], FEATURE_MEANING),
-            _end(COORDS, ["V", 3], COORDS_MEANING, "int32"),
-        ],
-        outputs=_outputs(config, geometry.height, geometry.width),
+        inputs=[_end(one, MEANINGS[one.name]) for one in model.graph.input],
+        outputs=[_output(one, config) for one in model.graph.output],
         class_names=list(config.class_names),
         head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
         network=asdict(config),
@@ -154,17 +170,18 @@ def _sidecar(
     )
 
 
-def _outputs(config: NetworkConfig, height: int, width: int) -> list[dict[str, Any]]:
-    return [
-        {
-            **_end(output_name(head, branch), [1, channels, height, width], BRANCH_MEANING[branch]),
-            "head": head,
-            "branch": branch,
-        }
-        for head, group in enumerate(config.class_groups)
-        for branch, channels in branches_of(len(group)).items()
-    ]
+def _output(one: Any, config: NetworkConfig) -> dict[str, Any]:
+    """What is said of an output of a file: a map of the head, or the map at the seam."""
+    for head, group in enumerate(config.class_groups):
+        for branch in branches_of(len(group)):
+            if one.name == output_name(head, branch):
+                return {**_end(one, BRANCH_MEANING[branch]), "head": head, "branch": branch}
+    return _end(one, MEANINGS[one.name])
 
 
-def _end(name: str, shape: Sequence[int | str], meaning: str, dtype: str = "float32") -> dict[str, Any]:
-    return {"name": name, "dtype": dtype, "shape": list(shape), "meaning": meaning}
+def _end(one: Any, meaning: str) -> dict[str, Any]:
+    """What is said of an input or output of a file."""
+    tensor = one.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return {"name": one.name, "dtype": dtype, "shape": shape, "meaning": meaning}

@@ -72,17 +72,31 @@ class QuantizedConvolution(nn.Module):
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
-        self.why_simulated, self.bias_kind = scheme.why_simulated, scheme.bias
-        self.widens_steps = scheme.widens_steps
+        self.why_simulated = scheme.why_simulated
         self._input_quantizer = None if scheme.input.is_off else Quantizer(scheme.input)
         self._weight_quantizer = None
         if not scheme.weight.is_off:
             axis = scheme.weight_axis(self.kind)
             channels = 1 if axis is None else self.weight.shape[axis]
             self._weight_quantizer = Quantizer(scheme.weight, axis, channels, self.weight.dim())
-            if self.bias_kind == "accumulator":
-                self._weight_quantizer.step_of_zero = STEP_OF_ZERO_CHANNEL
             self._weight_quantizer.set_amax_from(self.weight)
+        self.take_bias(scheme)
+
+    def take_bias(self, scheme: LayerScheme) -> None:
+        """Let the bias be of the kind that a scheme has."""
+        self.bias_kind, self.widens_steps = scheme.bias, scheme.widens_steps
+        if self._weight_quantizer is not None:
+            on_grid = self.bias_kind == "accumulator"
+            self._weight_quantizer.set_step_of_zero(STEP_OF_ZERO_CHANNEL if on_grid else 1.0)
+
+    def unit(self) -> Tensor:
+        """The value of 1 in the layer's sums, (C',) or one number; its input's range has to be static."""
+        x_quantizer, w_quantizer = self._input_quantizer, self._weight_quantizer
+        assert x_quantizer is not None
+        assert w_quantizer is not None
+        assert x_quantizer.amax is not None
+        step_w = w_quantizer.range_of(self.weight).step
+        return x_quantizer.range_of(x_quantizer.amax).step * step_w.reshape(-1)
 
     def rounds(self, x: Tensor) -> bool:
         """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""

@@ -162,6 +162,10 @@ class Quantizer(TensorQuantizer):
         step = fake_quant.step_of(amax, self.format, self.step_of_zero)
         return Range(amax, version, scale, step, window, log_amax)
 
+    def set_step_of_zero(self, step: float) -> None:
+        """Choose the value of code 1 where amax is at most 2^-24."""
+        self.step_of_zero, self._range = step, None
+
     def learn(self) -> None:
         """Make a static range a parameter that starts at the present amax; nothing to do for others."""
         if self.scheme.mode == "static" and self._log_amax is None:

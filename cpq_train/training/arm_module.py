@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from typing_extensions import Self, override
 
 from cpq_train.arms.description import Description
-from cpq_train.arms.loading import from_content, from_weights
+from cpq_train.arms.loading import from_content, from_weights, load
 from cpq_train.arms.structure import build, set_range_policy
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import DEPLOYED, Arm, Row
@@ -19,7 +19,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DATA_KEY
-from cpq_train.export.engine import Engine
+from cpq_train.export.engine import Engine, open_engine
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
@@ -87,8 +87,9 @@ class ArmModule(LightningModule):
             return
         if self.is_resuming:
             raise UserError(f"model.engine_file {file!r} and a checkpoint to load: expected one of them")
-        engine = Engine(Path(file))
-        engine.check_source(self.weights)
+        weights = self.weights
+        network = None if weights is None else lambda: load(self.network_config, weights).network
+        engine = open_engine(Path(file), weights, network)
         engine.check_sizes(self.network_config)
         self.engine = engine
 

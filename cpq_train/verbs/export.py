@@ -7,56 +7,115 @@ from pathlib import Path
 from typing import Literal
 
 import cpq_train.export
+from cpq_train.arms.loading import write_subject
+from cpq_train.arms.snapped_biases import Moved, snap_biases
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import write_whole
+from cpq_train.common.files import check_output, write_whole
+from cpq_train.export.engine import WHOLE_TARGETS
+from cpq_train.export.planning import PATTERNS
 from cpq_train.export.sidecar import sidecar_path
-from cpq_train.export.writing import check_place, write_portable
+from cpq_train.export.targets import TARGETS, Target
+from cpq_train.export.writing import check_place, plan_for, write_deployment
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
 
 RUNTIME_FILE = "deployed_detector.py"
 RUNTIME = Path(cpq_train.export.__path__[0]) / RUNTIME_FILE
 
+TargetName = Literal["portable", "portable-fast", "tensorrt", "libspconv"]
+
 
 def export(
     checkpoint: Path,
     output: Path,
-    target: Literal["portable"] = "portable",
+    target: TargetName = "portable",
     with_runtime: bool = False,
+    snap_biases: bool = False,
 ) -> None:
     """Write the network of a quantized checkpoint as a file that an engine runs without PyTorch and spconv.
 
     `portable` is the whole network in one ONNX file of standard operators, rulebooks inside, whose numbers
-    are PyTorch's bit for bit in onnxruntime. Beside it lies a JSON file that says where it comes from, what
-    goes in and out, and how points become voxels and heads become boxes. Both are written only when the file,
-    read again, holds every number of the network.
+    are PyTorch's bit for bit in onnxruntime. `portable-fast` has kernels of 8 bits throughout its dense part:
+    a code in a million may be another one. `tensorrt` is the dense part with Q/DQ, as TensorRT 10 takes it;
+    `libspconv` the sparse part in the dialect of NVIDIA's engine; together they are the whole network.
+
+    Beside the file lies a JSON file that says where it comes from, what goes in and out, and how points
+    become voxels and heads become boxes. Both are written only when the file, read again, holds every number
+    of the network.
 
     Args:
         checkpoint: A PTQ or QAT checkpoint of this project.
         output: The file, which ends in .onnx.
         target: What it is for.
         with_runtime: Also write `deployed_detector.py` beside it, which goes from clouds to boxes with NumPy
-            and onnxruntime alone.
+            and onnxruntime alone; for the portable targets.
+        snap_biases: Round the biases first, where the scheme has not done so, to what the target has: whole
+            multiples of a sum's step, or fp16. The checkpoint with these biases is written beside the file.
 
     Raises:
         UserError: The checkpoint has layers that the target cannot hold, which are named, or a place is no
             good.
     """
     check_place(output)
-    runtime = output.with_name(RUNTIME_FILE)
-    if with_runtime and runtime.exists() and not filecmp.cmp(RUNTIME, runtime, shallow=False):
-        raise UserError(f"{runtime} exists and is not the runtime of this release: move it away")
+    _check_runtime(target, output, with_runtime)
     content = read_checkpoint(checkpoint, mmap=True)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     data = data_settings_of(content, checkpoint, detector.network_config)
-    said = write_portable(detector.subject, detector.post_processing, data, checkpoint, output)
+    chosen = TARGETS[target]
+    if snap_biases:
+        checkpoint = _snap(chosen, detector, checkpoint, output)
+    said = write_deployment(target, detector.subject, detector.post_processing, data, checkpoint, output)
     print_plain(
         f"written and read back, every number equal: {output} ({said.file['num_bytes'] / 1e6:.2f} MB)\n"
         f"beside it: {sidecar_path(output)}"
     )
     if with_runtime:
+        runtime = output.with_name(RUNTIME_FILE)
         write_whole(runtime, RUNTIME.read_bytes())
         print_plain(f"beside it: {runtime}")
-    print_plain(f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}")
+    for line in chosen.remarks(plan_for(chosen, detector.network), output):
+        print_plain(line)
+    if target != "libspconv":
+        print_plain(f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}")
+
+
+def _check_runtime(target: str, output: Path, with_runtime: bool) -> None:
+    if not with_runtime:
+        return
+    if target not in WHOLE_TARGETS:
+        raise UserError(
+            f"--with_runtime with target {target!r}, which is a part of a network; accepted with "
+            f"{', '.join(WHOLE_TARGETS)}"
+        )
+    runtime = output.with_name(RUNTIME_FILE)
+    if runtime.exists() and not filecmp.cmp(RUNTIME, runtime, shallow=False):
+        raise UserError(f"{runtime} exists and is not the runtime of this release: move it away")
+
+
+def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, output: Path) -> Path:
+    """Round the biases of a detector to what a target has.
+
+    Returns:
+        The checkpoint that has them: another one beside the output, or the given one where it has them.
+    """
+    snapped = output.with_name(f"{output.stem}.snapped.ckpt")
+    check_output(snapped)
+    moved = snap_biases(detector.subject, PATTERNS[target.part], target.bias)
+    if not moved:
+        print_plain(f"biases of {checkpoint} are {target.bias} already: nothing to snap")
+        return checkpoint
+    write_subject(detector.subject, checkpoint, snapped)
+    print_plain(_sentence(moved, target))
+    print_plain(f"checkpoint with these biases: {snapped}")
+    return snapped
+
+
+def _sentence(moved: list[Moved], target: Target) -> str:
+    farthest = max(moved, key=lambda one: one.largest)
+    mean = sum(one.mean for one in moved) / len(moved)
+    return (
+        f"biases of {len(moved)} layers snapped to {target.bias}: by {mean:.2g} in the mean, by up to "
+        f"{farthest.largest:.2g} in {farthest.layer} ({farthest.share:.2%} of its largest bias)"
+    )

@@ -23,12 +23,15 @@ class EndToEnd:
         flips: Of codes and head outputs.
         num_detections: Boxes that the network found.
         num_other_detections: Boxes that differ between the two.
+        is_exact: Whether boxes have to be equal. A few codes beside a tie change hundreds of boxes in a last
+            digit, so they say nothing of an engine that rounds such codes its own way.
     """
 
     stand_in: str
     flips: Flips = field(default_factory=Flips)
     num_detections: int = 0
     num_other_detections: int = 0
+    is_exact: bool = True
 
     def count_detections(
         self,
@@ -49,7 +52,9 @@ class EndToEnd:
             f"a share of {flips.flipped_share:.2g} of the codes flipped {against}; "
             f"max_flipped_share is {max_flipped_share:g}": flips.flipped_share > max_flipped_share,
             f"{flips.num_further} codes are more than one step apart {against}": flips.num_further > 0,
-            f"{self.num_other_detections} detections differ {against}": self.num_other_detections > 0,
+            f"{self.num_other_detections} detections differ {against}": (
+                self.is_exact and self.num_other_detections > 0
+            ),
         }
         return [text for text, failed in checks.items() if failed]
 

@@ -24,9 +24,8 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.export.engine import Engine
+from cpq_train.export.engine import open_engine
 from cpq_train.export.plan import differences
-from cpq_train.export.planning import plan_of
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
 from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.simulator import simulate
@@ -71,7 +70,8 @@ def verify(
             between may differ by some 1e-6 of a value; that moves an 8-bit code, at most 127, across a tie in
             1e-4 of the cases. Codes further apart, and differences inside a layer, are never accepted.
         engine: Deployment file of this checkpoint: its engine has to have the codes of every layer, the heads
-            and the detections that the checkpoint has.
+            and the detections that the checkpoint has. Of a target whose kernels round on their own the codes
+            count alone, within `max_flipped_share`.
         output: JSON file to write.
 
     Raises:
@@ -180,13 +180,13 @@ def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings
     Raises:
         UserError: It was exported from another checkpoint.
     """
-    from cpq_train.export.comparison import Probe  # needs onnx
+    from cpq_train.export.comparison import Probe  # these need onnx
+    from cpq_train.export.writing import plan_for
 
-    engine = Engine(file)
-    engine.check_source(checkpoint)
+    engine = open_engine(file, checkpoint, lambda: detector.network)
     probe = Probe(engine)
-    findings.engine = EndToEnd(f"{engine.name} {engine.version}")
-    findings.other_numbers = differences(plan_of(detector.network), probe.plan)
+    findings.engine = EndToEnd(f"{engine.name} {engine.version}", is_exact=probe.target.is_exact)
+    findings.other_numbers = differences(plan_for(probe.target, detector.network), probe.plan)
     return probe
 
 

@@ -28,7 +28,7 @@ from cpq_train.data.dataset import Batch
 from cpq_train.data.settings import DataSettings
 from cpq_train.export.engine import Engine, new_session
 from cpq_train.export.graph import Graph
-from cpq_train.export.writing import write_portable
+from cpq_train.export.writing import write_deployment
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 from cpq_train.profiling.interleaved import time_in_turn
@@ -95,7 +95,7 @@ def _measure(name: str, scheme: Scheme, num_rounds: int, table: Table) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, file = Path(folder) / "ptq.ckpt", Path(folder) / "ptq.onnx"
         torch.save(network.state_dict(), checkpoint)
-        write_portable(subject, PostProcessing(), DataSettings(), checkpoint, file)
+        write_deployment("portable", subject, PostProcessing(), DataSettings(), checkpoint, file)
         engine = Engine(file)
     in_pytorch = f"PyTorch, {scheme.name}"
     passes = {"PyTorch, float": plain, in_pytorch: network, f"onnxruntime {engine.version}": engine}

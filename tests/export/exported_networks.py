@@ -21,7 +21,7 @@ from cpq_train.export.plan import Plan
 from cpq_train.export.planning import plan_of
 from cpq_train.export.portable.writer import portable_graph
 from cpq_train.export.sidecar import Sidecar
-from cpq_train.export.writing import write_portable
+from cpq_train.export.writing import write_deployment
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.decode import PostProcessing
 from cpq_train.quantization.ranges.calibration import collecting_ranges
@@ -216,7 +216,7 @@ def write(subject: Subject, folder: Path, name: str = "net.onnx") -> tuple[Path,
     checkpoint = folder / "a.ckpt"
     checkpoint.write_bytes(b"weights")
     data = DataSettings(point_cloud_range=SMALL.point_cloud_range)
-    sidecar = write_portable(subject, PostProcessing(), data, checkpoint, folder / name)
+    sidecar = write_deployment("portable", subject, PostProcessing(), data, checkpoint, folder / name)
     return folder / name, sidecar
 
 

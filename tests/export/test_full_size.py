@@ -13,7 +13,7 @@ from cpq_train.arms.subject import Subject
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.voxelization import Voxelizer
 from cpq_train.export.engine import Engine
-from cpq_train.export.writing import write_portable
+from cpq_train.export.writing import write_deployment
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
@@ -57,7 +57,7 @@ def test_no_head_output_differs(name: str, scheme: str, realdata_dir: Path, tmp_
         voxel_size=config.voxel_size, point_cloud_range=config.point_cloud_range, max_num_voxels_eval=cap
     )
     output = tmp_path / "net.onnx"
-    write_portable(subject, PostProcessing(), data, tmp_path / "source.ckpt", output)
+    write_deployment("portable", subject, PostProcessing(), data, tmp_path / "source.ckpt", output)
     with torch.inference_mode():
         ours, theirs = subject.network(*inputs), Engine(output)(*inputs)
     num_outputs = num_different = 0

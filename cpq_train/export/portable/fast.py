@@ -83,13 +83,18 @@ def _readings(plan: Plan, tensor: str) -> set[InputRange | None]:
     return found
 
 
+def in_bytes(codes: str) -> str:
+    """Name of the bytes of codes."""
+    return f"{codes}.uint8"
+
+
 def fast_graph(plan: Plan) -> Graph:
     """The graph of a plan `as_said`; its inputs and outputs are those of the exact one."""
     return _FastWriter(plan).write()
 
 
 class _FastWriter(Writer):
-    """`<codes>.uint8` are codes as bytes; a fused layer has no tensor of numbers."""
+    """A fused layer has no tensor of numbers, but codes as bytes."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -121,7 +126,7 @@ class _FastWriter(Writer):
     def _finish(self, layer: Convolution, codes: str, repeats: int) -> None:
         """The byte codes of a fused layer: within its range, and upsampled where it is transposed."""
         graph, name, written = self.graph, layer.name, self.fused[layer.name]
-        wanted = f"{self._name(name, written)}.uint8"
+        wanted = in_bytes(self._name(name, written))
         if repeats == 1:
             graph.node("Min", [codes, graph.integer(written.largest, np.uint8)], wanted)
             return
@@ -146,7 +151,7 @@ class _FastWriter(Writer):
 
     def _byte_codes(self, tensor: str, chosen: InputRange) -> str:
         """The codes of a tensor as bytes, made once for all readers."""
-        graph, name = self.graph, f"{self._name(tensor, chosen)}.uint8"
+        graph, name = self.graph, in_bytes(self._name(tensor, chosen))
         if name in graph:
             return name
         if self._is_in_bytes(tensor):  # a fused layer has made its own by now: this joins them

@@ -10,7 +10,7 @@ import numpy as np
 from cpq_train.common.errors import UserError
 from cpq_train.export.plan import Concatenation, Convolution, InputRange, Operation, Plan
 from cpq_train.export.portable.fast import fast_graph
-from cpq_train.export.portable.reader import Reader, attribute, format_of, read_with
+from cpq_train.export.portable.reader import Reader, format_of, read_with
 
 
 def read_plan(file: Path) -> Plan:

@@ -212,7 +212,7 @@ class Reader:
         return node.output[0], None
 
     def dense(self, node: Any, weight: NDArray[Any], upsampling: int) -> tuple[str, NDArray[Any], Kernel]:
-        """Kind, weight as PyTorch has it and geometry of a Conv, upsampled so many times behind it, or not."""
+        """Kind, weight as PyTorch has it, and geometry of a Conv; 0 where nothing behind it upsamples."""
         if upsampling:
             num_in, size = weight.shape[1], (upsampling, upsampling)
             weight = weight.reshape(-1, *size, num_in).transpose(3, 0, 1, 2)
@@ -276,6 +276,7 @@ def _kernel_of(node: Any) -> Kernel | None:
 
 
 def attribute(node: Any, name: str) -> Any:
+    """The value of an attribute of a node."""
     return next(onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name)
 
 

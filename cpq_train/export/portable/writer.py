@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from cpq_train.export.graph import Graph
 from cpq_train.export.parts import shapes
 from cpq_train.export.plan import (
+    COORDS,
     FEATURES,
     Addition,
     Concatenation,
@@ -37,9 +38,6 @@ from cpq_train.export.plan import (
 from cpq_train.export.portable.digits import BYTE_BITS, Digit, bits_of_exact_sums, put_together, split
 from cpq_train.export.portable.rulebooks import Cells, Voxels, new_voxels, strided_outputs, table
 from cpq_train.quantization.reference.rulebook import Kernel
-
-COORDS = "voxel_coords"
-"""The input with the cells of the voxels."""
 
 Step: TypeAlias = tuple[str, list[str], str]
 """Operator, its further inputs, the end of its output's name."""

@@ -86,5 +86,4 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, QuantizedConvolution, Qua
         assert x is not None
         assert w is not None
         if layer.bias is not None and x.amax is not None:
-            unit = x.range_of(x.amax).step.double() * w.range_of(layer.weight).step.reshape(-1).double()
-            yield name, layer, w, layer.bias.double().abs() / unit
+            yield name, layer, w, layer.bias.double().abs() / layer.unit().double()

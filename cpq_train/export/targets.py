@@ -1,0 +1,98 @@
+"""What `export` can write, by name: which part of a network, what is refused, how it is written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpq_train.common.errors import UserError
+from cpq_train.export.plan import Convolution, Plan
+from cpq_train.export.planning import Part
+from cpq_train.export.portable import fast, fast_reader, reader
+from cpq_train.export.portable.writer import portable_graph
+from cpq_train.quantization.numerics.biases import BiasKind
+
+
+def _nothing(plan: Plan) -> dict[str, str]:
+    return {}
+
+
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
+
+
+def _no_remarks(plan: Plan, file: Path) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of deployment file.
+
+    Args:
+        part: How much of a network it holds.
+        is_exact: Whether its engine's numbers are those of the network, bit for bit.
+        bias: The kind of bias that it has, which `export --snap_biases` makes.
+        model_of: The content of a file, from a plan, a version of this package and a text.
+        read_plan: A file's plan, which raises a UserError where it is not one that `model_of` makes.
+        why_not: Name -> reason of the layers of a plan that it cannot say.
+        as_said: A plan with its numbers in the types that the file has; what is written, and read again.
+        remarks: What to say of a plan and its file, a line each.
+    """
+
+    part: Part
+    is_exact: bool
+    bias: BiasKind
+    model_of: Callable[[Plan, str, str], Any]
+    read_plan: Callable[[Path], Plan]
+    why_not: Callable[[Plan], dict[str, str]] = _nothing
+    as_said: Callable[[Plan], Plan] = _as_it_is
+    remarks: Callable[[Plan, Path], list[str]] = _no_remarks
+
+
+def _portable(plan: Plan, version: str, documentation: str) -> Any:
+    return portable_graph(plan).model("centerpoint", version, documentation)
+
+
+def _fast(plan: Plan, version: str, documentation: str) -> Any:
+    return fast.fast_graph(plan).model("centerpoint", version, documentation)
+
+
+def _remarks_of_fast(plan: Plan, file: Path) -> list[str]:
+    dense = [o for o in plan.operations if isinstance(o, Convolution) and not o.is_sparse]
+    return [
+        f"{len(fast.fused_layers(plan))} of {len(dense)} dense layers go from codes to codes in one kernel"
+    ]
+
+
+TARGETS = {
+    "portable": Target("whole", True, "accumulator", _portable, reader.read_plan),
+    "portable-fast": Target(
+        "whole",
+        False,
+        "accumulator",
+        _fast,
+        fast_reader.read_plan,
+        why_not=fast.why_not,
+        as_said=fast.as_said,
+        remarks=_remarks_of_fast,
+    ),
+}
+"""Name -> what it is."""
+
+
+def target_of(name: str, where: str) -> Target:
+    """The target of a name that a file states.
+
+    Args:
+        name: Of the target.
+        where: What states it, for messages.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in TARGETS:
+        raise UserError(f"{where} is of target {name!r}; accepted: {', '.join(TARGETS)}")
+    return TARGETS[name]
