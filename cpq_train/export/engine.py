@@ -67,6 +67,7 @@ class Engine(nn.Module):
         super().__init__()
         self.file, self.sidecar, self._front = file, read_sidecar(file), front
         self._check_target()
+        self.sidecar.check_heads(file)
         self.config = NetworkConfig(**self.sidecar.network)
         self.version: str = require("onnxruntime").__version__
         self._session = new_session(file.read_bytes(), str(file))

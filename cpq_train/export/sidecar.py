@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from typing_extensions import NotRequired
 
 from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
-from cpq_train.common.schema import Count, check_document, keys, list_of
+from cpq_train.common.schema import Count, check_document, keys, list_of, validated
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 
@@ -33,7 +32,7 @@ _KIND = TypeAdapter(
             "file": keys({"name": str, "sha256": str, "num_bytes": Count}),
             "checkpoint": keys({**dict.fromkeys(("path", "sha256", "arm"), str), "parents": dict[str, Any]}),
             "inputs": list_of(keys({"name": str})),
-            "outputs": list_of(keys({"name": str, "head": NotRequired[Count], "branch": NotRequired[str]})),
+            "outputs": list_of(keys({"name": str})),
             "class_names": list[Any],
             "head_map": keys(dict.fromkeys(("stride", "width", "height"), Count)),
             **dict.fromkeys(("scheme", "coverage", "versions"), dict[str, Any]),
@@ -41,6 +40,8 @@ _KIND = TypeAdapter(
         }
     )
 )
+_HEADS = TypeAdapter(keys({"outputs": list_of(keys({"head": Count, "branch": str}))}))
+
 _SETTINGS = {"network": NetworkConfig, "post_processing": PostProcessing}
 """Mappings that a class is made of, which checks them."""
 
@@ -78,6 +79,14 @@ class Sidecar:
     network: Mapping[str, Any]
     data: Mapping[str, Any]
     post_processing: Mapping[str, Any]
+
+    def check_heads(self, engine_file: Path) -> None:
+        """Whether every output is a map of the head, for whoever puts them together.
+
+        Raises:
+            UserError: One is not.
+        """
+        validated(_HEADS, {"outputs": self.outputs}, str(sidecar_path(engine_file)))
 
     @property
     def parents(self) -> dict[str, str]:

@@ -219,8 +219,12 @@ SIDECAR_ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no schema": (lambda e: edit(e, schema=None), r"qat\.json: schema is None; accepted: 1"),
     "target": (
+        lambda e: edit(e, target="gpu"),
+        r"engine file '.*qat\.onnx' is of target 'gpu'; accepted: portable, portable-fast, tensorrt",
+    ),
+    "part": (
         lambda e: edit(e, target="tensorrt"),
-        r"engine file '.*qat\.onnx' is of target 'tensorrt'; accepted: portable",
+        r"engine file '.*qat\.onnx' is of target 'tensorrt', a dense part alone: it runs behind the sparse part",
     ),
     "file": (
         lambda e: edit(e, file={"name": "qat.onnx"}),

@@ -15,11 +15,12 @@ from exported_networks import SCHEMES, content_of, model_of, new_subject, scheme
 from onnx import helper, numpy_helper
 
 from cpq_train.common.errors import UserError
-from cpq_train.export import writing
+from cpq_train.export import targets, writing
 from cpq_train.export.plan import Plan, differences
 from cpq_train.export.planning import plan_of
 from cpq_train.export.portable.reader import read_plan
 from cpq_train.export.sidecar import read_sidecar, sidecar_path
+from cpq_train.export.targets import TARGETS
 from cpq_train.export.writing import check_written
 
 CHANGED = "unsigned"
@@ -42,7 +43,7 @@ def _finding(model: onnx.ModelProto, folder: Path) -> str:
     path = folder / "changed.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserError) as error:
-        check_written(path, _plan())
+        check_written(path, _plan(), TARGETS["portable"])
     return str(error.value).removeprefix(f"{path}: ")
 
 
@@ -53,7 +54,7 @@ def test_a_file_read_again_is_its_plan(scheme: str, tmp_path: Path) -> None:
     plan, found = plan_of(subject_of(scheme).network), read_plan(path)
     assert differences(plan, found) == []
     assert list(found.outputs) == list(plan.outputs)
-    check_written(path, plan)
+    check_written(path, plan, TARGETS["portable"])
 
 
 @pytest.mark.parametrize("other", ["int8", "w4a8", "whole", "narrow"])
@@ -376,8 +377,8 @@ def _writes_one_code_too_many(monkeypatch: pytest.MonkeyPatch) -> str:
         finally:
             layer.weight.reshape(-1)[0] ^= 1
 
-    graph_of = writing.portable_graph
-    monkeypatch.setattr(writing, "portable_graph", wrong)
+    graph_of = targets.portable_graph
+    monkeypatch.setattr(targets, "portable_graph", wrong)
     return "what was written is not the plan:\n  backbone_2d.blocks.0.1: its weight differs"
 
 
