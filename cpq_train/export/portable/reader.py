@@ -7,7 +7,6 @@ node and number that the writer would not have made of the plan that was found.
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from cpq_train.export.plan import (
     Plan,
 )
 from cpq_train.export.portable.writer import portable_graph
+from cpq_train.export.reading import check_form, first_line
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -43,34 +43,14 @@ def read_plan(file: Path) -> Plan:
         onnx.checker.check_model(model)
         reader = _Reader(model.graph, str(file))
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of it
-        raise UserError(f"{file}: no ONNX file ({_first_line(error)})") from error
+        raise UserError(f"{file}: no ONNX file ({first_line(error)})") from error
     plan = reader.plan()
-    _check_form(model, plan, str(file))
+    check_form(
+        model,
+        lambda: portable_graph(plan).model(model.graph.name, model.producer_version, model.doc_string),
+        str(file),
+    )
     return plan
-
-
-def _check_form(model: Any, plan: Plan, where: str) -> None:
-    """Whether a file is, node by node and number by number, what the writer makes of a plan.
-
-    Raises:
-        UserError: It is not; names the first tensor that differs.
-    """
-    try:
-        expected = portable_graph(plan).model(model.graph.name, model.producer_version, model.doc_string)
-    except Exception as error:  # whatever numbers that fit no network make of the writer
-        raise UserError(f"{where}: its numbers make no network ({_first_line(error)})") from error
-    for kind in ("node", "initializer", "input", "output"):
-        for found, wanted in zip_longest(getattr(model.graph, kind), getattr(expected.graph, kind)):
-            if found != wanted:
-                one = wanted if found is None else found
-                name = one.output[0] if kind == "node" else one.name
-                raise UserError(f"{where}: {kind} {name!r} is not what the writer makes of the rest")
-    if model != expected:
-        raise UserError(f"{where}: has more than nodes and numbers, or another version of the operators")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class _Reader:
