@@ -167,8 +167,8 @@ class _Writer:
 def _weight(layer: Convolution) -> tuple[Half, Float32]:
     """The weight of a convolution, and the range of each output channel.
 
-    Those of a float layer say nothing, but NVIDIA's files have them, and where int8 comes out the engine wants
-    as many ranges as biases (Lidar_AI_Solution, issue 186).
+    Those of a float layer say nothing, but NVIDIA's files have them, and where int8 comes out the engine
+    wants as many ranges as biases (Lidar_AI_Solution, issue 186).
     """
     if layer.weight_step is None:
         weight = cast(Half, layer.weight)
