@@ -14,16 +14,24 @@ from cpq_train.export.graph import onnx
 from cpq_train.export.plan import Plan
 
 
-def open_model(file: Path) -> tuple[Any, dict[str, NDArray[Any]]]:
+def open_model(
+    file: Path, check: Callable[[Any], None] = onnx.checker.check_model
+) -> tuple[Any, dict[str, NDArray[Any]]]:
     """An ONNX file, and its numbers by name.
 
+    Args:
+        file: The file.
+        check: Looks at its form.
+
     Raises:
-        UserError: It is none.
+        UserError: It is none, or `check` says so.
     """
     try:
         model = onnx.load(str(file))
-        onnx.checker.check_model(model)
+        check(model)
         numbers = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    except UserError:
+        raise
     except Exception as error:  # protobuf's own, and whatever a damaged file makes of it
         raise UserError(f"{file}: no ONNX file ({first_line(error)})") from error
     return model, numbers
