@@ -66,7 +66,7 @@ def lint(model: Any) -> list[Finding]:
     """What of a model TensorRT would not take, or not as onnxruntime does.
 
     Args:
-        model: One that onnx's checker accepts.
+        model: One that onnx's checker and shape inference accept.
     """
     view = ModelView(model)
     return [Finding(name, *seen) for name, rule in RULES.items() for seen in rule.check(view)]
@@ -185,8 +185,8 @@ def _biases(view: ModelView) -> Seen:
 
 def _types(view: ModelView) -> Seen:
     for node in view.of("Clip", "Concat", "Conv", "QuantizeLinear"):
-        kinds = {view.type_of(name) for name in node.input} & {*FLOATS, UNKNOWN}
-        if len(kinds) != 1 or UNKNOWN in kinds:
+        kinds = {view.type_of(name) for name in node.input} & {*FLOATS}
+        if len(kinds) > 1:
             names = " and ".join(onnx.TensorProto.DataType.Name(kind) for kind in sorted(kinds))
             yield node.output[0], f"{node.op_type} of {names}"
 

@@ -41,9 +41,8 @@ class ModelView:
         for one in (*inferred.input, *inferred.value_info, *inferred.output):
             tensor = one.type.tensor_type
             self.types[one.name] = tensor.elem_type
-            self.dims[one.name] = [
-                dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim
-            ]
+            sizes = tensor.shape.dim if tensor.HasField("shape") else [onnx.TensorShapeProto.Dimension()]
+            self.dims[one.name] = [dim.dim_value if dim.HasField("dim_value") else None for dim in sizes]
 
     def type_of(self, tensor: str) -> int:
         """The ONNX type of a tensor."""
