@@ -62,8 +62,7 @@ def model_of(plan: Plan, version: str, documentation: str) -> Any:
     """The content of a file.
 
     The input is the map, `spatial_features` (1, C, H, W) float32; outputs are those of the plan, (1, C, H, W)
-    float32. Neither has another type in TensorRT: where types are strong, trtexec refuses them (10.15) or has
-    no way to say them (11.0), so a map in fp16 is widened by whoever hands it over.
+    float32, and so they are in an engine (`trtexec_line` says why): who has a map in fp16 widens it before.
 
     Args:
         plan: Of the dense part, without any reason of `why_not`.
