@@ -179,6 +179,10 @@ CODES = "dense_head.shared_conv.0.codes"
 SHARED = "dense_head.shared_conv.0"
 
 
+def _set_first(note: dict[str, Any], code: float) -> None:
+    note["biases"][UPSAMPLING][0] = code
+
+
 def _no_note(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
 
@@ -233,11 +237,18 @@ MORE = "has more than nodes and numbers"
         (_noted(lambda note: note["ranges"][CODES].update(amax=1.25)), f"'{CODES}.step'"),
         (_noted(lambda note: note["ranges"][CODES].update(amax=0.1 + 2**-50)), "'"),
         (_noted(lambda note: note["biases"].pop(SHARED)), ANOTHER),
-        (_noted(lambda note: note["biases"].update(more="int32")), MORE),
+        (_noted(lambda note: note["biases"].update(more="float16")), MORE),
+        (_noted(lambda note: note["biases"].update({SHARED: "int32"})), ANOTHER),
+        (_noted(lambda note: note["biases"].update({SHARED: [1]})), ANOTHER),
+        (_noted(lambda note: note["biases"][UPSAMPLING].append(1)), ANOTHER),
+        (_noted(lambda note: note["biases"][UPSAMPLING].insert(0, 1)), ANOTHER),
+        (_noted(lambda note: _set_first(note, 1.5)), ANOTHER),
+        (_noted(lambda note: _set_first(note, True)), ANOTHER),
+        (_noted(lambda note: _set_first(note, 2**30 + 1)), ANOTHER),
+        (_noted(lambda note: _set_first(note, 2**30)), f"'{UPSAMPLING}.bias'"),
         (_noted(lambda note: note["biases"].update({SHARED: "int8"})), ANOTHER),
         (_noted(lambda note: note["biases"].update({SHARED: "float16"})), f"'{SHARED}.bias'"),
-        (_noted(lambda note: note["biases"].update({SHARED: "int32"})), f"'{SHARED}.bias'"),
-        (_noted(lambda note: note["biases"].update({DENSE: "int32"})), ANOTHER),
+        (_noted(lambda note: note["biases"].update({DENSE: [1] * 10})), "its numbers make no network"),
         (
             _noted(lambda note: note["biases"].update({UPSAMPLING: "float32"})),
             f"{UPSAMPLING}: its bias differs",

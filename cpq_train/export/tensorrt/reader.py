@@ -17,8 +17,8 @@ from cpq_train.common.errors import UserError
 from cpq_train.export.graph import onnx
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import Concatenation, Convolution, Float32, InputRange, Plan
-from cpq_train.export.reading import check_form, open_model
-from cpq_train.export.tensorrt.notes import KEY, bias_of, read_note
+from cpq_train.export.reading import check_form, first_line, open_model
+from cpq_train.export.tensorrt.notes import KEY, read_note
 from cpq_train.export.tensorrt.writer import model_of
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -43,8 +43,9 @@ def read_plan(file: Path) -> Plan:
         try:
             plan = _Reader(model, numbers).plan()
         except _OF_ANOTHER_FORM as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{file}: not made as export does it for TensorRT ({reason})") from error
+            raise UserError(
+                f"{file}: not made as export does it for TensorRT ({first_line(error)})"
+            ) from error
         check_form(model, plan, lambda plan: model_of(plan, *about), str(file))
     return plan
 
@@ -104,7 +105,10 @@ class _Reader:
         """An operation with its bias as the plan holds it."""
         if isinstance(operation, Concatenation) or operation.bias is None:
             return operation
-        return replace(operation, bias=bias_of(operation.bias, self.notes.biases[operation.name], operation))
+        noted = self.notes.biases[operation.name]
+        if isinstance(noted, str):
+            return replace(operation, bias=operation.bias.astype(noted))
+        return replace(operation, bias=np.array(noted, np.int32).reshape(operation.bias.shape))
 
 
 def _upsampling(layer: Convolution, node: Any) -> Convolution:

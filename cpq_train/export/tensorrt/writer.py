@@ -25,7 +25,7 @@ from cpq_train.export.graph import Graph, onnx
 from cpq_train.export.parts import MAP, shapes
 from cpq_train.export.plan import Addition, Concatenation, Convolution, HeightMap, InputRange, Operation, Plan
 from cpq_train.export.tensorrt.lint import lint
-from cpq_train.export.tensorrt.notes import KEY, bias_of, bias_values, note_of, step_of
+from cpq_train.export.tensorrt.notes import KEY, bias_values, note_of, step_of
 
 SMALLEST, LARGEST = -128, 127
 """Codes at which QuantizeLinear saturates (TensorRT 10.16, NvInfer.h, IQuantizeLayer)."""
@@ -42,18 +42,11 @@ def _why_not(operation: Operation) -> str:
         return ""
     if isinstance(operation, Addition | HeightMap) or operation.is_sparse:
         return "works on voxels, for which TensorRT has no operators: export them to another target"
-    chosen, bias = operation.input_range, operation.bias
+    chosen = operation.input_range
     if chosen is not None and chosen.largest > LARGEST:
         return (
             f"codes of its input up to {chosen.largest}: TensorRT's go up to {LARGEST}; give it "
             "input: {bits: 8, signed: true}"
-        )
-    if bias is not None and not np.array_equal(
-        bias_of(bias_values(operation), bias.dtype.name, operation), bias
-    ):
-        return (
-            f"a bias of up to {np.abs(bias.astype(np.int64)).max()} steps of its sum, more than fp32 "
-            "can count: quantize it without bias: accumulator"
         )
     return ""
 
