@@ -13,7 +13,7 @@ from pathlib import Path
 def trtexec_line(file: Path) -> str:
     """What to type where TensorRT is; the engine lies beside the file.
 
-    Ends are float32, row by row, which is the default of --inputIOFormats and --outputIOFormats. To say fp16
+    Ends are float32, row by row, which is the default of --inputIOFormats and --outputIOFormats. fp16
     there is no way to an fp16 map: with strong types 10.15 and 10.16 end the build unless the file has that
     type (samples/common/sampleEngines.cpp), releases before them overwrite the type of the input and leave
     the nodes behind it as they are, and 11.0 knows layouts only.
