@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cpq_train.common.errors import UserError
+from cpq_train.export.libspconv import arithmetic, refusals
+from cpq_train.export.libspconv import reader as libspconv_reader
+from cpq_train.export.libspconv import writer as libspconv_writer
 from cpq_train.export.plan import Convolution, Plan
 from cpq_train.export.planning import Part
 from cpq_train.export.portable import fast, fast_reader, reader
 from cpq_train.export.portable.writer import portable_graph
+from cpq_train.export.tensorrt import reader as tensorrt_reader
+from cpq_train.export.tensorrt import writer as tensorrt_writer
+from cpq_train.export.tensorrt.trtexec import trtexec_line
 from cpq_train.quantization.numerics.biases import BiasKind
 
 
@@ -78,6 +84,27 @@ TARGETS = {
         why_not=fast.why_not,
         as_said=fast.as_said,
         remarks=_remarks_of_fast,
+    ),
+    "tensorrt": Target(
+        "dense",
+        False,
+        "accumulator",
+        tensorrt_writer.model_of,
+        tensorrt_reader.read_plan,
+        why_not=tensorrt_writer.why_not,
+        remarks=lambda plan, file: [
+            f"TensorRT's form, not run in TensorRT; it builds with: {trtexec_line(file)}"
+        ],
+    ),
+    "libspconv": Target(
+        "sparse",
+        False,
+        "fp16",
+        libspconv_writer.model_of,
+        libspconv_reader.read_plan,
+        why_not=refusals.why_not,
+        as_said=arithmetic.in_half_precision,
+        remarks=lambda plan, file: ["libspconv's form, not run in libspconv", *refusals.notes(plan)],
     ),
 }
 """Name -> what it is."""

@@ -224,7 +224,7 @@ SIDECAR_ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "part": (
         lambda e: edit(e, target="tensorrt"),
-        r"engine file '.*qat\.onnx' is of target 'tensorrt', a dense part alone: it runs behind the sparse part",
+        r"engine file '.*qat\.onnx' is of target 'tensorrt', a dense part alone: it runs behind",
     ),
     "file": (
         lambda e: edit(e, file={"name": "qat.onnx"}),
