@@ -37,7 +37,9 @@ from cpq_train.verbs.findings import EndToEnd, Findings
 if TYPE_CHECKING:
     from cpq_train.export.comparison import Probe
 
-KERNEL_REASON = "the engine's kernels scale their sums in steps of their own; a value beside a tie then takes the next code"
+KERNEL_REASON = (
+    "the engine's kernels scale their sums in steps of their own; a value beside a tie takes the next code"
+)
 SIMULATED_VERSION: Final = "v1.0-mini"
 SIMULATED_SEED = 0
 
