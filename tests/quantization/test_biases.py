@@ -359,3 +359,14 @@ def test_calibrators_see_the_float_bias() -> None:
                 network(batch)
         found.append([layer._input_quantizer.amax for layer in (network[0][0], network[1][0], network[2])])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_computes_the_same(kind: str) -> None:
+    x, layer = _map(), _quantized(_conv(), kind, _map())
+    expected = layer(x)
+    found = layer.cuda()(x.cuda())
+    assert torch.equal(found.cpu(), expected)
+    (grad,) = torch.autograd.grad(found.sum(), layer.bias)
+    assert torch.allclose(grad.cpu(), torch.full((5,), float(x.shape[0] * 9 * 7)))
