@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
@@ -189,3 +190,8 @@ def test_missing_file_and_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [\n")
     with pytest.raises(UserError, match="is no YAML"):
         Scheme.from_file(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/schemes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_scheme_says_which_bias_it_has(file: Path) -> None:
+    assert yaml.safe_load(file.read_text())["defaults"]["bias"] == Scheme.from_file(file).defaults.bias
