@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cpq_train.export
 from cpq_train.arms.loading import write_subject
@@ -16,10 +16,11 @@ from cpq_train.common.files import check_output, write_whole
 from cpq_train.export.engine import WHOLE_TARGETS
 from cpq_train.export.planning import PATTERNS
 from cpq_train.export.sidecar import sidecar_path
-from cpq_train.export.targets import TARGETS, Target
-from cpq_train.export.writing import check_place, plan_for, write_deployment
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
+
+if TYPE_CHECKING:
+    from cpq_train.export.targets import Target
 
 RUNTIME_FILE = "deployed_detector.py"
 RUNTIME = Path(cpq_train.export.__path__[0]) / RUNTIME_FILE
@@ -58,6 +59,9 @@ def export(
         UserError: The checkpoint has layers that the target cannot hold, which are named, or a place is no
             good.
     """
+    from cpq_train.export.targets import TARGETS  # these need onnx
+    from cpq_train.export.writing import check_place, plan_for, write_deployment
+
     check_place(output)
     _check_runtime(target, output, with_runtime)
     content = read_checkpoint(checkpoint, mmap=True)
