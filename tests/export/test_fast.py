@@ -43,11 +43,12 @@ from torch.nn import functional
 from cpq_train.common.errors import UserError
 from cpq_train.export.plan import Convolution, Plan, differences
 from cpq_train.export.planning import plan_of
-from cpq_train.export.portable.fast import as_said, fused_layers, in_bytes, why_not
+from cpq_train.export.portable.fast import as_said, fused_layers, in_bytes, maps_in_bytes, why_not
 from cpq_train.export.portable.fast_reader import read_plan
 from cpq_train.export.portable.writer import portable_graph
 from cpq_train.export.targets import TARGETS
 from cpq_train.export.writing import plan_for
+from cpq_train.quantization.reference.rulebook import Kernel
 from cpq_train.quantization.switches import quantizers
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
@@ -59,6 +60,8 @@ HEADS = [
 HIDDEN = [f"{head}.0.0" for head in HEADS]
 LAST = [f"{head}.1" for head in HEADS]
 """Layers that write the head's outputs, which are numbers."""
+
+FIRST = "backbone_2d.blocks.0.1"
 
 EVERY = ["every dense layer"]
 EXACT = {
@@ -81,13 +84,31 @@ def test_which_layers_are_one_kernel(scheme: str) -> None:
     assert list(fused_layers(plan)) == fused
     nodes = onnx.ModelProto.FromString(fast_content(scheme)).graph.node
     assert [node.output[0] for node in nodes if node.op_type == "QLinearConv"] == fused
-    sums = {node.name.rpartition(".")[0] for node in nodes if node.op_type == "Conv"}
+    sums = {node.name.rpartition(".")[0] for node in nodes if node.op_type in ("Conv", "ConvTranspose")}
     assert sums == set(names) - set(fused)
 
 
-def test_a_file_without_such_kernels_is_the_portable_one() -> None:
-    model = portable_graph(fast_plan("sixteen")).model("centerpoint", "0", "")
-    assert model.SerializeToString() == fast_content("sixteen")
+def _turned(model: onnx.ModelProto) -> list[str]:
+    """Layers whose kernel is turned around."""
+    names = [node.name for node in model.graph.node if node.op_type == "ConvTranspose"]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def test_exact_layers_of_few_outputs_are_turned() -> None:
+    """Such as the shared one of 7, but none that is transposed already."""
+    assert _turned(onnx.ModelProto.FromString(fast_content("int8"))) == LAST
+    assert _turned(onnx.ModelProto.FromString(fast_content("a map in 16 bits"))) == [SHARED, *LAST]
+
+
+def test_a_file_without_kernels_differs_from_the_portable_one_in_turned_layers() -> None:
+    ours = onnx.ModelProto.FromString(fast_content("accumulator 16")).graph
+    exact = portable_graph(fast_plan("accumulator 16")).model("centerpoint", "0", "").graph
+    pairs = [(a, b) for a, b in zip(ours.node, exact.node, strict=True) if a != b]
+    assert {(a.op_type, b.op_type) for a, b in pairs} == {("ConvTranspose", "Conv")}
+    assert all((a.input, a.output) == (b.input, b.output) for a, b in pairs)
+    numbers = [a.name for a, b in zip(ours.initializer, exact.initializer, strict=True) if a != b]
+    layers = {a.output[0].rpartition(".")[0] for a, _ in pairs}
+    assert set(numbers) == {f"{layer}.weight_codes" for layer in layers}
 
 
 # Numbers
@@ -243,6 +264,7 @@ def _agrees_with_the_exact_file(plan: Plan, folder: Path) -> dict[str, Tensor]:
         (UPSAMPLING, [UPSAMPLING]),
         (HIDDEN[3], [HIDDEN[3]]),
         ("backbone_2d.concatenation", [SAME_SIZE, UPSAMPLING]),
+        ("map_to_bev_module", []),
     ],
 )
 def test_an_output_that_is_read_too_stays_numbers(tensor: str, no_longer: list[str], tmp_path: Path) -> None:
@@ -285,6 +307,63 @@ def test_a_tensor_with_two_ranges_stays_numbers(name: str, tmp_path: Path) -> No
     assert SHARED not in fused_layers(plan)
     assert name in fused_layers(plan)
     _agrees_with_the_exact_file(plan, tmp_path)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("widened", [1, 2])
+def test_a_map_of_voxels_is_in_bytes_where_kernels_of_one_range_alone_read_it(
+    widened: int, is_fused: bool, tmp_path: Path
+) -> None:
+    plan = fast_plan("int8")
+    first = plan[FIRST]
+    assert isinstance(first, Convolution)
+    assert first.input_range is not None
+    chosen = replace(first.input_range, amax=widened * first.input_range.amax)
+    second = replace(first, name="second", input_range=chosen, relu=is_fused)
+    last = plan[LAST[0]]
+    assert isinstance(last, Convolution)
+    weight = np.resize(last.weight, (len(last.weight), *first.weight.shape[:1], 3, 3))
+    last = replace(last, name="last", source="second", weight=weight)
+    place = plan.operations.index(first)
+    operations = (*plan.operations[:place], second, *plan.operations[place:], last)
+    outputs = {**plan.outputs, "more": "last" if is_fused else "second"}
+    plan = replace(plan, operations=operations if is_fused else operations[:-1], outputs=outputs)
+    assert ("second" in fused_layers(plan)) == is_fused
+    is_in_bytes = {"map_to_bev_module"} == set(maps_in_bytes(plan))
+    assert is_in_bytes == (is_fused and widened == 1)
+    assert len(_agrees_with_the_exact_file(plan, tmp_path)["more"].unique()) > 10
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "dilation", "stride", "is_turned"),
+    [
+        ((3, 3), (2, 1), (1, 1), (1, 1), True),
+        ((3, 3), (1, 1), (2, 1), (1, 1), True),
+        ((3, 3), (4, 3), (2, 2), (1, 1), True),
+        ((3, 2), (0, 1), (1, 1), (1, 1), True),
+        ((1, 2), (0, 1), (1, 1), (1, 1), True),
+        ((3, 3), (3, 1), (1, 1), (1, 1), False),
+        ((3, 3), (1, 1), (1, 1), (2, 1), False),
+    ],
+)
+def test_layers_of_few_outputs_of_any_geometry(
+    size: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_turned: bool,
+    tmp_path: Path,
+) -> None:
+    """Turned around where there is a transposed convolution that is the same."""
+
+    def other(layer: Convolution) -> Convolution:
+        weight = np.ascontiguousarray(layer.weight[..., : size[0], : size[1]])
+        return replace(layer, weight=weight, kernel=Kernel(size, stride, padding, dilation))
+
+    plan = changed(fast_plan("int8"), lambda layer: other(layer) if layer.name in LAST else layer)
+    assert _turned(fast_model(plan)) == (LAST if is_turned else [])
+    found = _agrees_with_the_exact_file(plan, tmp_path)
+    assert all(values.std() > 0 for values in found.values())
 
 
 @pytest.mark.parametrize("bias", [2**30, -(2**30), 2**24 + 1])
@@ -344,7 +423,7 @@ def test_only_standard_operators_and_nothing_idle(scheme: str) -> None:
 
 
 def test_codes_become_bytes_once_and_stay_bytes() -> None:
-    """One cast in front of the first kernel, one behind each tensor that an exact layer reads."""
+    """One cast in front of the map of voxels, one behind each tensor that an exact layer reads."""
     plan = fast_plan("int8")
     nodes = onnx.ModelProto.FromString(fast_content("int8")).graph.node
     kinds = Counter(node.op_type for node in nodes)
@@ -352,7 +431,9 @@ def test_codes_become_bytes_once_and_stay_bytes() -> None:
     to_bytes = [
         node.output[0] for node in nodes if node.op_type == "Cast" and node.output[0].endswith(".uint8")
     ]
-    assert [name for name in to_bytes if "backbone_3d" not in name] == ["map_to_bev_module.codes.uint8"]
+    assert [name for name in to_bytes if "backbone_3d" not in name] == []
+    scattered = next(node.input[2] for node in nodes if node.op_type == "ScatterND")
+    assert scattered == in_bytes("backbone_3d.conv_out.0.codes") == to_bytes[-1]
     to_numbers = {node.input[0] for node in nodes if node.op_type == "Cast"} - set(to_bytes)
     assert {in_bytes(f"{name}.codes") for name in HIDDEN} <= to_numbers
     assert in_bytes(f"{SHARED}.codes") not in to_numbers

@@ -98,7 +98,8 @@ class Reader:
         node = self.makers.get(tensor)
         if node is None or (operators and node.op_type not in operators):
             found = "nothing makes it" if node is None else f"{node.op_type} makes it"
-            raise UserError(f"{self.where}: tensor {tensor!r}: {found}; expected {' or '.join(operators)}")
+            expected = f"; expected {' or '.join(operators)}" if operators else ""
+            raise UserError(f"{self.where}: tensor {tensor!r}: {found}{expected}")
         return node
 
     def array(self, name: str) -> NDArray[Any]:
