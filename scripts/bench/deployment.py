@@ -3,7 +3,8 @@
 
 From voxels to heads, or with `--dense` from the map to heads, on one thread: medians of CPU time, all in
 turn in one process. Weights are random, ranges those of the cloud at hand. "Float biases" is INT8 as it was
-trained before biases were whole numbers in the sum.
+trained before biases were whole numbers in the sum. The dense part of a file starts from the map as the file
+has it: portable-fast has codes in bytes, the others fp32.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from lidar_like import synthetic_batch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from cpq_train.arms.structure import build
+from cpq_train.arms.structure import restructure
+from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
 from cpq_train.export.engine import new_session
 from cpq_train.export.graph import onnx
@@ -77,7 +79,7 @@ def main(
         raise UserError(f"networks: got {sorted(unknown)[0]!r}, accepted: {', '.join(CONFIGS)}")
     torch.set_num_threads(1)
     table = Table(title=f"{'Dense part' if dense else 'Network'} alone, CPU time of one thread")
-    for column in ("network", "runs as", *NUMBERS):
+    for column in ("network, voxels", "runs as", *NUMBERS):
         table.add_column(column, justify="right" if column in NUMBERS else "left")
     for name in networks:
         _measure(name, dense, num_rounds, table)
@@ -94,23 +96,22 @@ def _measure(name: str, is_dense: bool, num_rounds: int, table: Table) -> None:
     sizes = {}
     for target in [*targets, "tensorrt"] if is_dense else targets:
         model = _model(target, networks[NOW])
-        runs[target], sizes[target] = (
-            _in_onnxruntime(model, networks[NOW], voxels, is_dense),
-            model.ByteSize(),
-        )
+        runs[target] = _in_onnxruntime(model, networks[NOW], voxels, is_dense)
+        sizes[target] = model.ByteSize()
     found = {run: call() for run, call in runs.items()}
     times = {run: one.cpu_ms for run, one in time_in_turn(runs, CPU, num_rounds, 1).items()}
     total = sum(values.size for values in found[NOW].values())
     for run, ms in times.items():
         differ = sum(int((values != found[NOW][name]).sum()) for name, values in found[run].items())
         table.add_row(
-            f"{name}, {len(voxels[0]):,} voxels",
+            f"{name}, {len(voxels[0]):,}",
             run,
             *(f"{ms / times[reference]:.2f}" for reference in (FLOAT, BEFORE)),
             f"{ms:.1f}",
             f"{differ:,} of {total:,}" if run not in (FLOAT, BEFORE) else "",
             f"{sizes[run] / 1e6:.2f}" if run in sizes else "",
         )
+    table.add_section()
 
 
 def _networks(name: str) -> tuple[Voxels, dict[str, CenterPoint]]:
@@ -123,13 +124,23 @@ def _networks(name: str) -> tuple[Voxels, dict[str, CenterPoint]]:
     before = replace(int8, defaults=replace(int8.defaults, bias="float"))
     networks = {}
     for run, scheme in {FLOAT: None, BEFORE: before, NOW: int8}.items():
-        torch.manual_seed(0)
-        network = build(config, "ptq" if scheme else "float", scheme).network.eval()
+        arm: Arm = "ptq" if scheme else "float"
+        network = restructure(_float_network(config), arm, scheme, None).network.eval()
         network.dense_channels_last()
         with torch.no_grad(), collecting_ranges(network):
             network(*voxels, 1)
         networks[run] = network
     return voxels, networks
+
+
+def _float_network(config: NetworkConfig) -> CenterPoint:
+    """Random weights; of BatchNorms too, which become biases."""
+    torch.manual_seed(0)
+    network = CenterPoint(config)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.2, 0.4)
+    return network
 
 
 def _in_pytorch(network: CenterPoint, voxels: Voxels, is_dense: bool) -> Run:
