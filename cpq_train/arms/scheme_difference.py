@@ -10,7 +10,9 @@ from cpq_train.quantization.scheme import Scheme
 
 
 def scheme_difference(asked: Scheme, of_checkpoint: Scheme, calibration: Mapping[str, Any] | None) -> str:
-    """The settings in which a scheme differs from that of a checkpoint, a line each; empty where in none.
+    """The settings in which a scheme differs from that of a checkpoint, a line each, and what to do about it.
+
+    Empty where it differs in none.
 
     What the two are called does not count, nor do the layers that calibration left in float as asked.
 
@@ -29,7 +31,7 @@ def scheme_difference(asked: Scheme, of_checkpoint: Scheme, calibration: Mapping
         for key in {**theirs, **mine}
         if mine.get(key) != theirs.get(key) and key != "name"
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "  to go on as the checkpoint is: --model.scheme null"])
 
 
 def _settings(value: Any, name: str = "") -> dict[str, Any]:

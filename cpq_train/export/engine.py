@@ -5,9 +5,10 @@ Letters: V voxels, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -104,13 +105,20 @@ class Engine(nn.Module):
         return heads
 
     @torch.no_grad()
-    def run_sample(self, session: Any, features_VC: Tensor, coords_V4: Tensor) -> dict[str, NDArray[Any]]:
+    def run_sample(
+        self,
+        session: Any,
+        features_VC: Tensor,
+        coords_V4: Tensor,
+        further: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> dict[str, NDArray[Any]]:
         """Name -> value of every output of a session for one sample.
 
         Args:
-            session: Of `new_session`, whose inputs are those of the file.
+            session: Of `new_session`.
             features_VC: Features of the voxels.
             coords_V4: Their sample, which does not matter, and their cells z, y, x.
+            further: Inputs of the session that the file does not have.
         """
         if self._front is None:
             feed = {FEATURES: _numpy(features_VC.float()), COORDS: _numpy(coords_V4[:, 1:].int())}
@@ -118,7 +126,7 @@ class Engine(nn.Module):
             of_one = torch.cat([torch.zeros_like(coords_V4[:, :1]), coords_V4[:, 1:]], 1)
             feed = {MAP: _numpy(self._front(features_VC, of_one, 1).float())}
         names: Sequence[str] = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(None, feed), strict=True))
+        return dict(zip(names, session.run(None, {**feed, **further}), strict=True))
 
     def check_source(self, checkpoint: str | Path | None) -> None:
         """Whether the file was exported from a checkpoint; None asks for nothing.

@@ -53,12 +53,13 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
 
 def _layers(layers: dict[str, Any]) -> Table:
     table = Table(title="Layers", title_justify="left")
-    for header in ("layer", "kind", "arithmetic", "weight", "input", "shares its input with"):
+    for header in ("layer", "kind", "arithmetic", "weight", "input", "bias", "shares its input with"):
         table.add_column(header, overflow="fold")
     for name, layer in layers.items():
         weight, input_ = _quantizer(layer["weight"]), _quantizer(layer["input"])
         shared = layer["shares_input_with"] or ""
-        table.add_row(name, layer["kind"], _arithmetic(layer), weight, input_, shared)
+        bias = "" if layer["kind"] == "ResidualAdd" else layer.get("bias", "float")  # absent in old files
+        table.add_row(name, layer["kind"], _arithmetic(layer), weight, input_, bias, shared)
     return table
 
 

@@ -24,7 +24,8 @@ class EndToEnd:
         num_detections: Boxes that the network found.
         num_other_detections: Boxes that differ between the two.
         is_exact: Whether boxes have to be equal. A few codes beside a tie change hundreds of boxes in a last
-            digit, so they say nothing of an engine that rounds such codes its own way.
+            digit, so they say nothing of an engine that rounds such codes its own way; its layers are judged
+            one by one.
     """
 
     stand_in: str
@@ -61,8 +62,9 @@ class EndToEnd:
     def sentence(self) -> str:
         """What was found."""
         flips = self.flips
+        how = "end to end" if self.is_exact else "layer by layer (codes) and end to end (outputs, detections)"
         return (
-            f"end to end against {self.stand_in}: of {flips.num_codes:,} codes {flips.num_flipped:,} differ "
+            f"{how} against {self.stand_in}: of {flips.num_codes:,} codes {flips.num_flipped:,} differ "
             f"by one step and {flips.num_further:,} by more; of {flips.num_outputs:,} head outputs "
             f"{flips.mismatched_outputs:,} differ, by up to {flips.largest_difference:g}; of "
             f"{self.num_detections:,} detections {self.num_other_detections:,} differ"
