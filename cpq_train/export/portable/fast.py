@@ -182,10 +182,10 @@ class _FastWriter(Writer):
         """The byte codes of a fused layer: within its range, and upsampled where it is transposed."""
         graph, name, written = self.graph, layer.name, self.fused[layer.name]
         wanted = in_bytes(self._name(name, written))
+        limits = [graph.integer(code, np.uint8) for code in (0, written.largest)]
+        clipped = graph.node("Clip", [codes, *limits], wanted if repeats == 1 else f"{name}.clipped")
         if repeats == 1:
-            graph.node("Min", [codes, graph.integer(written.largest, np.uint8)], wanted)
             return
-        clipped = graph.node("Min", [codes, graph.integer(written.largest, np.uint8)], f"{name}.clipped")
         channels, height, width = self.shapes[name]
         size = layer.kernel.size[0]
         rows, columns = height // size, width // size
