@@ -18,7 +18,7 @@ OPSET = 19
 IR_VERSION = 9
 """Of the file format, the one that belongs to the opset."""
 
-NAMED = ("Conv", "MatMul", "MatMulInteger")
+NAMED = ("Conv", "ConvTranspose", "MatMul", "MatMulInteger")
 """Operators whose nodes have names."""
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import filecmp
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cpq_train.export
 from cpq_train.arms.loading import write_subject
 from cpq_train.arms.snapped_biases import Moved, snap_biases
-from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.checkpoint import read_checkpoint, sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, write_whole
 from cpq_train.export.engine import WHOLE_TARGETS
 from cpq_train.export.planning import PATTERNS
 from cpq_train.export.sidecar import sidecar_path
-from cpq_train.export.targets import TARGETS, Target
-from cpq_train.export.writing import check_place, plan_for, write_deployment
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
+
+if TYPE_CHECKING:
+    from cpq_train.export.targets import Target
 
 RUNTIME_FILE = "deployed_detector.py"
 RUNTIME = Path(cpq_train.export.__path__[0]) / RUNTIME_FILE
@@ -58,6 +59,9 @@ def export(
         UserError: The checkpoint has layers that the target cannot hold, which are named, or a place is no
             good.
     """
+    from cpq_train.export.targets import TARGETS  # these need onnx
+    from cpq_train.export.writing import check_place, plan_for, write_deployment
+
     check_place(output)
     _check_runtime(target, output, with_runtime)
     content = read_checkpoint(checkpoint, mmap=True)
@@ -99,14 +103,28 @@ def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, outpu
 
     Returns:
         The checkpoint that has them: another one beside the output, or the given one where it has them.
+
+    Raises:
+        UserError: The target cannot hold the network with these biases either, or the place of the checkpoint
+            is no good.
     """
+    from cpq_train.export.writing import plan_for  # this needs onnx
+
     snapped = output.with_name(f"{output.stem}.snapped.ckpt")
     check_output(snapped)
-    moved = snap_biases(detector.subject, PATTERNS[target.part], target.bias)
+    subject = detector.subject
+    moved = snap_biases(subject, PATTERNS[target.part], target.bias)
     if not moved:
         print_plain(f"biases of {checkpoint} are {target.bias} already: nothing to snap")
         return checkpoint
-    write_subject(detector.subject, checkpoint, snapped)
+    if snapped.exists() and snapped.samefile(checkpoint):
+        raise UserError(
+            f"output {str(output)!r}: the checkpoint with other biases would replace {str(checkpoint)!r}, "
+            "which it is made of; choose another name"
+        )
+    plan_for(target, detector.network)  # nothing is written of what is refused
+    subject.parents = {**subject.parents, subject.arm: sha256_of(checkpoint)}
+    write_subject(subject, checkpoint, snapped)
     print_plain(_sentence(moved, target))
     print_plain(f"checkpoint with these biases: {snapped}")
     return snapped

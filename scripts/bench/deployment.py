@@ -1,36 +1,42 @@
 #!/usr/bin/env python
-"""What a deployment file costs in onnxruntime, against the network in PyTorch that it was made of.
+"""What deployment files cost in onnxruntime, against the network in PyTorch that they were made of.
 
-Networks alone, from voxels to heads, on one thread: medians of CPU time, all in turn in one process. With
-`--convolutions` the two exact ways to convolve codes that ONNX has, at sizes of the 0.1 m network.
+From voxels to heads, or with `--dense` from the map to heads, on one thread: medians of CPU time, all in
+turn in one process. Weights are random, ranges those of the cloud at hand. "Float biases" is INT8 as it was
+trained before biases were whole numbers in the sum. The dense part of a file starts from the map as the file
+has it: portable-fast has codes in bytes, the others fp32.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import yaml
+from convolutions_of_codes import CPU, convolutions_of_codes
 from jsonargparse import auto_cli
 from lidar_like import synthetic_batch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-from cpq_train.arms.structure import build
+from cpq_train.arms.structure import restructure
+from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
-from cpq_train.data.dataset import Batch
-from cpq_train.data.settings import DataSettings
-from cpq_train.export.engine import Engine, new_session
-from cpq_train.export.graph import Graph
-from cpq_train.export.writing import write_deployment
-from cpq_train.models import NetworkConfig
-from cpq_train.models.decode import PostProcessing
+from cpq_train.export.engine import new_session
+from cpq_train.export.graph import onnx
+from cpq_train.export.parts import MAP
+from cpq_train.export.plan import COORDS, FEATURES
+from cpq_train.export.planning import output_name
+from cpq_train.export.targets import TARGETS
+from cpq_train.export.writing import plan_for
+from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.profiling.interleaved import time_in_turn
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
@@ -40,130 +46,157 @@ CONFIGS = {
     "quickstart": REPOSITORY / "configs/quickstart_float.yaml",
     "full": REPOSITORY / "configs/centerpoint_voxel01.yaml",
 }
-CONVOLUTIONS = ((128, 128, 128), (256, 256, 64), (512, 64, 128), (64, 64, 128))
-"""Input channels, output channels, rows and columns of the map."""
 
-NUMBERS = ("ms", "to float", "differ", "ratio")
-"""Columns of the tables that hold numbers."""
+FLOAT, BEFORE, NOW = "PyTorch, float", "PyTorch, INT8, float biases", "PyTorch, INT8"
 
-CPU = torch.device("cpu")
+NUMBERS = ("of float", "of float biases", "ms", "differ", "MB")
+"""Columns of the table that hold numbers."""
+
+Maps: TypeAlias = dict[str, NDArray[Any]]
+"""Name of an output -> its values."""
+
+Voxels: TypeAlias = tuple[Tensor, Tensor]
+"""Their features, and their samples and cells."""
+
+Run: TypeAlias = Callable[[], Maps]
 
 
 def main(
     networks: tuple[str, ...] = tuple(CONFIGS),
-    scheme: str = "int8",
     num_rounds: int = 9,
+    dense: bool = False,
     convolutions: bool = False,
 ) -> None:
     """Measure.
 
     Args:
         networks: Of `CONFIGS`; random weights, ranges of the cloud at hand.
-        scheme: A file of configs/schemes.
         num_rounds: Passes of each that count.
+        dense: The dense parts alone, TensorRT's file too.
         convolutions: Compare Conv on whole numbers with ConvInteger too.
     """
     if unknown := set(networks) - set(CONFIGS):
         raise UserError(f"networks: got {sorted(unknown)[0]!r}, accepted: {', '.join(CONFIGS)}")
     torch.set_num_threads(1)
-    chosen = Scheme.from_file(str(REPOSITORY / f"configs/schemes/{scheme}.yaml"))
-    table = _table("Network alone, CPU time of one thread", "network", "runs as", "ms", "to float", "differ")
+    table = Table(title=f"{'Dense part' if dense else 'Network'} alone, CPU time of one thread")
+    for column in ("network, voxels", "runs as", *NUMBERS):
+        table.add_column(column, justify="right" if column in NUMBERS else "left")
     for name in networks:
-        _measure(name, chosen, num_rounds, table)
+        _measure(name, dense, num_rounds, table)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     if convolutions:
-        console.print(_convolutions(num_rounds))
+        console.print(convolutions_of_codes(num_rounds))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="right" if column in NUMBERS else "left")
-    return table
+def _measure(name: str, is_dense: bool, num_rounds: int, table: Table) -> None:
+    voxels, networks = _networks(name)
+    runs = {run: _in_pytorch(network, voxels, is_dense) for run, network in networks.items()}
+    targets = [name for name, target in TARGETS.items() if target.part == "whole"]
+    sizes = {}
+    for target in [*targets, "tensorrt"] if is_dense else targets:
+        model = _model(target, networks[NOW])
+        runs[target] = _in_onnxruntime(model, networks[NOW], voxels, is_dense)
+        sizes[target] = model.ByteSize()
+    found = {run: call() for run, call in runs.items()}
+    times = {run: one.cpu_ms for run, one in time_in_turn(runs, CPU, num_rounds, 1).items()}
+    total = sum(values.size for values in found[NOW].values())
+    for run, ms in times.items():
+        differ = sum(int((values != found[NOW][name]).sum()) for name, values in found[run].items())
+        table.add_row(
+            f"{name}, {len(voxels[0]):,}",
+            run,
+            *(f"{ms / times[reference]:.2f}" for reference in (FLOAT, BEFORE)),
+            f"{ms:.1f}",
+            f"{differ:,} of {total:,}" if run not in (FLOAT, BEFORE) else "",
+            f"{sizes[run] / 1e6:.2f}" if run in sizes else "",
+        )
+    table.add_section()
 
 
-def _measure(name: str, scheme: Scheme, num_rounds: int, table: Table) -> None:
+def _networks(name: str) -> tuple[Voxels, dict[str, CenterPoint]]:
+    """Voxels of a cloud, and networks of the same weights with their ranges on it."""
     content = yaml.safe_load(CONFIGS[name].read_text())
     config = NetworkConfig(**content["model"].get("network", {}))
     batch = synthetic_batch(config, content["data"].get("num_sweeps", 10), 1)
+    voxels = batch["voxel_features"], batch["voxel_coords"]
+    int8 = Scheme.from_file(str(REPOSITORY / "configs/schemes/int8.yaml"))
+    before = replace(int8, defaults=replace(int8.defaults, bias="float"))
+    networks = {}
+    for run, scheme in {FLOAT: None, BEFORE: before, NOW: int8}.items():
+        arm: Arm = "ptq" if scheme else "float"
+        network = restructure(_float_network(config), arm, scheme, None).network.eval()
+        network.dense_channels_last()
+        with torch.no_grad(), collecting_ranges(network):
+            network(*voxels, 1)
+        networks[run] = network
+    return voxels, networks
+
+
+def _float_network(config: NetworkConfig) -> CenterPoint:
+    """Random weights; of BatchNorms too, which become biases."""
     torch.manual_seed(0)
-    plain, subject = build(config, "float", None).network.eval(), build(config, "ptq", scheme)
-    network = subject.network.eval()
-    with torch.no_grad(), collecting_ranges(network):
-        network(*_inputs(batch))
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint, file = Path(folder) / "ptq.ckpt", Path(folder) / "ptq.onnx"
-        torch.save(network.state_dict(), checkpoint)
-        write_deployment("portable", subject, PostProcessing(), DataSettings(), checkpoint, file)
-        engine = Engine(file)
-    in_pytorch = f"PyTorch, {scheme.name}"
-    passes = {"PyTorch, float": plain, in_pytorch: network, f"onnxruntime {engine.version}": engine}
-    found = {run: _run(one, batch) for run, one in passes.items()}
-    times = time_in_turn({run: _pass(one, batch) for run, one in passes.items()}, CPU, num_rounds, 1)
-    of_float, ours = times["PyTorch, float"].cpu_ms, found[in_pytorch]
-    for run, timing in times.items():
-        differ = sum(int((a != b).sum()) for a, b in zip(_maps(found[run]), _maps(ours), strict=True))
-        total = sum(one.numel() for one in _maps(ours))
-        size = f"{name}, {len(batch['voxel_coords']):,} voxels"
-        shown = "" if run == "PyTorch, float" else f"{differ:,} of {total:,}"
-        table.add_row(size, run, f"{timing.cpu_ms:.1f}", f"{timing.cpu_ms / of_float:.3f}", shown)
+    network = CenterPoint(config)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.2, 0.4)
+    return network
 
 
-def _inputs(batch: Batch) -> tuple[Any, Any, int]:
-    return batch["voxel_features"], batch["voxel_coords"], 1
+def _in_pytorch(network: CenterPoint, voxels: Voxels, is_dense: bool) -> Run:
+    seen = _map_of(network, voxels)
+
+    @torch.inference_mode()
+    def run() -> Maps:
+        heads = network.dense_head(network.backbone_2d(seen)) if is_dense else network(*voxels, 1)
+        return {
+            output_name(head, branch): values.numpy()
+            for head, maps in enumerate(heads)
+            for branch, values in maps.items()
+        }
+
+    return run
 
 
 @torch.inference_mode()
-def _run(network: Callable[..., Any], batch: Batch) -> Any:
-    return network(*_inputs(batch))
+def _map_of(network: CenterPoint, voxels: Voxels) -> Tensor:
+    seen: Tensor = network.map_to_bev_module(network.backbone_3d(*voxels, 1))
+    return seen
 
 
-def _pass(network: Callable[..., Any], batch: Batch) -> Callable[[], Any]:
-    return lambda: _run(network, batch)
+def _model(target: str, network: CenterPoint) -> Any:
+    chosen = TARGETS[target]
+    return chosen.model_of(plan_for(chosen, network), "0", "")
 
 
-def _maps(heads: Any) -> list[torch.Tensor]:
-    return [one for head in heads for one in head.values()]
+def _in_onnxruntime(model: Any, network: CenterPoint, voxels: Voxels, is_dense: bool) -> Run:
+    names = [output.name for output in model.graph.output]
+    feed = {FEATURES: voxels[0].numpy(), COORDS: voxels[1][:, 1:].int().numpy()}
+    if model.graph.input[0].name == MAP:
+        feed = {MAP: _map_of(network, voxels).contiguous().numpy()}
+    elif is_dense:
+        seam = _seam(model)
+        (seen,) = _session(_between(model, list(feed), [seam])).run(None, feed)
+        model, feed = _between(model, [seam], names), {seam: seen}
+    session = _session(model)
+    return lambda: dict(zip(names, session.run(names, feed), strict=True))
 
 
-def _convolutions(num_rounds: int) -> Table:
-    table = _table("3x3 convolutions of codes in onnxruntime", "channels, map", "operator", "ms", "ratio")
-    rng = np.random.default_rng(0)
-    for num_in, num_out, size in CONVOLUTIONS:
-        codes = rng.integers(0, 128, (1, num_in, size, size)).astype(np.uint8)
-        weight = rng.integers(-50, 51, (num_out, num_in, 3, 3)).astype(np.int8)
-        graphs = {"ConvInteger": _conv_integer, "Conv on whole numbers": _conv}
-        sessions = {operator: _session(make, codes, weight) for operator, make in graphs.items()}
-        runs = {operator: _call(session, codes) for operator, session in sessions.items()}
-        results = [run() for run in runs.values()]
-        assert all(np.array_equal(result, results[0]) for result in results)
-        times = time_in_turn(runs, CPU, num_rounds, 1)
-        first = times["ConvInteger"].cpu_ms
-        for operator, timing in times.items():
-            where = f"{num_in} to {num_out}, {size} x {size}"
-            table.add_row(where, operator, f"{timing.cpu_ms:.1f}", f"{timing.cpu_ms / first:.3f}")
-    return table
+def _seam(model: Any) -> str:
+    """The map that the voxels of a whole network are scattered to: numbers, or codes."""
+    made_by = {node.output[0]: node for node in model.graph.node}
+    (scatter,) = (node.output[0] for node in model.graph.node if node.op_type == "ScatterND")
+    (moved,) = (name for name, node in made_by.items() if scatter in node.input)
+    return next(str(name) for name, node in made_by.items() if moved in node.input)
 
 
-def _conv_integer(graph: Graph, codes: str, weight: str) -> str:
-    return graph.cast(graph.node("ConvInteger", [codes, weight], "sum", pads=[1] * 4), np.float32, "whole")
+def _between(model: Any, inputs: list[str], outputs: list[str]) -> Any:
+    """The part of a file from some of its tensors to others."""
+    return onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(inputs, outputs)
 
 
-def _conv(graph: Graph, codes: str, weight: str) -> str:
-    operands = [graph.cast(codes, np.float32, "codes"), graph.cast(weight, np.float32, "weight")]
-    return graph.node("Round", [graph.node("Conv", operands, "sum", pads=[1] * 4)], "whole")
-
-
-def _session(make: Callable[[Graph, str, str], str], codes: Any, weight: Any) -> Any:
-    graph = Graph()
-    result = make(graph, graph.input("x", np.uint8, codes.shape), graph.initializer("w", weight))
-    graph.output("y", result, [1, len(weight), *codes.shape[2:]])
-    return new_session(graph.model("convolution", "0", "").SerializeToString(), "convolution")
-
-
-def _call(session: Any, codes: Any) -> Callable[[], Any]:
-    return lambda: session.run(None, {"x": codes})[0]
+def _session(model: Any) -> Any:
+    return new_session(model.SerializeToString(), model.graph.name)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
-from cpq_train.export.plan import Concatenation, Convolution, InputRange, Operation, Plan
-from cpq_train.export.portable.fast import fast_graph
+from cpq_train.export.plan import Concatenation, Convolution, HeightMap, InputRange, Operation, Plan
+from cpq_train.export.portable.fast import fast_graph, turned, turned_weight
 from cpq_train.export.portable.reader import Reader, format_of, read_with
+from cpq_train.quantization.reference.rulebook import Kernel
 
 
 def read_plan(file: Path) -> Plan:
@@ -36,7 +38,7 @@ class _FastReader(Reader):
         source, chosen = self.in_bytes(node.input[0])
         upsampling = 0 if node.attribute else 1  # a transposed layer is written without a geometry
         if self.makes(f"{name}.split", "Reshape"):
-            upsampling = int(self.array(self.maker(f"{name}.split").input[1])[2])
+            upsampling = int(self.array(self.maker(f"{name}.split").input[1])[1])
         kind, weight, kernel = self.dense(node, self.array(node.input[3]), upsampling)
         repeats = max(upsampling, 1) ** 2
         bias = self.array(node.input[8])[::repeats].copy() if len(node.input) > 8 else None
@@ -44,6 +46,11 @@ class _FastReader(Reader):
         return Convolution(
             name, kind, source, np.ascontiguousarray(weight), steps, bias, chosen, kernel, relu=True
         )
+
+    def dense(self, node: Any, weight: NDArray[Any], upsampling: int) -> tuple[str, NDArray[Any], Kernel]:
+        if node.op_type == "ConvTranspose":
+            return "Conv2d", turned_weight(weight), turned(self.kernel(node))
+        return super().dense(node, weight, upsampling)
 
     def codes_above(self, tensor: str) -> str:
         node = self.maker(tensor)
@@ -62,7 +69,9 @@ class _FastReader(Reader):
             return self.rounded(node.input[0])
         if node.op_type == "Concat":
             return self.joined(codes, node)
-        kernel = self.up(codes, "QLinearConv")
+        kernel = self.up(codes, "QLinearConv", "ScatterND")
+        if kernel.op_type == "ScatterND":
+            return self.scattered(codes, kernel.input[2])
         step = self.maker(kernel.input[6], "Div")
         largest = int(self.array(step.input[1]).item())
         amax = float(self.array(step.input[0]).item())
@@ -75,7 +84,16 @@ class _FastReader(Reader):
         ranges = {chosen for _, chosen in parts}
         if len(ranges) != 1:
             raise UserError(f"{self.where}: {codes!r} joins codes of {len(ranges)} ranges")
-        if name not in self.operations:
-            self.operations[name] = Concatenation(name, tuple(source for source, _ in parts))
-            self.order[name] = self.order[codes]
-        return name, ranges.pop()
+        return self.made(codes, Concatenation(name, tuple(source for source, _ in parts))), ranges.pop()
+
+    def scattered(self, codes: str, rows: str) -> tuple[str, InputRange]:
+        """A map of the byte codes of voxels."""
+        source, chosen = self.in_bytes(rows)
+        return self.made(codes, HeightMap(codes.rpartition(".codes")[0], (source,))), chosen
+
+    def made(self, codes: str, operation: Operation) -> str:
+        """Take in an operation that makes codes alone."""
+        if operation.name not in self.operations:
+            self.operations[operation.name] = operation
+            self.order[operation.name] = self.order[codes]
+        return operation.name

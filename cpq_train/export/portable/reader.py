@@ -32,6 +32,9 @@ from cpq_train.export.reading import check_form, open_model
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
+PRODUCTS = ("Conv", "ConvTranspose", "MatMulInteger")
+"""What sums up products of codes; a ConvTranspose in files of `fast.py` alone."""
+
 
 def read_plan(file: Path) -> Plan:
     """The plan of a portable file.
@@ -95,7 +98,8 @@ class Reader:
         node = self.makers.get(tensor)
         if node is None or (operators and node.op_type not in operators):
             found = "nothing makes it" if node is None else f"{node.op_type} makes it"
-            raise UserError(f"{self.where}: tensor {tensor!r}: {found}; expected {' or '.join(operators)}")
+            expected = f"; expected {' or '.join(operators)}" if operators else ""
+            raise UserError(f"{self.where}: tensor {tensor!r}: {found}{expected}")
         return node
 
     def array(self, name: str) -> NDArray[Any]:
@@ -171,13 +175,13 @@ class Reader:
         product, bias = self.without_bias(node)
         sums, unit = self.maker(product, "Mul").input
         step, weight_step = self.maker(unit, "Mul").input
-        up = self.up(sums, "DepthToSpace", "Conv", "MatMulInteger")
-        node = self.up(up.output[0], "Conv", "MatMulInteger")
+        up = self.up(sums, "DepthToSpace", *PRODUCTS)
+        node = self.up(up.output[0], *PRODUCTS)
         weight = self.array(f"{name}.weight_codes")
         upsampling = attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
         if f"{name}.bias_codes" in self.numbers:
             bias = self.array(f"{name}.bias_codes").reshape(-1)[:: max(upsampling, 1) ** 2].copy()
-        if node.op_type == "Conv":
+        if node.op_type != "MatMulInteger":
             kind, weight, kernel = self.dense(node, weight, upsampling)
             codes = self.codes_above(node.input[0])
         else:
@@ -217,10 +221,14 @@ class Reader:
             num_in, size = weight.shape[1], (upsampling, upsampling)
             weight = weight.reshape(-1, *size, num_in).transpose(3, 0, 1, 2)
             return "ConvTranspose2d", weight, Kernel(size, size, (0, 0), (1, 1))
+        return "Conv2d", weight, self.kernel(node)
+
+    def kernel(self, node: Any) -> Kernel:
+        """Geometry of a convolution."""
         kernel = _kernel_of(node)
         if kernel is None:
             raise UserError(f"{self.where}: {node.output[0]!r} is not padded alike on both sides")
-        return "Conv2d", weight, kernel
+        return kernel
 
     # Rulebooks
 

@@ -147,14 +147,15 @@ class Writer:
         graph, name, kernel = self.graph, layer.name, layer.kernel
         assert layer.input_range is not None
         is_transposed = layer.kind == "ConvTranspose2d"
-        weight, attributes, repeats = as_convolution(layer)
+        weight, _, repeats = as_convolution(layer)
         is_signed = not self._is_unsigned(layer.source, layer.input_range)
         num_bits = bits_of_exact_sums(weight, output_axis=0, is_signed=is_signed)
         parts = self._digits(layer.source, layer.input_range, num_bits)
+        operator, weight, attributes = self._operator(layer)
         codes = graph.initializer(f"{name}.weight_codes", weight)
         values = graph.cast(codes, np.float32, f"{name}.weight")
         sums = [
-            graph.node("Conv", [part.tensor, values], f"{name}.sum{number}", **attributes)
+            graph.node(operator, [part.tensor, values], f"{name}.sum{number}", **attributes)
             for number, part in enumerate(parts)
         ]
         in_sum = self._bias_codes(layer, (-1, 1, 1), repeats)
@@ -170,6 +171,11 @@ class Writer:
             size = kernel.size[0]
             total = graph.node("DepthToSpace", [total], f"{name}.upsampled", blocksize=size, mode="CRD")
         self._rescale(layer, total, (-1, 1, 1))
+
+    def _operator(self, layer: Convolution) -> tuple[str, NDArray[Any], dict[str, Any]]:
+        """What sums up the products of a dense layer, with its weight and its attributes."""
+        weight, attributes, _ = as_convolution(layer)
+        return "Conv", weight, attributes
 
     def _sparse(self, layer: Convolution) -> None:
         """(V, C) -> (V', C')."""
@@ -296,12 +302,16 @@ class Writer:
 
     def _height_map(self, operation: HeightMap) -> None:
         """(V, C) -> (1, C * D, H, W)."""
+        self._scatter(operation, operation.sources[0], np.float32(0), operation.name)
+
+    def _scatter(self, operation: HeightMap, rows: str, zero: np.generic, output: str) -> None:
+        """The map of rows (V, C) of numbers or of codes."""
         graph, name, (source,) = self.graph, operation.name, operation.sources
         voxels, channels = self.voxels[source], self.shapes[source][0]
-        empty = graph.filled(graph.ints(*voxels.grid, channels), np.float32(0), f"{name}.empty")
-        volume = graph.node("ScatterND", [empty, voxels.coords, source], f"{name}.volume")
+        empty = graph.filled(graph.ints(*voxels.grid, channels), zero, f"{name}.empty")
+        volume = graph.node("ScatterND", [empty, voxels.coords, rows], f"{name}.volume")
         first = graph.node("Transpose", [volume], f"{name}.channels_first", perm=[3, 0, 1, 2])
-        graph.node("Reshape", [first, graph.ints(1, *self.shapes[name])], name)
+        graph.node("Reshape", [first, graph.ints(1, *self.shapes[name])], output)
 
     def _concatenation(self, operation: Concatenation) -> None:
         self.graph.node("Concat", operation.sources, operation.name, axis=1)
