@@ -35,11 +35,10 @@ from cpq_train.quantization.numerics.biases import (
 )
 from cpq_train.quantization.numerics.exact_sum import (
     Axes,
-    Codes,
     Convolve,
     add_bias_codes,
+    are_exact,
     exact_sum,
-    num_exact_parts,
 )
 from cpq_train.quantization.numerics.fake_quant import add_codes, rescale
 from cpq_train.quantization.numerics.formats import IntegerFormat
@@ -190,11 +189,12 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
     ) -> Tensor:
         (x_format, w_format), geometry = self._formats(), self._geometry()
-        if int8_kernel.takes(x_codes, w_codes, x_format.qmax, w_format.largest_magnitude, geometry):
-            both = Codes.of(x_codes, x_format), Codes.of(w_codes, w_format)
-            # The kernel rounds its sums: a bias may be added to what it returns where they were below 2^24.
-            if bias_codes is None or num_exact_parts(*both, self.axes) == 1:
-                return add_bias_codes(int8_kernel.convolve(x_codes, w_codes, geometry), bias_codes, self.axes)
+        largest_x, largest_w = x_format.qmax, w_format.largest_magnitude
+        if int8_kernel.takes(x_codes, w_codes, largest_x, largest_w, geometry):
+            sums = int8_kernel.convolve(x_codes, w_codes, geometry)
+            # It rounds its sums once; with a bias they must not have been rounded yet.
+            if bias_codes is None or are_exact(sums, w_codes[0].numel() * largest_x * largest_w):
+                return add_bias_codes(sums, bias_codes, self.axes)
         return super()._exact_sum(x_codes, w_codes, convolve, bias_codes)
 
     def _geometry(self) -> Geometry:

@@ -97,6 +97,19 @@ def exact_sum(
     return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total))
 
 
+def are_exact(sums: Tensor, bound: int) -> bool:
+    """Whether sums that were rounded to fp32 once are the whole numbers that they were.
+
+    Args:
+        sums: fp32.
+        bound: What none of them can pass.
+    """
+    if bound < EXACT_LIMIT or not sums.numel():
+        return True
+    low, high = sums.aminmax()
+    return max(-float(low), float(high)) < EXACT_LIMIT
+
+
 def add_bias_codes(sums: Tensor, bias_codes: Tensor | None, axes: Axes) -> Tensor:
     """Exact sums and their bias codes, in place; in fp32 the total is rounded here, once."""
     if bias_codes is None:
