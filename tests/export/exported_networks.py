@@ -69,6 +69,7 @@ SCHEMES: dict[str, str | dict[str, Any]] = {
         input={"bits": 8, "signed": False},
     ),
     "sixteen": _scheme(input={"bits": 16}),
+    "float biases": _scheme(CONV_INPUT),
     "accumulator": _scheme(CONV_INPUT, bias="accumulator"),
     "accumulator 16": _scheme(input={"bits": 16}, bias="accumulator"),
     "accumulator w4": _scheme(CONV_INPUT, weight={"bits": 4, "method": "mse"}, bias="accumulator"),

@@ -16,6 +16,7 @@ from cpq_train.export.engine import Engine
 from cpq_train.export.writing import write_deployment
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
+from cpq_train.quantization.ranges.bias_steps import widen_steps
 from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 
@@ -51,6 +52,7 @@ def test_no_head_output_differs(name: str, scheme: str, realdata_dir: Path, tmp_
     inputs = (features, torch.cat([coords.new_zeros(len(coords), 1), coords], 1), 1)
     with torch.no_grad(), collecting_ranges(subject.network):
         subject.network(*inputs)
+    widen_steps(subject.network)
     check_ranges(subject.network)
     (tmp_path / "source.ckpt").write_bytes(b"stands for a checkpoint, whose hash is taken")
     data = DataSettings(

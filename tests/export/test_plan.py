@@ -277,7 +277,7 @@ def _copied(operation: Operation) -> Operation:
 
 
 def _plan() -> Plan:
-    return plan_of(subject_of("int8").network)
+    return plan_of(subject_of("float biases").network)
 
 
 def _with(plan: Plan, name: str, change: Callable[[Any], Operation]) -> Plan:

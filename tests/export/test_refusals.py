@@ -33,6 +33,7 @@ from cpq_train.export.sidecar import sidecar_path
 from cpq_train.export.writing import check_place
 from cpq_train.models import CenterPoint
 from cpq_train.quantization.layers import quantize_layer, unquantize_layer
+from cpq_train.quantization.ranges.bias_steps import widen_steps
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 
 DENSE = "backbone_2d.blocks.1.4"
@@ -187,6 +188,7 @@ def test_the_smallest_range_there_is() -> None:
     amax = torch.nextafter(torch.tensor(TINIEST), torch.tensor(1.0))
     for name in (DENSE, SPARSE, ADD):
         network.get_submodule(name)._input_quantizer.set_amax(amax)
+    widen_steps(network)
     session = session_of(model_of(plan_of(network)).SerializeToString())
     coords = voxels(500)
     features = features_of(coords)

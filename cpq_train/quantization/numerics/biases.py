@@ -23,8 +23,8 @@ BiasKind = Literal["float", "accumulator", "fp16"]
 LARGEST_BIAS_CODE = 2**30
 """A sum of 32 bits has as much room again for 66,000 products of 8-bit codes."""
 
-FITTED_BIAS_CODE = 2**24
-"""What a widened step makes of a bias that was too large: it may grow 64 times in training."""
+FITTED_BIAS_CODE = 2**28
+"""What a widened step makes of a bias that was too large: it may grow fourfold in training."""
 
 STEP_OF_ZERO_CHANNEL = 2.0**-16
 """Of a weight whose channel is all zero. Any step serves its codes, but its bias has to lie on a fine grid:
