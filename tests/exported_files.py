@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from old_files import CHECKPOINTS
 
@@ -42,3 +44,19 @@ def forge(engine: Path, content: bytes) -> None:
     document = json.loads(sidecar_path(engine).read_text())
     document["file"]["sha256"] = hashlib.sha256(content).hexdigest()
     sidecar_path(engine).write_text(json.dumps(document))
+
+
+NEED_ONNX = (
+    *("comparison", "graph", "reading", "targets", "writing"),
+    *(f"libspconv.{name}" for name in ("arithmetic", "dialect", "reader", "refusals", "writer")),
+    *(f"portable.{name}" for name in ("digits", "fast", "fast_reader", "reader", "rulebooks", "writer")),
+    *(f"tensorrt.{name}" for name in ("lint", "model_view", "reader", "writer")),
+)
+"""Modules of the room `export` that import onnx, themselves or by another."""
+
+
+def take_away(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if onnx or onnxruntime were not installed, and nothing that needs onnx were imported yet."""
+    for module in NEED_ONNX:
+        monkeypatch.delitem(sys.modules, f"cpq_train.export.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)

@@ -14,7 +14,7 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, write_whole
 from cpq_train.export.engine import WHOLE_TARGETS
-from cpq_train.export.planning import PATTERNS
+from cpq_train.export.planning import PATTERNS, plan_of
 from cpq_train.export.sidecar import sidecar_path
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
@@ -68,7 +68,7 @@ def export(
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
     data = data_settings_of(content, checkpoint, detector.network_config)
     chosen = TARGETS[target]
-    if snap_biases:
+    if snap_biases and detector.subject.is_quantized:  # others are refused below
         checkpoint = _snap(chosen, detector, checkpoint, output)
     said = write_deployment(target, detector.subject, detector.post_processing, data, checkpoint, output)
     print_plain(
@@ -113,6 +113,7 @@ def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, outpu
     snapped = output.with_name(f"{output.stem}.snapped.ckpt")
     check_output(snapped)
     subject = detector.subject
+    plan_of(subject.network, target.part)  # refuses dynamic ranges too, which have no step
     moved = snap_biases(subject, PATTERNS[target.part], target.bias)
     if not moved:
         print_plain(f"biases of {checkpoint} are {target.bias} already: nothing to snap")

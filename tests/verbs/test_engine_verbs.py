@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from command_line import fails
-from exported_files import exported, forge, stating
+from exported_files import exported, forge, stating, take_away
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
 from cpq_train.common.checkpoint import sha256_of
@@ -556,9 +556,7 @@ def test_verify_without_a_package(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("graph", "rulebooks", "digits", "portable", "readback", "comparison"):
-        monkeypatch.delitem(sys.modules, f"cpq_train.export.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    take_away(package, monkeypatch)
     error = fails(_verify(checkpoint, engine, tmp_path / "verify.json"), capsys)
     assert f"deployment files need {package}, which cannot be imported (" in error
     assert error.endswith("pip install cpq_train[deploy]")

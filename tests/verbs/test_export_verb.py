@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from command_line import fails
-from exported_files import DATA, stating
+from exported_files import DATA, stating, take_away
 from old_files import CHECKPOINTS
 
 import cpq_train.export
@@ -253,19 +253,10 @@ def test_what_cannot_be_read_back_does_not_appear(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-NEED_ONNX = ("graph", "digits", "rulebooks", "portable", "readback", "writing", "comparison")
-"""Modules of the room that import onnx, themselves or by another."""
-
-
-@pytest.fixture
-def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*(f"cpq_train.export.{module}" for module in NEED_ONNX), "cpq_train.verbs.export"]:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-
-
-@pytest.mark.usefixtures("without_onnx")
-def test_without_onnx(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_onnx(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    take_away("onnx", monkeypatch)
     error = fails(_export(checkpoint, tmp_path / "net.onnx"), capsys)
     assert "deployment files need onnx, which cannot be imported (" in error
     assert error.endswith("pip install cpq_train[deploy]")
