@@ -5,6 +5,7 @@ checkpoints. `latency.json` came with its format: it is of three of these checkp
 """
 
 from pathlib import Path
+from typing import Any
 
 SCHEMA_1 = Path(__file__).resolve().parent / "formats" / "schema_1"
 
@@ -25,3 +26,13 @@ def small_options(root: Path, run: Path, config: str = "float") -> list[str]:
         *("--data.root", str(root), "--trainer.default_root_dir", str(run)),
         *("--baselines.cache_dir", str(run.parent / "baselines")),
     ]
+
+
+def as_said_today(quantization: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization` entry of an old checkpoint with what it does not say: that its biases are float."""
+    rows = {name: {**row, "bias": "float"} for name, row in quantization["layers"].items()}
+    scheme = quantization["scheme"]
+    if scheme is not None:
+        defaults = {**scheme["defaults"], "bias": "float"}
+        scheme = {**scheme, "on_small_step": "error", "defaults": defaults}
+    return {**quantization, "layers": rows, "scheme": scheme}

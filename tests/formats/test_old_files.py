@@ -1,5 +1,6 @@
 """What earlier releases wrote loads, resumes and compares; what a newer one wrote is refused."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from old_files import CHECKPOINTS, SCHEMA_1, small_options
+from old_files import CHECKPOINTS, SCHEMA_1, as_said_today, small_options
 
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
+from cpq_train.export.planning import plan_of
+from cpq_train.export.portable.writer import portable_graph
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
@@ -33,12 +36,27 @@ def test_checkpoints_load(
     detector = CenterPointDetector.load_from_checkpoint(CHECKPOINTS[name], weights_only=weights_only)
     content = torch.load(CHECKPOINTS[name], weights_only=True)
     assert detector.subject.arm == content["quantization"]["arm"]
-    assert detector.subject.describe() == content["quantization"]
+    assert detector.subject.describe() == as_said_today(content["quantization"])
     state = detector.state_dict()
     assert state.keys() == content["state_dict"].keys()
     for key, value in content["state_dict"].items():
         assert torch.equal(state[key], value), key
     assert detector.hparams["post_processing"]["score_threshold"] == 0.03
+
+
+PORTABLE_FILES = {
+    "ptq": "9708699d32e0c255aff8ab107d88a1f4bde3f01c2213d28658198973ccfe25bd",
+    "qat": "cc5e59e1a2e990f3cc47616d44c85fa6246f486bf89bed2fedbd654c091b66da",
+}
+"""SHA-256 of what the first release with `export` wrote of these checkpoints, of version and text apart."""
+
+
+@pytest.mark.parametrize("name", PORTABLE_FILES)
+def test_portable_files_are_what_they_were(name: str) -> None:
+    """Byte for byte: a file of then is read, verified and run by what reads those of today."""
+    network = CenterPointDetector.load_from_checkpoint(CHECKPOINTS[name]).network
+    model = portable_graph(plan_of(network)).model("centerpoint", "0", "")
+    assert hashlib.sha256(model.SerializeToString()).hexdigest() == PORTABLE_FILES[name]
 
 
 def test_runs_compare(tmp_path: Path) -> None:
@@ -84,7 +102,7 @@ def test_a_run_goes_on(simulated_root: Path, tmp_path: Path, monkeypatch: pytest
         torch.load(f, weights_only=True) for f in (CHECKPOINTS["qat"], run / "checkpoints/last.ckpt")
     )
     assert after["global_step"] == 2 * before["global_step"]
-    assert after["quantization"] == before["quantization"]
+    assert after["quantization"] == as_said_today(before["quantization"])
     assert after["data"]["num_sweeps"] == 2
     amax = [name for name in before["state_dict"] if name.endswith("_amax")]
     assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in amax)
