@@ -11,6 +11,7 @@ from cpq_train.common.arm_names import DESCENDANTS, QUANTIZED_ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
 from cpq_train.quantization.prepare import remove_quantizers, unquantized
+from cpq_train.quantization.ranges.bias_steps import widen_steps
 from cpq_train.quantization.scheme import Scheme
 
 
@@ -79,4 +80,5 @@ def _change_batchnorm(subject: Subject, asked: BatchNormPolicy | None, path: str
         )
     if asked == "folded":
         fold_batchnorm(subject.network)
+        widen_steps(subject.network)  # a channel's bias may be new, and its weights next to nothing
     subject.batchnorm = asked
