@@ -12,11 +12,12 @@ from cpq_train.quantization.scheme import Scheme
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseSequential, SubMConv3d
 
 
-def scheme(weight: dict[str, Any] | None = None, input: dict[str, Any] | None = None) -> Scheme:
+def scheme(
+    weight: dict[str, Any] | None = None, input: dict[str, Any] | None = None, bias: str = "float"
+) -> Scheme:
     """4-bit weights, 8-bit inputs, unless told otherwise."""
-    return Scheme.from_dict(
-        {"defaults": {"weight": {"bits": 4, **(weight or {})}, "input": {"bits": 8, **(input or {})}}}
-    )
+    both = {"weight": {"bits": 4, **(weight or {})}, "input": {"bits": 8, **(input or {})}}
+    return Scheme.from_dict({"defaults": {**both, "bias": bias}})
 
 
 def _trained_looking(network: nn.Module) -> nn.Module:

@@ -25,8 +25,9 @@ def test_every_block_gets_nearer_to_its_float_output(kind: str, granularity: str
     assert all(r.learned < r.nearest for r in results)
 
 
-def test_the_whole_network_gets_nearer() -> None:
-    twins = calibrated("dense")
+@pytest.mark.parametrize("bias", ["float", "accumulator"])
+def test_the_whole_network_gets_nearer(bias: str) -> None:
+    twins = calibrated("dense", scheme(bias=bias))
 
     def error() -> float:
         pairs = [[run(n, x) for n in (twins.network, twins.float_network)] for x in twins.batches]

@@ -42,9 +42,12 @@ def test_one_layer_by_hand(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", list(NETWORKS))
-@pytest.mark.parametrize("input_mode", ["static", "off"])
-def test_the_mean_error_of_the_output_falls(kind: str, input_mode: str) -> None:
-    twins = calibrated(kind, scheme(input={"mode": input_mode}))
+@pytest.mark.parametrize(
+    ("input_mode", "bias"),
+    [("static", "float"), ("static", "accumulator"), ("static", "fp16"), ("off", "float")],
+)
+def test_the_mean_error_of_the_output_falls(kind: str, input_mode: str, bias: str) -> None:
+    twins = calibrated(kind, scheme(input={"mode": input_mode}, bias=bias))
     before = _mean_error(twins).norm()
     correct_biases(twins)
     assert _mean_error(twins).norm() < 0.2 * before
