@@ -185,7 +185,8 @@ def test_one_other_attribute_is_found(tmp_path: Path) -> None:
     for place, node in enumerate(_model().graph.node):
         for number, attribute in enumerate(node.attribute):
             is_dense = "backbone_3d" not in node.output[0] and "voxels" not in node.output[0]
-            if is_dense and node.op_type in (*CONVOLUTIONS, "Transpose", "Concat", "Cast"):
+            is_new = (node.op_type, attribute.name) not in seen or place % 5 == 0  # of many alike, some
+            if is_dense and is_new and node.op_type in (*CONVOLUTIONS, "Transpose", "Concat", "Cast"):
                 seen.add((node.op_type, attribute.name))
                 model = _model()
                 _change_attribute(model.graph.node[place].attribute[number])
