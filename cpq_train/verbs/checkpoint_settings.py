@@ -35,6 +35,10 @@ def keep_what_was_asked(config: Namespace, asked: Namespace, given: Given) -> No
     """Have a fit compared with the checkpoint that it resumes: Lightning lets that one's settings win."""
     for name in DECIDED_BY_STRUCTURE:
         _keep(config.model, asked.model, name, f"model.{name}", given)
+    if (
+        asked.model.scheme is None
+    ):  # the checkpoint's own: the file that it names may say something else by now
+        config.model.scheme = None
 
 
 def _keep(config: Namespace, asked: Namespace, key: str, name: str, given: Given) -> None:

@@ -41,6 +41,10 @@ DIFFERENCES = {
 }
 
 
+AS_IT_IS = ["--model.scheme", "null"]
+"""The scheme of the checkpoint: int8.yaml, which the old configurations name, has other biases by now."""
+
+
 @pytest.mark.parametrize("which", ["last", "file"])
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_another_setting_is_refused(
@@ -73,6 +77,26 @@ def test_a_file_alone_goes_on(run: Path, simulated_root: Path, tmp_path: Path) -
     assert saved["model"]["arm"] == "qat"
 
 
+@pytest.mark.parametrize("which", ["last", "file"])
+def test_what_a_refusal_says_to_type_works(
+    which: str, run: Path, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scheme file that the run began with says something else by now."""
+    checkpoint = "last" if which == "last" else str(run / "checkpoints/last.ckpt")
+    folder = run if which == "last" else tmp_path / "again"
+    options = ["fit", *small_options(simulated_root, folder, "qat"), "--trainer.max_epochs", "2"]
+    options += ["--ckpt_path", checkpoint]
+    error = fails(options, capsys)
+    assert "defaults.bias: checkpoint float, model.scheme accumulator" in error
+    assert error.endswith(f"to go on as the checkpoint is: {' '.join(AS_IT_IS)}")
+    main([*options, *AS_IT_IS])
+    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 6
+    assert {row["bias"] for row in content["quantization"]["layers"].values()} == {"float"}
+    options = ["fit", *small_options(simulated_root, folder, "qat"), "--trainer.max_epochs", "3"]
+    main([*options, "--ckpt_path", "last", *AS_IT_IS])  # and again
+
+
 def test_the_scheme_is_compared_where_its_file_is_there(
     run: Path, simulated_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -97,7 +121,7 @@ def test_nan_in_the_optimizer_is_refused(
     content = torch.load(CHECKPOINTS["qat"], weights_only=True)
     content["optimizer_states"][0]["state"][3]["exp_avg"].view(-1)[0] = torch.nan
     torch.save(content, run / "checkpoints/last.ckpt")
-    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2"]
+    options = [*small_options(simulated_root, run, "qat"), "--trainer.max_epochs", "2", *AS_IT_IS]
     error = fails(["fit", *options, "--ckpt_path", "last"], capsys)
     assert "1 tensors hold NaN or infinite numbers: optimizer.3.exp_avg (1 of" in error
 
@@ -127,7 +151,7 @@ def test_one_option_of_a_group_asks_for_no_other(simulated_root: Path, tmp_path:
     options = ["-c", str(tmp_path / "c.yaml"), *small_options(simulated_root, tmp_path / "again")[2:]]
     options += ["--ckpt_path", str(CHECKPOINTS["learned"]), "--trainer.max_epochs", "3"]
     more = ["--model.ranges.every_num_steps", "10", "--model.network.head_channels", "8"]
-    main(["fit", *options, *more])
+    main(["fit", *options, *more, *AS_IT_IS])
     content = torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)
     assert content["hyper_parameters"]["ranges"]["amax"] == "learned"
 

@@ -218,7 +218,8 @@ def test_last_takes_the_data_of_the_run(simulated_root: Path, bare: Path, tmp_pa
 def test_a_scheme_found_beside_its_configuration_is_not_needed_again(
     simulated_root: Path, tmp_path: Path
 ) -> None:
-    shutil.copy("configs/schemes/int8.yaml", tmp_path / "mine.yaml")
+    own = torch.load(CHECKPOINTS["ptq"], weights_only=True)["quantization"]["scheme"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
     (tmp_path / "qat.yaml").write_text(yaml.safe_dump({"model": {"scheme": "mine.yaml", "arm": "qat"}}))
     options = ["fit", *small_options(simulated_root, tmp_path / "run"), "-c", str(tmp_path / "qat.yaml")]
     options += ["--model.weights", str(CHECKPOINTS["ptq"]), "--ckpt_path", "last"]
