@@ -179,11 +179,11 @@ def arm_settings(module: CenterPointDetector) -> dict[str, Any]:
         }
     subject = module.subject
     scheme = subject.scheme
-    bits = {} if scheme is None else vars(scheme.defaults)
+    both = {} if scheme is None else {"weight": scheme.defaults.weight, "input": scheme.defaults.input}
     return {
         "arm": subject.arm,
         "scheme": None if scheme is None else scheme.name,
-        "bits": {name: None if q.is_off else q.bits for name, q in bits.items()},
+        "bits": {name: None if q.is_off else q.bits for name, q in both.items()},
         "batchnorm": subject.batchnorm,
         "parents": dict(subject.parents),
     }
