@@ -38,7 +38,8 @@ def test_loss_curves_agree(fits: dict[str, list[dict[str, Any]]], name: str) -> 
         for part in one["logged"][0]:
             if part != "train/grad_norm":
                 torch.testing.assert_close(_curve(two, part), _curve(one, part), rtol=0, atol=1e-4)
-        torch.testing.assert_close(_curve(two, "train/grad_norm")[:4], _curve(one, "train/grad_norm")[:4])
+        norms = [_curve(fit, "train/grad_norm")[:4] for fit in (two, one)]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0)  # gradients are summed in another order
 
 
 @pytest.mark.parametrize("name", ["", "_taught"])
