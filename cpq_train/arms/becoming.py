@@ -53,10 +53,7 @@ def _check_scheme(subject: Subject, asked: Scheme | None, path: str | Path) -> N
     if asked is None or subject.scheme is None:
         return
     if difference := scheme_difference(asked, subject.scheme, subject.calibration):
-        raise UserError(
-            f"checkpoint {str(path)!r} was calibrated with another scheme:\n{difference}\n"
-            "accepted: its own, by model.scheme null; or a checkpoint that calibrate makes with this one"
-        )
+        raise UserError(f"checkpoint {str(path)!r} was calibrated with another scheme:\n{difference}")
 
 
 def _without_quantizers(subject: Subject, arm: Arm, path: str | Path) -> Subject:

@@ -64,8 +64,8 @@ def _kinds(network: nn.Module) -> dict[str, str]:
 
 
 def _scheme(bias: str = "accumulator", **more: Any) -> Scheme:
-    content = yaml.safe_load(Path(INT8).read_text())
-    return Scheme.from_dict({**content, **more, "defaults": {**content["defaults"], "bias": bias}})
+    content = {**yaml.safe_load(Path(INT8).read_text()), "on_small_step": "error", **more}
+    return Scheme.from_dict({**content, "defaults": {**content["defaults"], "bias": bias}})
 
 
 # Old checkpoints
@@ -166,9 +166,8 @@ def test_a_fit_with_other_biases_is_refused_and_says_what_to_type(
     options = ["fit", *small_options(simulated_root, tmp_path / "run")]
     options += ["--model.arm", "qat", "--model.weights", str(CHECKPOINTS["ptq"])]
     error = fails([*options, "--model.scheme", INT8], capsys)
-    assert (
-        f"'{CHECKPOINTS['ptq']}' was calibrated with another scheme: defaults.bias: checkpoint float" in error
-    )
+    assert f"'{CHECKPOINTS['ptq']}' was calibrated with another scheme: " in error
+    assert "defaults.bias: checkpoint float, model.scheme accumulator" in error
     assert error.endswith("to go on as the checkpoint is: --model.scheme null")
     assert not list((tmp_path / "run").rglob("*.ckpt"))
     goes_on = from_weights(_config("ptq"), CHECKPOINTS["ptq"], "qat", None)
