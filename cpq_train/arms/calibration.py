@@ -15,7 +15,7 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.progress import track
 from cpq_train.quantization.health import Problem, refuse, table
 from cpq_train.quantization.prepare import leave_in_float
-from cpq_train.quantization.ranges.bias_steps import bias_problems, widen_steps
+from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -85,7 +85,7 @@ def _fit_biases(network: nn.Module, show: bool) -> None:
     if widened and show:
         lines = "".join(f"\n  {name}: channels {', '.join(map(str, c))}" for name, c in widened.items())
         print_plain(f"warning: steps of weights widened, too small for their biases:{lines}", style="yellow")
-    refuse(bias_problems(network))
+    check_biases(network)
 
 
 def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:

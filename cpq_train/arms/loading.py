@@ -25,6 +25,7 @@ from cpq_train.common.checkpoint import (
 )
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy
+from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.scheme import Scheme
 
 
@@ -49,11 +50,12 @@ def load(config: NetworkConfig, path: str | Path) -> Subject:
     """The network of a checkpoint, as the checkpoint has it.
 
     Raises:
-        UserError: The file is unreadable; see `from_content`.
+        UserError: The file is unreadable, or a layer cannot hold its bias; see `from_content`.
     """
     checkpoint = read_checkpoint(path)
     subject = from_content(config, checkpoint, path)
     subject.network.load_state_dict(network_state(checkpoint))
+    check_biases(subject.network, f"checkpoint {str(path)!r}: ")
     return subject
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpq_train.arms.subject import Subject
-from cpq_train.quantization.health import refuse
 from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.numerics.biases import BiasKind, bias_codes, in_half_precision
-from cpq_train.quantization.ranges.bias_steps import bias_problems, widen_steps
+from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.scheme import Rule
 from cpq_train.quantization.switches import quantized_layers
 
@@ -61,7 +60,7 @@ def snap_biases(subject: Subject, patterns: Sequence[str], kind: BiasKind) -> li
     for name, layer in changed.items():
         layer.take_bias(schemes[name])
     widen_steps(subject.network)
-    refuse(bias_problems(subject.network))
+    check_biases(subject.network)
     subject.scheme, subject.prepared.schemes = scheme, schemes
     return [_moved(name, layer) for name, layer in changed.items() if layer.bias is not None]
 

@@ -30,6 +30,7 @@ from cpq_train.models.flip_averaging import Network, check_flippable, flip_avera
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
 )
+from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
@@ -223,7 +224,7 @@ class CenterPointDetector(ArmModule):
 
     @override
     def on_validation_start(self) -> None:
-        """Refuse to score a network whose ranges were never found."""
+        """Refuse to score a network whose ranges were never found, or whose layers cannot hold their bias."""
         if self.engine is not None:
             return
         self._moving_ranges.move(self.network)  # between accumulated batches: validation is not observed
@@ -232,6 +233,7 @@ class CenterPointDetector(ArmModule):
                 f"model.weights {self.weights!r} has no activation ranges: run calibrate first, "
                 "or set model.arm to float"
             )
+        check_biases(self.network)
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start

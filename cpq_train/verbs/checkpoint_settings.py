@@ -35,9 +35,7 @@ def keep_what_was_asked(config: Namespace, asked: Namespace, given: Given) -> No
     """Have a fit compared with the checkpoint that it resumes: Lightning lets that one's settings win."""
     for name in DECIDED_BY_STRUCTURE:
         _keep(config.model, asked.model, name, f"model.{name}", given)
-    if (
-        asked.model.scheme is None
-    ):  # the checkpoint's own: the file that it names may say something else by now
+    if asked.model.scheme is None:  # the checkpoint's own, whatever the file of that name says by now
         config.model.scheme = None
 
 

@@ -26,6 +26,7 @@ from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
 from cpq_train.export.engine import open_engine
 from cpq_train.export.plan import differences
+from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
 from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.simulator import simulate
@@ -84,6 +85,7 @@ def verify(
     content = read_checkpoint(checkpoint, mmap=True)
     _check_verifiable(content, checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
+    check_biases(detector.network, f"checkpoint {str(checkpoint)!r}: ")
     data = data_settings_of(content, checkpoint, detector.network_config)
     data = replace(data, num_sweeps=num_sweeps or data.num_sweeps)
     findings = Findings()

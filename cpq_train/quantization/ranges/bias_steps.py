@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from cpq_train.quantization.health import WEIGHT_QUANTIZER, Problem
+from cpq_train.common.errors import UserError
+from cpq_train.quantization.health import WEIGHT_QUANTIZER, Problem, table
 from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.numerics.biases import FITTED_BIAS_CODE, LARGEST_BIAS_CODE
 from cpq_train.quantization.quantizer import Quantizer
@@ -48,6 +49,20 @@ def _widen(quantizer: Quantizer, weight: Tensor, factor: Tensor) -> None:
     factor = factor.amax() if quantizer.is_per_tensor else factor.view_as(step)
     amax = (step * factor * quantizer.format.qmax).to(quantizer.amax)
     quantizer.set_amax(torch.where(factor > 1, amax, quantizer.amax))
+
+
+def check_biases(network: nn.Module, where: str = "") -> None:
+    """Whether the arithmetic of every layer can hold its bias.
+
+    Args:
+        network: Calibrated.
+        where: What the sentence starts with, such as a checkpoint's name and a colon.
+
+    Raises:
+        UserError: It cannot, with a table of the layers.
+    """
+    if problems := bias_problems(network):
+        raise UserError(f"{where}{len(problems)} layers cannot hold their bias:\n{table(problems)}")
 
 
 @torch.no_grad()
