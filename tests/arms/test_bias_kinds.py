@@ -227,7 +227,7 @@ def test_steps_that_the_fold_makes_too_small_are_widened_where_the_scheme_says_s
 def test_steps_that_the_fold_makes_too_small_are_refused_where_the_checkpoint_is_loaded(
     tmp_path: Path,
 ) -> None:
-    said = r"checkpoint '.*': \d+ layers cannot hold their bias:(.|\n)*step too small for the bias; .* channels 1"
+    said = r"checkpoint '.*': \d+ layers cannot hold their bias:(.|\n)*too small for the bias; .* channels 1"
     with pytest.raises(UserError, match=said):
         _folded(_kept("trained", _scheme(), tmp_path, dead=True))
 
