@@ -37,10 +37,10 @@ cpq export "$qat" --output "$engine" --with_runtime
 cpq validate "${base[@]}" --model.engine_file "$engine" --trainer.default_root_dir "$runs/deployed"
 cpq verify "$qat" --engine "$engine" --root "$data" --num_samples 40
 
-# The other files of the same network: 8-bit kernels in onnxruntime, and the two halves for NVIDIA's engines.
+# The other files: 8-bit kernels in onnxruntime, and the two halves for NVIDIA's engines, both of the checkpoint with the biases that these have.
 cpq export "$qat" --output "$runs/deployed/qat_fast.onnx" --target portable-fast
-cpq export "$qat" --output "$runs/deployed/qat_dense.onnx" --target tensorrt
 cpq export "$qat" --output "$runs/deployed/qat_sparse.onnx" --target libspconv --snap_biases
+cpq export "$runs/deployed/qat_sparse.snapped.ckpt" --output "$runs/deployed/qat_dense.onnx" --target tensorrt
 
 # What each costs by layer, and what a pass takes, measured in turn in one process.
 cpq profile "${base[@]}" --trainer.accelerator cpu "$float" "$runs/ptq/ptq.ckpt" "$qat" --engine_file "$engine" --sample first --output "$runs"

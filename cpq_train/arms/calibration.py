@@ -63,6 +63,7 @@ def calibrate(
         _collect_ranges(subject, samples.calibration_dataloader(), forward, show)
         subject.network.load_state_dict(given, strict=False)
         seen = samples.calibration_info()
+    _fit_biases(subject.network, show)  # bias correction would take what saturates for an error
     subject.calibration = {
         "method": subject.scheme.defaults.input.method,
         **seen,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ class Probe:
     """A deployment file with the codes of every layer as further outputs.
 
     Where kernels round on their own, a code beside a tie changes sums in all layers behind it. So the layers
-    on maps of such a file are judged one by one: each reads the codes that the network had.
+    on maps of such a file are judged one by one, those that write the heads too: each reads the codes that
+    the network had.
 
     Args:
         engine: What runs the file itself.
@@ -97,9 +99,10 @@ class Probe:
         for operation in self.plan.operations:
             if operation.name in seen and isinstance(operation, Addition | Convolution):
                 self._count(operation, seen[operation.name], values, flips)
-        for head, other in zip(ours, theirs, strict=True):
-            for branch, tensor in head.items():
-                flips.count_outputs(tensor, other[branch])
+        for output in self.engine.sidecar.outputs:
+            head, branch = output["head"], output["branch"]
+            found = torch.from_numpy(values[output["name"]]) if self.given else theirs[head][branch]
+            flips.count_outputs(ours[head][branch], found)
         return ours, theirs
 
     def _codes_of_maps(self) -> dict[str, tuple[int, ...]]:

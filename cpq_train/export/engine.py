@@ -22,7 +22,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.export.packages import require
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import COORDS, FEATURES
-from cpq_train.export.sidecar import read_sidecar
+from cpq_train.export.sidecar import Sidecar, read_sidecar
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 
 WHOLE_TARGETS = ("portable", "portable-fast")
@@ -128,23 +128,6 @@ class Engine(nn.Module):
         names: Sequence[str] = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(None, {**feed, **further}), strict=True))
 
-    def check_source(self, checkpoint: str | Path | None) -> None:
-        """Whether the file was exported from a checkpoint; None asks for nothing.
-
-        Raises:
-            UserError: It was exported from another one, or there is none.
-        """
-        if checkpoint is None:
-            return
-        if not Path(checkpoint).is_file():
-            raise UserError(f"checkpoint {str(checkpoint)!r} does not exist")
-        source, found = self.sidecar.checkpoint, sha256_of(checkpoint)
-        if source["sha256"] != found:
-            raise UserError(
-                f"engine file {str(self.file)!r} was exported from {source['path']!r} with SHA-256 "
-                f"{source['sha256'][:12]}…, not from {str(checkpoint)!r} with {found[:12]}…"
-            )
-
     def check_sizes(self, config: NetworkConfig) -> None:
         """Whether the file has the sizes that are asked for.
 
@@ -220,12 +203,25 @@ def open_engine(
         network: Gives the network of that checkpoint, whose sparse part runs in front of a dense part.
 
     Raises:
-        UserError: See `Engine`; or the file was exported from another checkpoint.
+        UserError: See `Engine`; or the file was exported from another checkpoint, or there is none.
     """
-    is_part = read_sidecar(file).target in DENSE_TARGETS
-    engine = Engine(file, _front_of(network().eval()) if is_part and network is not None else None)
-    engine.check_source(checkpoint)
-    return engine
+    sidecar = read_sidecar(file)
+    _check_source(file, sidecar, checkpoint)
+    is_part = sidecar.target in DENSE_TARGETS
+    return Engine(file, _front_of(network().eval()) if is_part and network is not None else None)
+
+
+def _check_source(file: Path, sidecar: Sidecar, checkpoint: str | Path | None) -> None:
+    if checkpoint is None:
+        return
+    if not Path(checkpoint).is_file():
+        raise UserError(f"checkpoint {str(checkpoint)!r} does not exist")
+    source, found = sidecar.checkpoint, sha256_of(checkpoint)
+    if source["sha256"] != found:
+        raise UserError(
+            f"engine file {str(file)!r} was exported from {source['path']!r} with SHA-256 "
+            f"{source['sha256'][:12]}…, not from {str(checkpoint)!r} with {found[:12]}…"
+        )
 
 
 def _front_of(network: CenterPoint) -> Front:

@@ -44,13 +44,6 @@ Part = Literal["whole", "sparse", "dense"]
 SPARSE_PREFIX = "backbone_3d."
 """What the names of layers that work on voxels start with."""
 
-PATTERNS: dict[Part, tuple[str, ...]] = {
-    "whole": ("*",),
-    "sparse": (f"{SPARSE_PREFIX}*",),
-    "dense": ("backbone_2d.*", "dense_head.*"),
-}
-"""Part -> globs over the names of its layers."""
-
 MAX_WEIGHT_BITS = 8
 """Wider codes fit no engine's integer weights."""
 
@@ -74,12 +67,13 @@ def plan_of(network: CenterPoint, part: Part = "whole") -> Plan:
         UserError: Layers cannot be exported; names each and says why.
     """
     refuse(why_not(network, part))
-    plan = _whole_plan(network)
+    plan = _whole_plan(network, part)
     return plan if part == "whole" else sparse_part(plan) if part == "sparse" else dense_part(plan)
 
 
-def _whole_plan(network: CenterPoint) -> Plan:
-    walk = _Walk(names_of(network))
+def _whole_plan(network: CenterPoint, part: Part) -> Plan:
+    """All operations; outside the part, which is cut off it, layers stand for their geometry alone."""
+    walk = _Walk(names_of(network), part)
     sparse, bev, head = network.backbone_3d, network.backbone_2d, network.dense_head
     stages = (sparse.conv_input, sparse.conv1, sparse.conv2, sparse.conv3, sparse.conv4, sparse.conv_out)
     volume = walk.through(stages, FEATURES)
@@ -104,6 +98,7 @@ class _Walk:
     """The operations on the way of a tensor through modules."""
 
     names: dict[nn.Module, str]
+    part: Part
     operations: list[Operation] = field(default_factory=list)
 
     def add(self, operation: Operation) -> str:
@@ -115,7 +110,8 @@ class _Walk:
         padding = (0, 0)
         for module in modules:
             if isinstance(module, CONVOLUTIONS):
-                x = self.add(_convolution(self.names[module], module, x, padding))
+                name = self.names[module]
+                x = self.add(_convolution(name, module, x, padding, is_said=_is_in(self.part, name)))
                 padding = (0, 0)
             elif isinstance(module, nn.ReLU):
                 last = self.operations[-1]
@@ -132,17 +128,24 @@ class _Walk:
 
     def _residual_block(self, block: SparseBasicBlock, x: str) -> str:
         branch = self.through([block.conv1, block.relu, block.conv2], x)
-        self.add(_addition(self.names[block.quant_add], block.quant_add, branch, x))
+        name = self.names[block.quant_add]
+        self.add(_addition(name, block.quant_add, branch, x, is_said=_is_in(self.part, name)))
         return self.through([block.relu], self.operations[-1].name)
 
 
-def _convolution(name: str, layer: Any, source: str, padding: tuple[int, int]) -> Convolution:
-    weight, weight_step, input_range = layer.weight.numpy().copy(), None, None
-    if isinstance(layer, QuantizedConvolution):
+def _is_in(part: Part, layer: str) -> bool:
+    return part == "whole" or layer.startswith(SPARSE_PREFIX) == (part == "sparse")
+
+
+def _convolution(name: str, layer: Any, source: str, padding: tuple[int, int], is_said: bool) -> Convolution:
+    weight, weight_step, input_range, bias = layer.weight.numpy(), None, None, None
+    if is_said:
+        weight, bias = weight.copy(), _bias(layer)
+    if is_said and isinstance(layer, QuantizedConvolution):
         weight, weight_step = _weight_codes(layer)
         input_range = _range(layer._input_quantizer)
     return Convolution(
-        name, _kind(layer), source, weight, weight_step, _bias(layer), input_range, _kernel(layer, padding)
+        name, _kind(layer), source, weight, weight_step, bias, input_range, _kernel(layer, padding)
     )
 
 
@@ -182,8 +185,8 @@ def _weight_codes(layer: QuantizedConvolution) -> tuple[np.ndarray[Any, Any], Fl
     return codes.to(torch.int8).numpy(), chosen.step.reshape(-1).expand(num_channels).numpy().copy()
 
 
-def _addition(name: str, layer: ResidualAdd, branch: str, identity: str) -> Addition:
-    if not isinstance(layer, QuantAdd):
+def _addition(name: str, layer: ResidualAdd, branch: str, identity: str, is_said: bool) -> Addition:
+    if not (is_said and isinstance(layer, QuantAdd)):
         return Addition(name, (branch, identity), None)
     both = layer._input_quantizer, layer._residual_quantizer or layer._input_quantizer
     return Addition(name, (branch, identity), (_range(both[0]), _range(both[1])))
@@ -191,7 +194,10 @@ def _addition(name: str, layer: ResidualAdd, branch: str, identity: str) -> Addi
 
 def _range(quantizer: Quantizer | None) -> InputRange:
     assert quantizer is not None
-    return InputRange(_amax(quantizer), cast(IntegerFormat, quantizer.format))
+    chosen = cast(IntegerFormat, quantizer.format)
+    if not chosen.signed:  # no code is left out of a narrow range from 0
+        chosen = replace(chosen, narrow_range=False)
+    return InputRange(_amax(quantizer), chosen)
 
 
 def _amax(quantizer: Quantizer) -> float:
@@ -204,7 +210,7 @@ def why_not(network: nn.Module, part: Part = "whole") -> dict[str, str]:
     reasons = {
         name: _why_not(module) or (_why_not_exact(module) if part == "whole" else "")
         for name, module in network.named_modules()
-        if part == "whole" or name.startswith(SPARSE_PREFIX) == (part == "sparse")
+        if _is_in(part, name)
     }
     for problem in bias_problems(network):
         layer = problem.quantizer.rpartition(".")[0]

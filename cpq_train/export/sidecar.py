@@ -92,7 +92,8 @@ class Sidecar:
     def parents(self) -> dict[str, str]:
         """Arm -> SHA-256 of the checkpoints that the file came from, the exported one included."""
         source = self.checkpoint
-        return {**source["parents"], source["arm"]: source["sha256"]}
+        # One with snapped biases names the checkpoint of its arm that it was made of: that is the run's.
+        return {source["arm"]: source["sha256"], **source["parents"]}
 
     def write(self, path: Path) -> None:
         """Write the file."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cpq_train.common.errors import UserError
 from cpq_train.export.libspconv import arithmetic, refusals
 from cpq_train.export.libspconv import reader as libspconv_reader
 from cpq_train.export.libspconv import writer as libspconv_writer
 from cpq_train.export.plan import Convolution, Plan
-from cpq_train.export.planning import Part
+from cpq_train.export.planning import SPARSE_PREFIX, Part
 from cpq_train.export.portable import fast, fast_reader, reader
 from cpq_train.export.portable.writer import portable_graph
 from cpq_train.export.tensorrt import reader as tensorrt_reader
@@ -40,7 +42,8 @@ class Target:
     Args:
         part: How much of a network it holds.
         is_exact: Whether its engine's numbers are those of the network, bit for bit.
-        bias: The kind of bias that it has, which `export --snap_biases` makes.
+        snapped: Glob over names of layers -> the kind of bias that `export --snap_biases` gives them; later
+            ones win. Those of the libspconv target serve a tensorrt file of the same checkpoint too.
         model_of: The content of a file, from a plan, a version of this package and a text.
         read_plan: A file's plan, which raises a UserError where it is not one that `model_of` makes.
         why_not: Name -> reason of the layers of a plan that it cannot say.
@@ -50,7 +53,7 @@ class Target:
 
     part: Part
     is_exact: bool
-    bias: BiasKind
+    snapped: Mapping[str, BiasKind]
     model_of: Callable[[Plan, str, str], Any]
     read_plan: Callable[[Path], Plan]
     why_not: Callable[[Plan], dict[str, str]] = _nothing
@@ -73,12 +76,33 @@ def _remarks_of_fast(plan: Plan, file: Path) -> list[str]:
     ]
 
 
+def _remarks_of_tensorrt(plan: Plan, file: Path) -> list[str]:
+    lines = [f"TensorRT's form, not run in TensorRT; it builds with: {trtexec_line(file)}"]
+    layers = [o for o in plan.operations if isinstance(o, Convolution) and o.input_range is not None]
+    num_off = sum(layer.bias is not None and layer.bias.dtype != np.int32 for layer in layers)
+    if num_off:
+        lines.append(
+            f"biases of {num_off} of {len(layers)} layers are no whole multiples of their step: TensorRT's "
+            "kernels round them, and some codes become others; bias: accumulator, or --snap_biases"
+        )
+    return lines
+
+
+def _remarks_of_libspconv(plan: Plan, file: Path) -> list[str]:
+    layers = [o for o in plan.operations if isinstance(o, Convolution)]
+    in_half = [layer.name for layer in layers if layer.input_range is None]
+    lines = ["libspconv's form, not run in libspconv"]
+    if in_half:
+        lines.append(f"weights and biases of float layers are rounded to fp16: {', '.join(in_half)}")
+    return [*lines, *refusals.remarks(plan)]
+
+
 TARGETS = {
-    "portable": Target("whole", True, "accumulator", _portable, reader.read_plan),
+    "portable": Target("whole", True, {"*": "accumulator"}, _portable, reader.read_plan),
     "portable-fast": Target(
         "whole",
         False,
-        "accumulator",
+        {"*": "accumulator"},
         _fast,
         fast_reader.read_plan,
         why_not=fast.why_not,
@@ -88,23 +112,21 @@ TARGETS = {
     "tensorrt": Target(
         "dense",
         False,
-        "accumulator",
+        {"backbone_2d.*": "accumulator", "dense_head.*": "accumulator"},
         tensorrt_writer.model_of,
         tensorrt_reader.read_plan,
         why_not=tensorrt_writer.why_not,
-        remarks=lambda plan, file: [
-            f"TensorRT's form, not run in TensorRT; it builds with: {trtexec_line(file)}"
-        ],
+        remarks=_remarks_of_tensorrt,
     ),
     "libspconv": Target(
         "sparse",
         False,
-        "fp16",
+        {"*": "accumulator", f"{SPARSE_PREFIX}*": "fp16"},
         libspconv_writer.model_of,
         libspconv_reader.read_plan,
         why_not=refusals.why_not,
         as_said=arithmetic.in_half_precision,
-        remarks=lambda plan, file: ["libspconv's form, not run in libspconv", *refusals.notes(plan)],
+        remarks=_remarks_of_libspconv,
     ),
 }
 """Name -> what it is."""

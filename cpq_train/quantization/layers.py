@@ -31,7 +31,7 @@ from cpq_train.quantization.numerics.biases import (
     STEP_OF_ZERO_CHANNEL,
     BiasKind,
     as_deployed,
-    in_half_precision,
+    rounded_to_half,
 )
 from cpq_train.quantization.numerics.exact_sum import (
     Axes,
@@ -125,7 +125,7 @@ class QuantizedConvolution(nn.Module):
         out = convolve(x, weight)
         if self.bias is None:
             return out
-        bias = in_half_precision(self.bias) if self.bias_kind == "fp16" else self.bias
+        bias = rounded_to_half(self.bias) if self.bias_kind == "fp16" else self.bias
         return out + self._per_channel(bias, out)
 
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:

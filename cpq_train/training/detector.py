@@ -30,7 +30,7 @@ from cpq_train.models.flip_averaging import Network, check_flippable, flip_avera
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
 )
-from cpq_train.quantization.ranges.bias_steps import check_biases
+from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
@@ -233,6 +233,8 @@ class CenterPointDetector(ArmModule):
                 f"model.weights {self.weights!r} has no activation ranges: run calibrate first, "
                 "or set model.arm to float"
             )
+        if self.trainer.state.fn == "fit":
+            widen_steps(self.network)  # biases may have grown
         check_biases(self.network)
 
     on_test_start = on_validation_start

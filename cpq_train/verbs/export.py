@@ -14,7 +14,7 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, write_whole
 from cpq_train.export.engine import WHOLE_TARGETS
-from cpq_train.export.planning import PATTERNS, plan_of
+from cpq_train.export.planning import plan_of
 from cpq_train.export.sidecar import sidecar_path
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
@@ -110,31 +110,48 @@ def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, outpu
     """
     from cpq_train.export.writing import plan_for  # this needs onnx
 
+    subject, source = detector.subject, sha256_of(checkpoint)
     snapped = output.with_name(f"{output.stem}.snapped.ckpt")
-    check_output(snapped)
-    subject = detector.subject
+    _check_snapped(snapped, subject.arm, source)
     plan_of(subject.network, target.part)  # refuses dynamic ranges too, which have no step
-    moved = snap_biases(subject, PATTERNS[target.part], target.bias)
+    moved = snap_biases(subject, target.snapped)
     if not moved:
-        print_plain(f"biases of {checkpoint} are {target.bias} already: nothing to snap")
+        print_plain(f"no bias of {checkpoint} is to be snapped")
         return checkpoint
-    if snapped.exists() and snapped.samefile(checkpoint):
-        raise UserError(
-            f"output {str(output)!r}: the checkpoint with other biases would replace {str(checkpoint)!r}, "
-            "which it is made of; choose another name"
-        )
     plan_for(target, detector.network)  # nothing is written of what is refused
-    subject.parents = {**subject.parents, subject.arm: sha256_of(checkpoint)}
+    subject.parents = {**subject.parents, subject.arm: source}
     write_subject(subject, checkpoint, snapped)
-    print_plain(_sentence(moved, target))
+    print_plain(_sentence(moved))
     print_plain(f"checkpoint with these biases: {snapped}")
     return snapped
 
 
-def _sentence(moved: list[Moved], target: Target) -> str:
+def _check_snapped(snapped: Path, arm: str, source: str) -> None:
+    """Whether a snapped checkpoint may be written there.
+
+    Raises:
+        UserError: The place cannot be written, or is taken by something else than one of the same source.
+    """
+    check_output(snapped)
+    if not snapped.exists():
+        return
+    try:
+        parents = read_checkpoint(snapped, mmap=True)["quantization"]["parents"]
+        is_ours = parents.get(arm) == source
+    except (UserError, LookupError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(
+            f"the checkpoint with other biases would replace {str(snapped)!r}, which is something else; "
+            "choose another name"
+        )
+
+
+def _sentence(moved: list[Moved]) -> str:
     farthest = max(moved, key=lambda one: one.largest)
     mean = sum(one.mean for one in moved) / len(moved)
+    kinds = " and ".join(sorted({one.kind for one in moved}))
     return (
-        f"biases of {len(moved)} layers snapped to {target.bias}: by {mean:.2g} in the mean, by up to "
+        f"biases of {len(moved)} layers snapped to {kinds}: by {mean:.2g} in the mean, by up to "
         f"{farthest.largest:.2g} in {farthest.layer} ({farthest.share:.2%} of its largest bias)"
     )

@@ -13,6 +13,9 @@ from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.quantization.verification.end_to_end import Flips
 from cpq_train.quantization.verification.layers import LayerReport
 
+OUTPUT_TOLERANCE = 1e-3
+"""Of head outputs made from equal codes where a kernel sums fp32 numbers."""
+
 
 @dataclass
 class EndToEnd:
@@ -56,13 +59,16 @@ class EndToEnd:
             f"{self.num_other_detections} detections differ {against}": (
                 self.is_exact and self.num_other_detections > 0
             ),
+            f"head outputs on the network's codes differ by up to {flips.largest_difference:g} {against}": (
+                not self.is_exact and flips.largest_difference > OUTPUT_TOLERANCE
+            ),
         }
         return [text for text, failed in checks.items() if failed]
 
     def sentence(self) -> str:
         """What was found."""
         flips = self.flips
-        how = "end to end" if self.is_exact else "layer by layer (codes) and end to end (outputs, detections)"
+        how = "end to end" if self.is_exact else "layer by layer (codes, outputs) and end to end (detections)"
         return (
             f"{how} against {self.stand_in}: of {flips.num_codes:,} codes {flips.num_flipped:,} differ "
             f"by one step and {flips.num_further:,} by more; of {flips.num_outputs:,} head outputs "

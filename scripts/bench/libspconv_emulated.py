@@ -31,7 +31,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.export.graph import onnx
 from cpq_train.export.libspconv.arithmetic import LARGEST_CODE, SMALLEST_CODE, in_half_precision
 from cpq_train.export.libspconv.reader import CODES, read_plan
-from cpq_train.export.libspconv.refusals import notes, why_not
+from cpq_train.export.libspconv.refusals import remarks, why_not
 from cpq_train.export.libspconv.writer import model_of
 from cpq_train.export.plan import Addition, Convolution, Plan
 from cpq_train.export.planning import plan_of, refuse
@@ -65,7 +65,7 @@ def main(
     data = NuScenesDataModule(str(root), version, **settings.to_dict(), num_workers=num_workers)
     own = score_detector(detector, data, "checkpoint")
     plan = _plan_of_file(detector.network)
-    for note in notes(plan):
+    for note in remarks(plan):
         print(f"note: {note}")
     detector.network.add_module("backbone_3d", Emulation(plan))
     emulated = score_detector(detector, data, "emulated engine")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from cpq_train.export.libspconv import dialect
 from cpq_train.export.libspconv.arithmetic import in_half_precision, precisions, range_of, step_of
 from cpq_train.export.libspconv.reader import read_plan
-from cpq_train.export.libspconv.refusals import notes, why_not
+from cpq_train.export.libspconv.refusals import remarks, why_not
 from cpq_train.export.libspconv.writer import model_of
 from cpq_train.export.parts import MAP, shapes
 from cpq_train.export.plan import Addition, Convolution, HeightMap, Plan, differences
@@ -129,7 +129,7 @@ def test_precisions_are_those_of_nvidias_exporter() -> None:
         fields = said(node)
         found = fields["precision"], fields["output_precision"]
         assert found == expected.get(name, (int8, int8)), name
-    assert notes(sparse_plan("nvidia")) == []
+    assert remarks(sparse_plan("nvidia")) == []
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -358,9 +358,9 @@ def test_tensors_are_what_their_readers_take() -> None:
 
 
 def test_what_is_doubtful_is_said_by_name() -> None:
-    (note,) = notes(sparse_plan("all but the first"))
+    (note,) = remarks(sparse_plan("all but the first"))
     assert note.startswith(f"{CONV_INPUT}: in fp16, with int8 behind it. ")
-    assert notes(sparse_plan("float")) == []
+    assert remarks(sparse_plan("float")) == []
 
 
 def test_a_plan_has_the_operations_that_are_written() -> None:

@@ -37,7 +37,7 @@ def why_not(plan: Plan) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def notes(plan: Plan) -> list[str]:
+def remarks(plan: Plan) -> list[str]:
     """What is doubtful of a plan that can be written, a sentence each."""
     types = precisions(plan)
     layers = [operation for operation in plan.operations if isinstance(operation, Convolution)]

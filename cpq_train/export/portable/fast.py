@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.export.dense_form import as_convolution
 from cpq_train.export.graph import Graph
 from cpq_train.export.plan import (
     Addition,
@@ -36,7 +37,7 @@ from cpq_train.export.plan import (
     Operation,
     Plan,
 )
-from cpq_train.export.portable.writer import Writer, as_convolution
+from cpq_train.export.portable.writer import Writer
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 

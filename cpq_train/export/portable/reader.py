@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
+from cpq_train.export.dense_form import as_transposed
 from cpq_train.export.graph import Graph, onnx
 from cpq_train.export.plan import (
     FEATURES,
@@ -218,9 +219,7 @@ class Reader:
     def dense(self, node: Any, weight: NDArray[Any], upsampling: int) -> tuple[str, NDArray[Any], Kernel]:
         """Kind, weight as PyTorch has it, and geometry of a Conv; 0 where nothing behind it upsamples."""
         if upsampling:
-            num_in, size = weight.shape[1], (upsampling, upsampling)
-            weight = weight.reshape(-1, *size, num_in).transpose(3, 0, 1, 2)
-            return "ConvTranspose2d", weight, Kernel(size, size, (0, 0), (1, 1))
+            return "ConvTranspose2d", *as_transposed(weight, upsampling)
         return "Conv2d", weight, self.kernel(node)
 
     def kernel(self, node: Any) -> Kernel:

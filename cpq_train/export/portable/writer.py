@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.export.dense_form import as_convolution
 from cpq_train.export.graph import Graph
 from cpq_train.export.parts import shapes
 from cpq_train.export.plan import (
@@ -315,23 +316,6 @@ class Writer:
 
     def _concatenation(self, operation: Concatenation) -> None:
         self.graph.node("Concat", operation.sources, operation.name, axis=1)
-
-
-def as_convolution(layer: Convolution) -> tuple[NDArray[Any], dict[str, Any], int]:
-    """A dense layer as one Conv, which DepthToSpace (CRD) follows where the layer is transposed.
-
-    Returns:
-        Weight; attributes; how many channels of the Conv stand side by side for one of the layer.
-    """
-    if layer.kind != "ConvTranspose2d":
-        return layer.weight, _attributes(layer.kernel), 1
-    weight = layer.weight.transpose(1, 2, 3, 0).reshape(-1, len(layer.weight), 1, 1)
-    return weight, {}, layer.kernel.size[0] * layer.kernel.size[1]
-
-
-def _attributes(kernel: Kernel) -> dict[str, Any]:
-    pads = [*kernel.padding, *kernel.padding]
-    return {"kernel_shape": kernel.size, "strides": kernel.stride, "pads": pads, "dilations": kernel.dilation}
 
 
 def _order_of_sum(layer: Convolution) -> list[int]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
+from cpq_train.export.dense_form import as_transposed
 from cpq_train.export.graph import onnx
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import Concatenation, Convolution, Float32, InputRange, Plan
@@ -114,7 +115,7 @@ class _Reader:
 def _upsampling(layer: Convolution, node: Any) -> Convolution:
     """The transposed convolution that a 1x1 Conv and a DepthToSpace make."""
     size = _attributes(node)["blocksize"]
-    weight = layer.weight.reshape(-1, size, size, layer.weight.shape[1]).transpose(3, 0, 1, 2)
+    weight, kernel = as_transposed(layer.weight, size)
     step, bias = (
         None if values is None else np.ascontiguousarray(values[:: size**2])
         for values in (layer.weight_step, layer.bias)
@@ -123,10 +124,10 @@ def _upsampling(layer: Convolution, node: Any) -> Convolution:
         layer,
         name=node.output[0],
         kind="ConvTranspose2d",
-        weight=np.ascontiguousarray(weight),
+        weight=weight,
         weight_step=step,
         bias=bias,
-        kernel=Kernel((size, size), (size, size), (0, 0), (1, 1)),
+        kernel=kernel,
     )
 
 

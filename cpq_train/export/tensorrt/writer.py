@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
+from cpq_train.export.dense_form import as_convolution
 from cpq_train.export.graph import Graph, onnx
 from cpq_train.export.parts import MAP, shapes
 from cpq_train.export.plan import Addition, Concatenation, Convolution, HeightMap, InputRange, Operation, Plan
@@ -92,25 +93,18 @@ class _Writer:
 
     def _convolution(self, layer: Convolution) -> None:
         """(1, C, H, W) -> (1, C', H', W')."""
-        graph, kernel, is_transposed = self.graph, layer.kernel, layer.kind == "ConvTranspose2d"
-        num_copies = kernel.size[0] ** 2 if is_transposed else 1
-        source, weight = layer.source, layer.weight
-        if is_transposed:
-            weight = weight.transpose(1, 2, 3, 0).reshape(-1, len(weight), 1, 1)
+        graph, source = self.graph, layer.source
+        weight, attributes, num_copies = as_convolution(layer)
         if layer.input_range is not None:
             source = self._rounded(layer.source, layer.input_range)
         inputs = [source, self._weight(layer, weight, num_copies)]
         if layer.bias is not None:
             inputs.append(graph.initializer(f"{layer.name}.bias", np.repeat(bias_values(layer), num_copies)))
-        pads = [*kernel.padding, *kernel.padding]
-        attributes = {"strides": kernel.stride, "pads": pads, "dilations": kernel.dilation}
-        steps: list[tuple[str, list[str], dict[str, Any]]] = [
-            ("Conv", inputs, {} if is_transposed else {"kernel_shape": kernel.size, **attributes})
-        ]
+        steps: list[tuple[str, list[str], dict[str, Any]]] = [("Conv", inputs, attributes)]
         if layer.relu:
             steps.append(("Relu", [], {}))
-        if is_transposed:
-            steps.append(("DepthToSpace", [], {"blocksize": kernel.size[0], "mode": "CRD"}))
+        if layer.kind == "ConvTranspose2d":
+            steps.append(("DepthToSpace", [], {"blocksize": layer.kernel.size[0], "mode": "CRD"}))
         self._chain(layer.name, steps)
 
     def _chain(self, name: str, steps: list[tuple[str, list[str], dict[str, Any]]]) -> None:

@@ -60,7 +60,7 @@ def bias_codes(bias: Tensor, unit: Tensor) -> Tensor:
     return codes.clamp_(-LARGEST_BIAS_CODE, LARGEST_BIAS_CODE).float()
 
 
-def in_half_precision(bias: Tensor) -> Tensor:
+def rounded_to_half(bias: Tensor) -> Tensor:
     """The fp16 numbers nearest to a bias, held in fp32, with the gradient of the bias."""
     return cast(Tensor, _HalfPrecision.apply(bias))
 
@@ -87,5 +87,5 @@ def as_deployed(bias: Tensor | None, kind: BiasKind, step_x: Tensor, step_w: Ten
     if bias is None or kind == "float":
         return Bias(bias)
     if kind == "fp16":
-        return Bias(in_half_precision(bias))
+        return Bias(rounded_to_half(bias))
     return Bias(bias, bias_codes(bias, step_x * step_w.reshape(-1)))
