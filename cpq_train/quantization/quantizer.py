@@ -169,7 +169,7 @@ class Quantizer(TensorQuantizer):
     def learn(self) -> None:
         """Make a static range a parameter that starts at the present amax; nothing to do for others."""
         if self.scheme.mode == "static" and self._log_amax is None:
-            self._log_amax = nn.Parameter(torch.empty_like(self._amax))
+            self._log_amax, self._range = nn.Parameter(torch.empty_like(self._amax)), None
             self._log_from_amax()
 
     def freeze(self) -> None:
@@ -177,7 +177,7 @@ class Quantizer(TensorQuantizer):
         if self._log_amax is not None:
             self._amax_from_log()
             del self._log_amax
-            self._log_amax = None
+            self._log_amax, self._range = None, None
 
     def forget(self) -> None:
         """Drop the codes kept for the other consumers of a shared tensor."""

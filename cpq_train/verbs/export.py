@@ -112,12 +112,13 @@ def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, outpu
 
     subject, source = detector.subject, sha256_of(checkpoint)
     snapped = output.with_name(f"{output.stem}.snapped.ckpt")
-    _check_snapped(snapped, subject.arm, source)
+    check_output(snapped)
     plan_of(subject.network, target.part)  # refuses dynamic ranges too, which have no step
     moved = snap_biases(subject, target.snapped)
     if not moved:
         print_plain(f"no bias of {checkpoint} is to be snapped")
         return checkpoint
+    _check_snapped(snapped, subject.arm, source)
     plan_for(target, detector.network)  # nothing is written of what is refused
     subject.parents = {**subject.parents, subject.arm: source}
     write_subject(subject, checkpoint, snapped)
@@ -127,12 +128,11 @@ def _snap(target: Target, detector: CenterPointDetector, checkpoint: Path, outpu
 
 
 def _check_snapped(snapped: Path, arm: str, source: str) -> None:
-    """Whether a snapped checkpoint may be written there.
+    """Whether a snapped checkpoint may take a place.
 
     Raises:
-        UserError: The place cannot be written, or is taken by something else than one of the same source.
+        UserError: There is something else than an older one of the same source.
     """
-    check_output(snapped)
     if not snapped.exists():
         return
     try:

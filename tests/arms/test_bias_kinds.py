@@ -84,7 +84,7 @@ def test_an_old_checkpoint_has_float_biases(name: str, tmp_path: Path) -> None:
     outputs = _outputs(subject.network)
     explicit = _outputs(load(_config(name), tmp_path / "said.ckpt").network)
     assert all(torch.equal(one, other) for one, other in zip(outputs, explicit, strict=True))
-    assert len(snap_biases(subject, ["*"], "accumulator")) == 43
+    assert len(snap_biases(subject, {"*": "accumulator"})) == 43
     others = _outputs(subject.network)
     assert not all(torch.equal(one, other) for one, other in zip(outputs, others, strict=True))
     for one, other in zip(outputs, others, strict=True):
@@ -151,7 +151,7 @@ def test_a_difference_is_named(change: dict[str, Any], line: str) -> None:
 
 def test_a_difference_of_a_rule_is_named() -> None:
     subject = _old("ptq")
-    snap_biases(subject, ["backbone_2d.*"], "accumulator")
+    snap_biases(subject, {"backbone_2d.*": "accumulator"})
     assert subject.scheme is not None
     found = scheme_difference(_scheme("float"), subject.scheme, None)
     assert "  rules.2.layers: checkpoint backbone_2d.*, model.scheme none\n" in found
@@ -281,7 +281,7 @@ def test_a_range_has_the_gradient_that_it_has_with_a_float_bias() -> None:
     for bias in ("float", "accumulator"):
         subject = copy.deepcopy(_old("learned"))
         if bias == "accumulator":
-            snap_biases(subject, ["dense_head.heads_list.0.hm.1"], "accumulator")
+            snap_biases(subject, {"dense_head.heads_list.0.hm.1": "accumulator"})
         network = subject.network.eval()
         (network(*_voxels(network))[0]["hm"] * 1.5).sum().backward()
         layer = network.get_submodule("dense_head.heads_list.0.hm.1")
@@ -295,7 +295,7 @@ def test_a_range_has_the_gradient_that_it_has_with_a_float_bias() -> None:
 def test_a_bias_that_outgrows_its_codes_is_refused_by_export() -> None:
     """In training it saturates, and nothing else says so."""
     subject = _old("ptq")
-    snap_biases(subject, ["*"], "accumulator")
+    snap_biases(subject, {"*": "accumulator"})
     layer: Any = subject.network.get_submodule("dense_head.shared_conv.0")
     with torch.no_grad():
         layer.bias[2] = float(layer.unit()[2]) * LARGEST_BIAS_CODE * 2
@@ -307,8 +307,8 @@ def test_a_bias_that_outgrows_its_codes_is_refused_by_export() -> None:
 
 def test_the_scheme_of_a_snapped_network_is_read_back() -> None:
     subject = _old("qat")
-    snap_biases(subject, ["backbone_3d.*"], "fp16")
-    snap_biases(subject, ["dense_head.*"], "accumulator")
+    snap_biases(subject, {"backbone_3d.*": "fp16"})
+    snap_biases(subject, {"dense_head.*": "accumulator"})
     assert subject.scheme is not None
     again = Scheme.from_dict(subject.scheme.to_dict())
     assert again == subject.scheme
@@ -316,4 +316,4 @@ def test_the_scheme_of_a_snapped_network_is_read_back() -> None:
         name: one.bias for name, one in subject.prepared.schemes.items()
     }
     assert replace(again, rules=again.rules[:-2]) == _old("qat").scheme
-    assert snap_biases(subject, ["dense_head.*"], "accumulator") == []
+    assert snap_biases(subject, {"dense_head.*": "accumulator"}) == []

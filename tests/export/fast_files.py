@@ -45,7 +45,7 @@ def whole_biases(chosen: str | dict[str, Any], **of_network: Any) -> Subject:
     """A calibrated network of a scheme with accumulator biases wherever there is an integer sum."""
     scheme = Scheme.from_file(chosen) if isinstance(chosen, str) else Scheme.from_dict(chosen)
     subject = new_subject(scheme, **of_network)
-    snap_biases(subject, ["*"], "accumulator")
+    snap_biases(subject, {"*": "accumulator"})
     return subject
 
 

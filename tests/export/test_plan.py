@@ -452,3 +452,11 @@ def test_a_plan_holds_copies_of_the_numbers() -> None:
     assert np.array_equal(plan[FLOAT].weight, before[0])
     assert np.array_equal(plan[DENSE].bias, before[1])
     assert SMALL.num_point_features == plan.num_features
+
+
+def test_unsigned_codes_leave_none_out() -> None:
+    """A narrow range has no most negative code; from 0 on there is none to leave out."""
+    rule = {"layers": DENSE, "input": {"signed": False, "narrow_range": True}}
+    network = new_subject(Scheme.from_dict({"rules": [rule]})).network
+    chosen = plan_of(network)[DENSE].input_range
+    assert (chosen.smallest, chosen.largest, chosen.format.narrow_range) == (0, 255, False)

@@ -28,6 +28,7 @@ from torch import nn
 
 from cpq_train.arms.structure import restructure
 from cpq_train.common.errors import UserError
+from cpq_train.export.plan import differences
 from cpq_train.export.planning import plan_of, why_not
 from cpq_train.export.sidecar import sidecar_path
 from cpq_train.export.writing import check_place
@@ -42,6 +43,7 @@ SPARSE = "backbone_3d.conv2.1.conv1"
 STRIDED = "backbone_3d.conv3.0.0"
 ADD = "backbone_3d.conv2.1.quant_add"
 
+DENSE_KINDS, SPARSE_KINDS = ["Conv2d", "ConvTranspose2d"], ["SubMConv3d", "SparseConv3d"]
 FLOAT_DENSE = "a float dense layer: its fp32 sums are rounded in another order by every library; quantize it"
 TINIEST = 2.0**-24
 
@@ -339,3 +341,21 @@ def test_a_place_that_is_good(before: Callable[[Path], None], tmp_path: Path) ->
     assert json.loads(sidecar_path(path).read_text())["file"] == sidecar.file
     assert sidecar.file["num_bytes"] == path.stat().st_size
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a.ckpt", "net.json", "net.onnx"]
+
+
+ODD = {
+    "dynamic": {"input": {"mode": "dynamic"}},
+    "weights alone": {"input": "off"},
+    "inputs alone": {"weight": "off"},
+    "FP8": {"weight": {"format": "fp8_e4m3"}, "input": {"format": "fp8_e4m3"}},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(("part", "other"), [("sparse", DENSE_KINDS), ("dense", SPARSE_KINDS)])
+def test_a_part_does_not_ask_what_the_other_is(part: Any, other: list[str], odd: str) -> None:
+    network = _with_rule({"layers": "*", "kinds": other, **ODD[odd]})
+    whole = calibrated("float biases")
+    assert differences(plan_of(network, part), plan_of(whole, part)) == []
+    with pytest.raises(UserError, match="layers cannot be exported"):
+        plan_of(network)

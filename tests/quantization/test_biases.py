@@ -20,7 +20,7 @@ from cpq_train.quantization.numerics.biases import (
 from cpq_train.quantization.prepare import prepare, remove_quantizers
 from cpq_train.quantization.ranges.bias_steps import bias_problems, widen_steps
 from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
-from cpq_train.quantization.ranges.policy import finish_observing, start_observing
+from cpq_train.quantization.ranges.policy import apply_policy, finish_observing, start_observing
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.sparse import SparseConvTensor, SubMConv3d
@@ -359,6 +359,15 @@ def test_calibrators_see_the_float_bias() -> None:
                 network(batch)
         found.append([layer._input_quantizer.amax for layer in (network[0][0], network[1][0], network[2])])
     assert found[0] == found[1] == found[2]
+
+
+def test_ranges_are_learned_though_they_were_looked_at_before() -> None:
+    layer = _quantized(_conv(), "accumulator", _map())
+    assert bias_problems(nn.Sequential(layer)) == []
+    apply_policy(nn.Sequential(layer), "learned")
+    learned = (layer._input_quantizer._log_amax, layer._weight_quantizer._log_amax)
+    grads = torch.autograd.grad(layer(_map()).square().sum(), learned)
+    assert all(grad.abs().sum() > 0 for grad in grads)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

@@ -96,8 +96,9 @@ def test_what_is_written_and_said(
     main(_export(checkpoint, output, target, "--snap_biases"))
     out, snapped = _plain(capsys.readouterr().out), _snapped(output)
     assert _names(output.parent) == ["net.json", "net.onnx", "net.snapped.ckpt"]
-    num = {"whole": NUM_DENSE + NUM_SPARSE, "dense": NUM_DENSE, "sparse": NUM_SPARSE}[TARGETS[target].part]
-    assert f"biases of {num} layers snapped to {TARGETS[target].bias}: by " in out
+    num = NUM_DENSE + (0 if target == "tensorrt" else NUM_SPARSE)
+    kinds = " and ".join(sorted(set(TARGETS[target].snapped.values())))
+    assert f"biases of {num} layers snapped to {kinds}: by " in out
     assert f"checkpoint with these biases: {snapped}" in out
     assert f"written and read back, every number equal: {output} (0." in out
     for line in SAID[target]:
@@ -105,12 +106,12 @@ def test_what_is_written_and_said(
     assert ("compare with the checkpoint" in out) == (target in ENGINES)
     read_sidecar(output)
     plan = TARGETS[target].read_plan(output)
-    kinds = {
+    types = {
         one.bias.dtype for one in plan.operations if isinstance(one, Convolution) and one.bias is not None
     }
     whole = np.dtype(np.float16 if target == "libspconv" else np.int32)
     rest = {"portable": {np.dtype(np.float32)}, "portable-fast": {np.dtype(np.float32)}}.get(target, set())
-    assert kinds == {whole} | rest  # conv_input is float in this scheme
+    assert types == {whole} | rest  # conv_input is float in this scheme
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -239,15 +240,15 @@ def test_a_snapped_checkpoint_has_the_tensors_of_its_source(
     said, source = after["quantization"], before["quantization"]
     assert (said["arm"], said["calibration"]) == ("qat", source["calibration"])
     assert said["parents"] == {**source["parents"], "qat": sha256_of(checkpoint)}
-    layers, part = said["layers"], TARGETS[target].part
+    layers = said["layers"]
     kinds = {name: row["bias"] for name, row in layers.items()}
-    is_in_part = {"whole": lambda n: True, "sparse": _is_sparse, "dense": lambda n: not _is_sparse(n)}[part]
     integer = [
         n for n, row in layers.items() if row["arithmetic"] == "integer" and row["kind"] != "ResidualAdd"
     ]
-    snapped = {n for n in integer if is_in_part(n)}
-    assert {name for name, kind in kinds.items() if kind == TARGETS[target].bias} == snapped
-    assert {kinds[name] for name in kinds.keys() - snapped} == {"float"}
+    sparse = {"libspconv": "fp16", "tensorrt": "float"}.get(target, "accumulator")
+    assert {kinds[name] for name in integer if _is_sparse(name)} == {sparse}
+    assert {kinds[name] for name in integer if not _is_sparse(name)} == {"accumulator"}
+    assert {kinds[name] for name in kinds.keys() - set(integer)} == {"float"}
 
 
 def _is_sparse(name: str) -> bool:
@@ -311,7 +312,7 @@ def test_biases_that_are_so_already(
     snapped = _snapped(files[target])
     main(_export(snapped, tmp_path / "net.onnx", target, "--snap_biases"))
     out = _plain(capsys.readouterr().out)
-    assert f"biases of {snapped} are {TARGETS[target].bias} already: nothing to snap" in out
+    assert f"no bias of {snapped} is to be snapped" in out
     assert _names(tmp_path) == ["net.json", "net.onnx"]
     assert _numbers(tmp_path / "net.onnx") == _numbers(files[target])
     assert read_sidecar(tmp_path / "net.onnx").checkpoint["sha256"] == sha256_of(snapped)
@@ -330,11 +331,37 @@ def test_its_own_source_is_never_replaced(
     shutil.copy(_snapped(files["libspconv"]), source)
     before = sha256_of(source)
     error = fails(_export(source, tmp_path / "net.onnx", "portable", "--snap_biases"), capsys)
-    assert f"the checkpoint with other biases would replace '{source}', which it is made of" in error
+    assert f"the checkpoint with other biases would replace '{source}', which is something else" in error
     assert _names(tmp_path) == [source.name]
     assert sha256_of(source) == before
     main(_export(source, tmp_path / "net.onnx", "libspconv", "--snap_biases"))  # has them: nothing to replace
     assert sha256_of(source) == before
+
+
+def test_a_foreign_file_in_its_place(
+    checkpoint: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "net.snapped.ckpt"
+    for content in (b"precious", checkpoint.read_bytes()):
+        place.write_bytes(content)
+        error = fails(_export(checkpoint, tmp_path / "net.onnx", "portable", "--snap_biases"), capsys)
+        assert f"would replace '{place}', which is something else; choose another name" in error
+        assert place.read_bytes() == content
+        assert _names(tmp_path) == [place.name]
+
+
+def test_an_engine_of_snapped_biases_descends_from_the_run(files: dict[str, Path], checkpoint: Path) -> None:
+    """So that a comparison finds the run that it was made of."""
+    assert read_sidecar(files["portable"]).parents["qat"] == sha256_of(checkpoint)
+
+
+def test_both_halves_are_of_one_snapped_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    main(_export(checkpoint, tmp_path / "sparse.onnx", "libspconv", "--snap_biases"))
+    snapped = tmp_path / "sparse.snapped.ckpt"
+    main(_export(snapped, tmp_path / "dense.onnx", "tensorrt", "--snap_biases"))
+    assert {read_sidecar(tmp_path / f"{half}.onnx").checkpoint["sha256"] for half in ("sparse", "dense")} == {
+        sha256_of(snapped)
+    }
 
 
 def test_a_folder_in_its_place(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
