@@ -9,13 +9,18 @@ import pytest
 import torch
 import yaml
 from command_line import fails
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from old_files import CHECKPOINTS, as_said_today, small_options
 from tiny_fit import Fit, run
 from torch import Tensor, nn
 
+from cpq_train.arms.calibration import calibrate
 from cpq_train.arms.loading import fold_checkpoint, from_weights, load
 from cpq_train.arms.scheme_difference import scheme_difference
 from cpq_train.arms.snapped_biases import snap_biases
+from cpq_train.arms.starting_point import CalibrationConfig
+from cpq_train.arms.structure import restructure
 from cpq_train.arms.subject import Subject
 from cpq_train.common.errors import UserError
 from cpq_train.export.plan import Convolution
@@ -29,6 +34,7 @@ from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantized_layers
 from cpq_train.quantization.verification.layers import verify_layers
+from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 
 INT8 = "configs/schemes/int8.yaml"
@@ -317,3 +323,50 @@ def test_the_scheme_of_a_snapped_network_is_read_back() -> None:
     }
     assert replace(again, rules=again.rules[:-2]) == _old("qat").scheme
     assert snap_biases(subject, {"dense_head.*": "accumulator"}) == []
+
+
+class _Samples:
+    def calibration_dataloader(self) -> Any:
+        network = CenterPoint(_config("float"))
+        return [_voxels(network, seed) for seed in range(2)]
+
+    def calibration_info(self) -> dict[str, Any]:
+        return {"num_samples": 2}
+
+
+def test_bias_correction_takes_no_saturated_bias_for_an_error() -> None:
+    """Widened before biases are corrected: else what the saturated code lacks would be added to the bias."""
+    network = load(_config("float"), CHECKPOINTS["float"]).network
+    conv, norm = network.backbone_2d.blocks[0][1], network.backbone_2d.blocks[0][2]
+    with torch.no_grad():
+        conv.weight[2] = conv.weight[2] / conv.weight[2].abs().max() * 2e-7
+        norm.weight[2], norm.running_var[2], norm.running_mean[2], norm.bias[2] = 1, 1, 0, 0.5
+    scheme = Scheme.from_file(INT8)
+    subject = restructure(network, "ptq", scheme, None)
+    config = CalibrationConfig(bias_correction=True)
+    calibrate(subject, _Samples(), lambda net, batch: net(*batch), config, show=False)
+    assert abs(float(conv.bias[2]) - 0.5) < 0.05
+    assert bias_problems(subject.network) == []
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_steps_are_widened_while_a_network_trains(verb: str, tmp_path: Path) -> None:
+    """A bias may outgrow its step: at each validation of a fit the step follows; elsewhere it is refused."""
+    content = torch.load(CHECKPOINTS["qat"], weights_only=True)
+    content["quantization"]["scheme"] |= {"on_small_step": "widen"}
+    content["quantization"]["scheme"]["defaults"]["bias"] = "accumulator"
+    torch.save(content, tmp_path / "qat.ckpt")
+    detector = CenterPointDetector.load_from_checkpoint(tmp_path / "qat.ckpt")
+    layer = detector.network.backbone_2d.blocks[0][1]
+    with torch.no_grad():
+        layer._weight_quantizer._amax[1] = 1e-7
+        layer.bias[1] = 1.0
+    detector.trainer = Trainer(accelerator="cpu", logger=False)
+    detector.trainer.state.fn = TrainerFn(verb)
+    if verb == "validate":
+        with pytest.raises(UserError, match="1 layers cannot hold their bias"):
+            detector.on_validation_start()
+        return
+    detector.on_validation_start()
+    assert bias_problems(detector.network) == []
+    assert layer._weight_quantizer.amax[1] > 1e-6
