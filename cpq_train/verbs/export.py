@@ -44,7 +44,7 @@ def export(
 
     Beside the file lies a JSON file that says where it comes from, what goes in and out, and how points
     become voxels and heads become boxes. Both are written only when the file, read again, holds every number
-    of the network.
+    of the network in the types that the target has.
 
     Args:
         checkpoint: A PTQ or QAT checkpoint of this project.
