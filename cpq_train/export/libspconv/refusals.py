@@ -48,7 +48,7 @@ def remarks(plan: Plan) -> list[str]:
         f"{', '.join(doubtful)}: in fp16, with int8 behind it. NVIDIA's exporter of CUDA-BEVFusion makes "
         "such a first layer, that of CUDA-CenterPoint none, and the open rewrite of the engine would round "
         "what it reads to int8. The form that is known to run leaves the block behind it in float too, as "
-        "configs/schemes/nvidia_sparse.yaml does."
+        "configs/schemes/libspconv.yaml does."
     ]
 
 
