@@ -216,10 +216,9 @@ class _FastWriter(Writer):
         self._scatter(operation, rows, np.uint8(0), in_bytes(self._name(operation.name, chosen)))
 
     def _step(self, tensor: str, chosen: InputRange) -> str:
-        source = (
-            self.plan[tensor].sources[0] if tensor in self.maps else tensor
-        )  # a map has its voxels' codes
-        return super()._step(source, chosen)
+        if tensor in self.maps:  # a map has the codes of its voxels
+            (tensor,) = self.plan[tensor].sources
+        return super()._step(tensor, chosen)
 
     def _concatenation(self, operation: Concatenation) -> None:
         if not self.fused.keys() & set(operation.sources):
