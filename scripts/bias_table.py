@@ -8,18 +8,15 @@ of float biases over the same scenes. Runs that are there already are kept.
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 from jsonargparse import auto_cli
+from scheme_table import BASE, FLOAT, cpq
 
 from cpq_train.evaluation.bootstrap import interval
 from cpq_train.report.runs import Run, load_runs
 
-FLOAT = "checkpoints/quickstart_float.ckpt"
 OVERLAYS = {
     **dict.fromkeys(("int8", "mixed", "nvidia_sparse"), "configs/quickstart_qat.yaml"),
     **dict.fromkeys(("w4a8", "w4a4"), "configs/quickstart_qat_4bit.yaml"),
@@ -43,7 +40,7 @@ def main(
         kinds: Of biases; the first is what the others are compared with.
         seeds: Training seeds.
     """
-    base = ["-c", "configs/quickstart_float.yaml", "--data.root", str(data)]
+    base = [*BASE, "--data.root", str(data)]
     lines = [
         "| scheme, run | bias | mAP | NDS | mAP against float biases | NDS |",
         "|---|---|--:|--:|--:|--:|",
@@ -69,20 +66,15 @@ def _make(scheme: str, kind: str, base: list[str], output: Path, seeds: tuple[in
     overlay = [*base, "-c", OVERLAYS[scheme], "--model.scheme", str(folder / "scheme.yaml")]
     ptq = folder / "ptq/ptq.ckpt"
     if not ptq.exists():
-        _cpq("calibrate", *overlay, "--model.weights", FLOAT, "--output", str(ptq))
+        cpq("calibrate", *overlay, "--model.weights", FLOAT, "--output", str(ptq))
     if not (ptq.parent / "metrics.json").exists():
-        _cpq("validate", *base, "--model.weights", str(ptq), "--trainer.default_root_dir", str(ptq.parent))
+        cpq("validate", *base, "--model.weights", str(ptq), "--trainer.default_root_dir", str(ptq.parent))
     for seed in seeds:
         run = folder / f"qat_seed{seed}"
         if not (run / "metrics.json").exists():
             options = ["--seed_everything", str(seed), "--data.seed", str(seed)]
             where = ["--model.weights", str(ptq), "--trainer.default_root_dir", str(run)]
-            _cpq("fit", *overlay, *options, *where, "--trainer.enable_progress_bar", "false")
-
-
-def _cpq(*arguments: str) -> None:
-    print(f"$ python -m cpq_train {shlex.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "cpq_train", *arguments], check=True)
+            cpq("fit", *overlay, *options, *where)
 
 
 def _line(name: str, kind: str, run: Run, baseline: Run) -> str:

@@ -99,7 +99,7 @@ def main(
         seeds: Training seeds of every tuned arm.
     """
     if not data.exists():
-        _cpq("simulate", "--output", str(data), *shlex.split(SIMULATE))
+        cpq("simulate", "--output", str(data), *shlex.split(SIMULATE))
     base = [*BASE, "--data.root", str(data)]
     _validate(base, Path(FLOAT), output / "float")
     tables = [_rows(PLANS[name], base, output, seeds) for name in schemes]
@@ -134,7 +134,7 @@ def _calibrate(overlay: list[str], base: list[str], run: Path, options: Iterable
     checkpoint = run / "ptq.ckpt"
     arguments = [*overlay, "--model.weights", FLOAT, "--output", str(checkpoint), *options]
     if not checkpoint.exists():
-        _cpq("calibrate", *arguments)
+        cpq("calibrate", *arguments)
     _validate(base, checkpoint, run)
     return _shown("calibrate", options)
 
@@ -142,7 +142,7 @@ def _calibrate(overlay: list[str], base: list[str], run: Path, options: Iterable
 def _validate(base: list[str], checkpoint: Path, run: Path) -> None:
     if not (run / "metrics.json").exists():
         weights = ["--model.weights", str(checkpoint), "--trainer.default_root_dir", str(run)]
-        _cpq("validate", *base, *weights)
+        cpq("validate", *base, *weights)
 
 
 def _fit(tuning: Tuning, overlay: list[str], run: Path, weights: Path, seed: int) -> str:
@@ -150,11 +150,12 @@ def _fit(tuning: Tuning, overlay: list[str], run: Path, weights: Path, seed: int
     options = [*tuning.options, *seeds]
     if not (run / "metrics.json").exists():
         arm = ["--model.arm", tuning.arm, "--model.weights", str(weights)]
-        _cpq("fit", *overlay, *arm, *options, "--trainer.default_root_dir", str(run))
+        cpq("fit", *overlay, *arm, *options, "--trainer.default_root_dir", str(run))
     return _shown("fit", [*(["--model.arm", tuning.arm] if tuning.arm != "qat" else []), *options])
 
 
-def _cpq(*arguments: str) -> None:
+def cpq(*arguments: str) -> None:
+    """Run a command of cpq_train."""
     print(f"$ python -m cpq_train {shlex.join(arguments)}", flush=True)
     quiet = ("--trainer.enable_progress_bar", "false") if arguments[0] == "fit" else ()
     subprocess.run([sys.executable, "-m", "cpq_train", *arguments, *quiet], check=True)

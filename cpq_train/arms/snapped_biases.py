@@ -40,8 +40,8 @@ def snap_biases(subject: Subject, kinds: Mapping[str, BiasKind]) -> list[Moved]:
     Args:
         subject: A calibrated network, changed in place; its scheme says afterwards what was done, in further
             rules.
-        kinds: Glob over names of layers -> kind of their biases. A layer without an integer sum has no
-            `accumulator` and is left alone.
+        kinds: Glob over names of layers -> kind of their biases. A layer without an integer sum, or
+            with a dynamic input range, has no `accumulator` and is left alone.
 
     Returns:
         The layers whose bias is another one now; none where nothing changed.

@@ -48,7 +48,9 @@ class Engine(nn.Module):
 
     Args:
         file: The file.
-        front: The sparse part of its network, in front of a file that is the dense part alone.
+        checkpoint: What it has to come from; None asks for nothing.
+        network: Gives the network of that checkpoint, whose sparse part runs in front of a file that is the
+            dense part alone; not called for others.
 
     Attributes:
         file: The file.
@@ -58,16 +60,23 @@ class Engine(nn.Module):
         version: Of the runtime.
 
     Raises:
-        UserError: The file or its sidecar is missing, damaged or foreign, is a part of a network that nothing
-            here runs or that lacks its front, or onnxruntime is not installed.
+        UserError: The file or its sidecar is missing, damaged or foreign, was exported from another
+            checkpoint, is a part of a network that nothing here runs or that lacks its front, or onnxruntime
+            is not installed.
     """
 
     name = "onnxruntime"
 
-    def __init__(self, file: Path, front: Front | None = None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        checkpoint: str | Path | None = None,
+        network: Callable[[], CenterPoint] | None = None,
+    ) -> None:
         super().__init__()
-        self.file, self.sidecar, self._front = file, read_sidecar(file), front
-        self._check_target()
+        self.file, self.sidecar = file, read_sidecar(file)
+        _check_source(file, self.sidecar, checkpoint)
+        self._front = self._new_front(network)
         self.sidecar.check_heads(file)
         self.config = NetworkConfig(**self.sidecar.network)
         self.version: str = require("onnxruntime").__version__
@@ -141,17 +150,21 @@ class Engine(nn.Module):
                     f"model.network.{field.name} is {asked}; engine file {str(self.file)!r} has {own}"
                 )
 
-    def _check_target(self) -> None:
+    def _new_front(self, network: Callable[[], CenterPoint] | None) -> Front | None:
+        """What runs in front of the file; nothing where it is a whole network."""
         target, where = self.sidecar.target, f"engine file {str(self.file)!r}"
         if target not in WHOLE_TARGETS + DENSE_TARGETS:
             raise UserError(
                 f"{where} is of target {target!r}; accepted: {', '.join(WHOLE_TARGETS + DENSE_TARGETS)}"
             )
-        if target in DENSE_TARGETS and self._front is None:
+        if target in WHOLE_TARGETS:
+            return None
+        if network is None:
             raise UserError(
                 f"{where} is of target {target!r}, a dense part alone: it runs behind the sparse part of its "
                 "checkpoint, with validate, test and predict and --model.weights CHECKPOINT"
             )
+        return _front_of(network().eval())
 
     def _check_ends(self) -> None:
         """Whether the file has the inputs and outputs that its sidecar names."""
@@ -190,25 +203,6 @@ def new_session(content: bytes, where: str) -> Any:
 
 def _numpy(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().contiguous().numpy()
-
-
-def open_engine(
-    file: Path, checkpoint: str | Path | None = None, network: Callable[[], CenterPoint] | None = None
-) -> Engine:
-    """The engine of a deployment file.
-
-    Args:
-        file: The file.
-        checkpoint: What it has to come from; None asks for nothing.
-        network: Gives the network of that checkpoint, whose sparse part runs in front of a dense part.
-
-    Raises:
-        UserError: See `Engine`; or the file was exported from another checkpoint, or there is none.
-    """
-    sidecar = read_sidecar(file)
-    _check_source(file, sidecar, checkpoint)
-    is_part = sidecar.target in DENSE_TARGETS
-    return Engine(file, _front_of(network().eval()) if is_part and network is not None else None)
 
 
 def _check_source(file: Path, sidecar: Sidecar, checkpoint: str | Path | None) -> None:

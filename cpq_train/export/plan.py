@@ -45,6 +45,11 @@ class InputRange:
         return self.format.qmax
 
     @property
+    def step(self) -> np.float32:
+        """The value of code 1."""
+        return np.float32(self.amax) / np.float32(self.largest)
+
+    @property
     def smallest(self) -> int:
         """The most negative code."""
         return self.format.qmin

@@ -66,3 +66,9 @@ def check_form(model: Any, plan: Plan, write: Callable[[Plan], Any], where: str)
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its name."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def attributes_of(node: Any) -> dict[str, Any]:
+    """Name -> value of every attribute of a node; texts as such."""
+    values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}

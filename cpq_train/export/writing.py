@@ -61,7 +61,7 @@ def write_deployment(
     data: DataSettings,
     checkpoint: Path,
     output: Path,
-) -> Sidecar:
+) -> tuple[Sidecar, Plan]:
     """Export a network as the file of a target.
 
     Args:
@@ -73,7 +73,7 @@ def write_deployment(
         output: The file, which ends in .onnx; the sidecar lies beside it.
 
     Returns:
-        The sidecar.
+        The sidecar; what the file holds.
 
     Raises:
         UserError: A layer cannot be exported, the place is no good, or what was written is not the plan.
@@ -100,7 +100,7 @@ def write_deployment(
         check_written(partial, plan, chosen)
     sidecar = _sidecar(target, model, subject, post_processing, data, source, output)
     sidecar.write(sidecar_path(output))
-    return sidecar
+    return sidecar, plan
 
 
 def check_place(output: Path) -> None:

@@ -14,7 +14,8 @@
         weight: off
         input: off
 
-`bias` is float where it is not set, and wherever no integer sum stands behind a layer.
+`bias` is float where it is not set. Only a layer with an integer sum, and a static input range that gives it
+a step, has an accumulator bias.
 
 `kinds` restricts a rule to kinds of layer (`Conv2d`, `ConvTranspose2d`, `SubMConv3d`, `SparseConv3d`,
 `ResidualAdd`). A quantizer's settings are the fields of `QuantizerScheme`; `off` is short for `{mode: off}`.
@@ -319,7 +320,8 @@ class Scheme:
             layer = LayerScheme(weight, input_, scales_input_channels=on_inputs and per_channel)
         if layer.is_float:
             return replace(layer, why_float=why_float)
-        if not layer.has_weight or (bias == "accumulator" and layer.why_simulated):
+        is_known = not layer.why_simulated and layer.input.mode == "static"  # the step of the sum, beforehand
+        if not layer.has_weight or (bias == "accumulator" and not is_known):
             return layer
         return replace(layer, bias=bias, widens_steps=self.on_small_step == "widen")
 

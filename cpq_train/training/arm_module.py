@@ -19,7 +19,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DATA_KEY
-from cpq_train.export.engine import Engine, open_engine
+from cpq_train.export.engine import Engine
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
@@ -89,7 +89,7 @@ class ArmModule(LightningModule):
             raise UserError(f"model.engine_file {file!r} and a checkpoint to load: expected one of them")
         weights = self.weights
         network = None if weights is None else lambda: load(self.network_config, weights).network
-        engine = open_engine(Path(file), weights, network)
+        engine = Engine(Path(file), weights, network)
         engine.check_sizes(self.network_config)
         self.engine = engine
 

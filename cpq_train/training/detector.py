@@ -21,7 +21,7 @@ from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
-from cpq_train.export.engine import open_engine
+from cpq_train.export.engine import Engine
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
@@ -113,7 +113,7 @@ class CenterPointDetector(ArmModule):
         Raises:
             UserError: See `Engine`.
         """
-        engine = open_engine(file)
+        engine = Engine(file)
         post_processing = PostProcessing(**engine.sidecar.post_processing)
         detector = cls(engine.config, post_processing=post_processing, engine_file=str(file))
         detector.engine = engine

@@ -60,7 +60,7 @@ def export(
             good.
     """
     from cpq_train.export.targets import TARGETS  # these need onnx
-    from cpq_train.export.writing import check_place, plan_for, write_deployment
+    from cpq_train.export.writing import check_place, write_deployment
 
     check_place(output)
     _check_runtime(target, output, with_runtime)
@@ -70,7 +70,8 @@ def export(
     chosen = TARGETS[target]
     if snap_biases and detector.subject.is_quantized:  # others are refused below
         checkpoint = _snap(chosen, detector, checkpoint, output)
-    said = write_deployment(target, detector.subject, detector.post_processing, data, checkpoint, output)
+    how = detector.subject, detector.post_processing, data
+    said, plan = write_deployment(target, *how, checkpoint, output)
     print_plain(
         f"written and read back, every number equal: {output} ({said.file['num_bytes'] / 1e6:.2f} MB)\n"
         f"beside it: {sidecar_path(output)}"
@@ -79,7 +80,7 @@ def export(
         runtime = output.with_name(RUNTIME_FILE)
         write_whole(runtime, RUNTIME.read_bytes())
         print_plain(f"beside it: {runtime}")
-    for line in chosen.remarks(plan_for(chosen, detector.network), output):
+    for line in chosen.remarks(plan, output):
         print_plain(line)
     if target != "libspconv":
         print_plain(f"compare with the checkpoint: cpq_train verify {checkpoint} --engine {output}")

@@ -24,7 +24,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import read_cloud
-from cpq_train.export.engine import open_engine
+from cpq_train.export.engine import Engine
 from cpq_train.export.plan import differences
 from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
@@ -188,7 +188,7 @@ def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings
     from cpq_train.export.comparison import Probe  # these need onnx
     from cpq_train.export.writing import plan_for
 
-    engine = open_engine(file, checkpoint, lambda: detector.network)
+    engine = Engine(file, checkpoint, lambda: detector.network)
     probe = Probe(engine)
     findings.engine = EndToEnd(f"{engine.name} {engine.version}", is_exact=probe.target.is_exact)
     findings.other_numbers = differences(plan_for(probe.target, detector.network), probe.plan)

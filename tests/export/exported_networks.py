@@ -217,7 +217,7 @@ def write(subject: Subject, folder: Path, name: str = "net.onnx") -> tuple[Path,
     checkpoint = folder / "a.ckpt"
     checkpoint.write_bytes(b"weights")
     data = DataSettings(point_cloud_range=SMALL.point_cloud_range)
-    sidecar = write_deployment("portable", subject, PostProcessing(), data, checkpoint, folder / name)
+    sidecar, _ = write_deployment("portable", subject, PostProcessing(), data, checkpoint, folder / name)
     return folder / name, sidecar
 
 

@@ -298,6 +298,7 @@ def test_an_absent_key_is_a_float_bias() -> None:
     ("rule", "kept"),
     [
         ({"layers": "*", "input": "off"}, "fp16"),
+        ({"layers": "*", "input": {"mode": "dynamic"}}, "fp16"),
         ({"layers": "*", "weight": {"format": "fp8_e4m3"}}, "fp16"),
         ({"layers": "0.0", "weight": "off", "input": "off"}, "float"),
     ],

@@ -364,6 +364,23 @@ def test_both_halves_are_of_one_snapped_checkpoint(checkpoint: Path, tmp_path: P
     }
 
 
+def test_a_half_is_snapped_though_the_other_has_dynamic_ranges(tmp_path: Path) -> None:
+    """Dynamic layers on maps keep their float biases; the half on voxels is written."""
+
+    def change(content: dict[str, Any]) -> None:
+        rule = {"layers": "*", "kinds": ["Conv2d", "ConvTranspose2d"], "input": {"mode": "dynamic"}}
+        content["quantization"]["scheme"]["rules"] += (rule,)
+        state = content["state_dict"]
+        for name in [n for n in state if "backbone_3d" not in n and n.endswith("_input_quantizer._amax")]:
+            del state[name]
+
+    checkpoint = _edited(tmp_path, "qat", change)
+    main(_export(checkpoint, tmp_path / "net.onnx", "libspconv", "--snap_biases"))
+    rows = torch.load(tmp_path / "net.snapped.ckpt", weights_only=True)["quantization"]["layers"]
+    assert rows["dense_head.shared_conv.0"]["bias"] == "float"
+    assert rows["backbone_3d.conv_out.0"]["bias"] == "fp16"
+
+
 def test_a_folder_in_its_place(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.snapped.ckpt").mkdir()
     error = fails(_export(checkpoint, tmp_path / "net.onnx", "portable", "--snap_biases"), capsys)

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
-from cpq_train.export.graph import onnx
 from cpq_train.export.libspconv.arithmetic import codes_of, step_of
 from cpq_train.export.libspconv.dialect import INT8, check_model
 from cpq_train.export.libspconv.writer import model_of
 from cpq_train.export.plan import Addition, Convolution, HeightMap, InputRange, Operation, Plan
-from cpq_train.export.reading import check_form, open_model
+from cpq_train.export.reading import attributes_of, check_form, open_model
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -61,12 +60,12 @@ def _plan(graph: Any, numbers: dict[str, NDArray[Any]], where: str) -> Plan:
         raise UserError(f"{where}: no sparse layer, or not one input")
     (source,) = graph.input
     dims = [0, *(one.dim_value for one in source.type.tensor_type.shape.dim)]
-    grid = tuple(_attributes(first)["input_spatial_shape"])
+    grid = tuple(attributes_of(first)["input_spatial_shape"])
     return Plan(dims[-1], grid, tuple(operations), outputs, source.name)
 
 
 def _convolution(node: Any, numbers: dict[str, NDArray[Any]]) -> Convolution:
-    said = _attributes(node)
+    said = attributes_of(node)
     weight, bias = (numbers[name] for name in node.input[1:])
     step, chosen = None, None
     if said["precision"] == INT8:
@@ -87,7 +86,7 @@ def _convolution(node: Any, numbers: dict[str, NDArray[Any]]) -> Convolution:
 
 
 def _addition(node: Any) -> Addition:
-    said, ranges = _attributes(node), None
+    said, ranges = attributes_of(node), None
     if said["precision"] == INT8:
         amax = [said[f"input{row}_dynamic_range"] for row in range(2)]
         ranges = InputRange(amax[0], CODES), InputRange(amax[1], CODES)
@@ -98,9 +97,3 @@ def _with_relu(operation: Operation) -> Addition:
     if not isinstance(operation, Addition):
         raise ValueError(operation.name)
     return replace(operation, relu=True)
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    """Name -> value; texts as such."""
-    values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
 from cpq_train.export.dense_form import as_transposed
-from cpq_train.export.graph import Graph, onnx
+from cpq_train.export.graph import Graph
 from cpq_train.export.plan import (
     FEATURES,
     Addition,
@@ -29,7 +29,7 @@ from cpq_train.export.plan import (
     Plan,
 )
 from cpq_train.export.portable.writer import portable_graph
-from cpq_train.export.reading import check_form, open_model
+from cpq_train.export.reading import attributes_of, check_form, open_model
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.reference.rulebook import Kernel
 
@@ -179,7 +179,7 @@ class Reader:
         up = self.up(sums, "DepthToSpace", *PRODUCTS)
         node = self.up(up.output[0], *PRODUCTS)
         weight = self.array(f"{name}.weight_codes")
-        upsampling = attribute(up, "blocksize") if up.op_type == "DepthToSpace" else 0
+        upsampling = attributes_of(up)["blocksize"] if up.op_type == "DepthToSpace" else 0
         if f"{name}.bias_codes" in self.numbers:
             bias = self.array(f"{name}.bias_codes").reshape(-1)[:: max(upsampling, 1) ** 2].copy()
         if node.op_type != "MatMulInteger":
@@ -275,16 +275,12 @@ class Reader:
 
 def _kernel_of(node: Any) -> Kernel | None:
     """Geometry of a Conv or MaxPool; None where it is not padded alike on both sides."""
+    said = attributes_of(node)
     size, stride, pads, dilation = (
-        tuple(attribute(node, name)) for name in ("kernel_shape", "strides", "pads", "dilations")
+        tuple(said[name]) for name in ("kernel_shape", "strides", "pads", "dilations")
     )
     half = len(pads) // 2
     return Kernel(size, stride, pads[:half], dilation) if pads[:half] == pads[half:] else None
-
-
-def attribute(node: Any, name: str) -> Any:
-    """The value of an attribute of a node."""
-    return next(onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == name)
 
 
 def format_of(smallest: int, largest: int) -> IntegerFormat:

@@ -75,11 +75,6 @@ def read_note(text: str) -> Notes:
     return Notes(ranges, found["biases"])
 
 
-def step_of(chosen: InputRange) -> np.float32:
-    """The value of code 1."""
-    return np.float32(chosen.amax) / np.float32(chosen.largest)
-
-
 def bias_values(layer: Convolution) -> Float32:
     """The bias of a layer in fp32, (C',)."""
     assert layer.bias is not None
@@ -88,4 +83,4 @@ def bias_values(layer: Convolution) -> Float32:
         return values
     assert layer.input_range is not None
     assert layer.weight_step is not None
-    return values * (step_of(layer.input_range) * layer.weight_step)
+    return values * (layer.input_range.step * layer.weight_step)

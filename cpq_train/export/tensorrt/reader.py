@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from cpq_train.common.errors import UserError
 from cpq_train.export.dense_form import as_transposed
-from cpq_train.export.graph import onnx
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import Concatenation, Convolution, Float32, InputRange, Plan
-from cpq_train.export.reading import check_form, first_line, open_model
+from cpq_train.export.reading import attributes_of, check_form, first_line, open_model
 from cpq_train.export.tensorrt.notes import KEY, read_note
 from cpq_train.export.tensorrt.writer import model_of
 from cpq_train.quantization.reference.rulebook import Kernel
@@ -114,7 +113,7 @@ class _Reader:
 
 def _upsampling(layer: Convolution, node: Any) -> Convolution:
     """The transposed convolution that a 1x1 Conv and a DepthToSpace make."""
-    size = _attributes(node)["blocksize"]
+    size = attributes_of(node)["blocksize"]
     weight, kernel = as_transposed(layer.weight, size)
     step, bias = (
         None if values is None else np.ascontiguousarray(values[:: size**2])
@@ -132,11 +131,7 @@ def _upsampling(layer: Convolution, node: Any) -> Convolution:
 
 
 def _kernel(node: Any) -> Kernel:
-    found = {name: tuple(values) for name, values in _attributes(node).items()}
+    found = {name: tuple(values) for name, values in attributes_of(node).items()}
     if not found:
         return ONE
     return Kernel(found["kernel_shape"], found["strides"], found["pads"][:2], found["dilations"])
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    return {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}

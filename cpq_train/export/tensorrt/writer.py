@@ -26,7 +26,7 @@ from cpq_train.export.graph import Graph, onnx
 from cpq_train.export.parts import MAP, shapes
 from cpq_train.export.plan import Addition, Concatenation, Convolution, HeightMap, InputRange, Operation, Plan
 from cpq_train.export.tensorrt.lint import lint
-from cpq_train.export.tensorrt.notes import KEY, bias_values, note_of, step_of
+from cpq_train.export.tensorrt.notes import KEY, bias_values, note_of
 
 SMALLEST, LARGEST = -128, 127
 """Codes at which QuantizeLinear saturates (TensorRT 10.16, NvInfer.h, IQuantizeLayer)."""
@@ -127,7 +127,7 @@ class _Writer:
         graph, codes = self.graph, self.code_names[tensor, chosen]
         values = f"{codes}.values"
         if values not in graph:
-            pair = [graph.initializer(f"{codes}.step", np.array(step_of(chosen))), graph.integer(0, np.int8)]
+            pair = [graph.initializer(f"{codes}.step", np.array(chosen.step)), graph.integer(0, np.int8)]
             graph.node("QuantizeLinear", [self._clipped(tensor, chosen, codes), *pair], codes)
             graph.node("DequantizeLinear", [codes, *pair], values)
         return values
@@ -137,7 +137,7 @@ class _Writer:
         if (smallest, chosen.largest) == (SMALLEST, LARGEST):
             return tensor
         limits = [
-            self.graph.initializer(f"{codes}.{name}", np.array(np.float32(code) * step_of(chosen)))
+            self.graph.initializer(f"{codes}.{name}", np.array(np.float32(code) * chosen.step))
             for name, code in (("least", chosen.smallest), ("most", chosen.largest))
         ]
         return self.graph.node("Clip", [tensor, *limits], f"{codes}.clipped")
