@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from pydantic import Field, TypeAdapter
-from typing_extensions import override
+from typing_extensions import NotRequired, override
 
 from cpq_train.callbacks.evaluation import (
     Evaluation,
@@ -27,7 +28,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.schema import accepts, keys, validated
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
+from cpq_train.evaluation.gaps import share_won_back
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.scoring import score_detector
@@ -35,7 +36,7 @@ from cpq_train.training.scoring import score_detector
 Score = dict[str, float]
 
 _SHARE = Annotated[float, Field(strict=True, ge=0, le=1), accepts("a number from 0 to 1")]
-_SCORE: TypeAdapter[Score] = TypeAdapter(keys(dict.fromkeys(COMPARED_METRICS, _SHARE)))
+_SCORE: TypeAdapter[Score] = TypeAdapter(keys({"mAP": _SHARE, "NDS": NotRequired[_SHARE]}))
 
 BASELINES = {"qat": ("float", "ptq"), "float_tuned": ("float",)}
 """Arm -> what it is compared with while it trains."""
@@ -76,8 +77,7 @@ class Baselines(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scored = next(c.scored for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
         if self.scores and scored is not None and not trainer.sanity_checking:
-            now = {"mAP": scored.scores.mean_ap, "NDS": scored.scores.nds}
-            log_equal(pl_module, gaps(now, self.scores))
+            log_equal(pl_module, gaps(scored.scores.headline, self.scores))
 
     def _score(self, arm: str, trainer: Trainer, module: CenterPointDetector) -> Score | None:
         data = datamodule_of(trainer)
@@ -102,7 +102,7 @@ class Baselines(Callback):
 def gaps(now: Score, baselines: dict[str, Score]) -> Score:
     """Differences to the baselines, and the share of the PTQ loss won back (1 is float, 0 is PTQ)."""
     logs: Score = {}
-    for metric in COMPARED_METRICS:
+    for metric in now:
         for arm, score in baselines.items():
             logs[f"val/{metric}_minus_{arm}"] = now[metric] - score[metric]
         if "ptq" in baselines:
@@ -112,11 +112,11 @@ def gaps(now: Score, baselines: dict[str, Score]) -> Score:
     return logs
 
 
-def gap_names(arm: str) -> list[str]:
-    """What `gaps` may log for an arm."""
+def gap_names(arm: str, metrics: Sequence[str]) -> list[str]:
+    """What `gaps` may log of these scores for an arm."""
     baselines = BASELINES.get(arm, ())
-    names = [f"val/{metric}_minus_{baseline}" for metric in COMPARED_METRICS for baseline in baselines]
-    won_back = [f"val/{metric}_ptq_loss_won_back" for metric in COMPARED_METRICS if "ptq" in baselines]
+    names = [f"val/{metric}_minus_{baseline}" for metric in metrics for baseline in baselines]
+    won_back = [f"val/{metric}_ptq_loss_won_back" for metric in metrics if "ptq" in baselines]
     return names + won_back
 
 

@@ -16,7 +16,10 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
+from cpq_train.evaluation.countable import check_countable
+from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
+from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.metrics_file import RunInfo
 from cpq_train.evaluation.run_files import METRICS_FILE, MetricEngine, ScoredSplit, write_run
 from cpq_train.export.engine import Engine
@@ -27,11 +30,15 @@ from cpq_train.quantization.prepare import coverage
 from cpq_train.report.bev import BEV_FILE, BevSample, bev_sample, busiest_sample, write_bev_sample
 from cpq_train.training.detector import CenterPointDetector
 
+TRAINED_MAP = "val/mAP_trained"
+"""Logged name of the mAP over the classes that the network was made for, where these are not all."""
+
 
 class Evaluation(Callback):
     """nuScenes mAP, NDS and true-positive errors of every validation.
 
-    Logs `val/mAP` and `val/NDS`. `validate`, and `fit` at its end, write
+    Logs `val/mAP` and `val/NDS`, of a network for some of the classes also `val/mAP_trained`, over these; of
+    other classes than nuScenes' ten there is no NDS. `validate`, and `fit` at its end, write
     `metrics.json`, `results_nusc.json` (the submission), `matches.npz` and `bev_sample.npz` into
     `trainer.default_root_dir`. Where the trainer leaves samples out, those that it takes are scored, and
     no file is written: the score is not that of the split.
@@ -48,12 +55,20 @@ class Evaluation(Callback):
         self._is_whole = False
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before a fit that validates, see that there is something to score, and that it may be."""
+        if stage == "fit" and trainer.enable_validation:
+            data = datamodule_of(trainer)
+            annotations = ground_truth(data.index, data.eval_rows)
+            check_countable(data.index, data.eval_rows, annotations, data.splits.val)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
         metric = NuScenesDetectionMetric(
-            data.index, data.eval_rows, data.class_names, may_be_partial=bool(left_out_by(trainer))
+            data.index, data.eval_rows, data.class_names, bool(left_out_by(trainer)), data.splits.val
         )
         self._metric = metric.to(pl_module.device)
 
@@ -83,8 +98,7 @@ class Evaluation(Callback):
             print_plain(
                 f"partial score: {num_scored} of {num_all} samples ({why}); {METRICS_FILE} is not written"
             )
-        scores = self.scored.scores
-        log_equal(pl_module, {"val/mAP": scores.mean_ap, "val/NDS": scores.nds}, prog_bar=True)
+        log_equal(pl_module, _logged(self.scored.scores, datamodule_of(trainer)), prog_bar=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,6 +129,13 @@ class Evaluation(Callback):
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 
+def _logged(scores: Scores, data: NuScenesDataModule) -> dict[str, float]:
+    logged = {f"val/{name}": score for name, score in scores.headline.items()}
+    if set(data.class_names) != set(scores.task.names):
+        logged[TRAINED_MAP] = scores.mean_ap_of(data.class_names)
+    return logged
+
+
 def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
     """The checkpoint that a verb runs, or that the deployment file it runs was made of.
 
@@ -135,8 +156,9 @@ def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: 
     """What `metrics.json` says of a run beside its scores."""
     return RunInfo(
         arm=module.row,
-        dataset=data.index.dataset_info(),
-        split=data.val_split,
+        dataset=data.scored_info(),
+        split=data.splits.val,
+        trained_classes=data.class_names,
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),
         config=dict(module.hparams),
         **(_of_network(module, checkpoint) if module.engine is None else _of_engine(module.engine)),

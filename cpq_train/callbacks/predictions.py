@@ -49,14 +49,15 @@ class WritePredictions(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
-        _check_no_scores_are_lost(Path(trainer.default_root_dir), data.test_split)
-        self._collector = DetectionCollector(data.test_rows, data.class_names).to(pl_module.device)
+        _check_no_scores_are_lost(Path(trainer.default_root_dir), data.splits.test)
+        self._collector = DetectionCollector(data.test_rows, data.class_names, data.task).to(pl_module.device)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
-        self._collector = DetectionCollector(data.predict_rows, data.class_names).to(pl_module.device)
+        collector = DetectionCollector(data.predict_rows, data.class_names, data.task)
+        self._collector = collector.to(pl_module.device)
 
     @override
     def on_test_batch_end(
@@ -137,9 +138,9 @@ def _write_predictions(path: Path, data: NuScenesDataModule, detections: dict[in
     if data.clouds is None:
         _write(path, _in_global_frame(data, rows, detections), _tokens(data, rows), frame="global")
         return
-    found = predictions_in_lidar_frame([detections[row] for row in rows.tolist()])
+    found = predictions_in_lidar_frame([detections[row] for row in rows.tolist()], data.task)
     clouds = np.array([str(data.clouds[row]) for row in rows.tolist()])
-    _write(path, found, clouds, frame="LIDAR_TOP")
+    _write(path, found, clouds, frame=data.lidar_channel)
 
 
 def _detected(data: NuScenesDataModule, detections: dict[int, LidarDetections]) -> Ints:

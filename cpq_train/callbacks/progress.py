@@ -14,7 +14,7 @@ from typing_extensions import override
 from cpq_train.callbacks.resume_point import ResumePoint
 from cpq_train.common.errors import UserError
 from cpq_train.common.progress import EVERY_N_SECONDS, Lines, draws_bars, duration, rate, say
-from cpq_train.evaluation.gaps import COMPARED_METRICS
+from cpq_train.evaluation.gaps import HEADLINE
 
 
 class ProgressLines(Callback):
@@ -177,7 +177,7 @@ def _num_steps(trainer: Trainer) -> int | None:
 
 def _scores(metrics: Mapping[str, Tensor]) -> Iterator[str]:
     """Each score of a validation, and how far it is from the baselines that it has."""
-    for name in COMPARED_METRICS:
+    for name in HEADLINE:
         if f"val/{name}" in metrics:
             arms = {"float": f"val/{name}_minus_float", "PTQ": f"val/{name}_minus_ptq"}
             gaps = [f"{float(metrics[key]):+.4f} to {arm}" for arm, key in arms.items() if key in metrics]

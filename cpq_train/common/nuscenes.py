@@ -1,4 +1,4 @@
-"""The terms of the nuScenes detection task that every room shares: classes, categories, attributes.
+"""The terms of the nuScenes detection task that every room shares: classes, categories, attributes, errors.
 
 Sources: nuscenes-devkit 1.2.0 (`eval/detection/constants.py`, `eval/detection/utils.py`) and OpenPCDet's
 class order.
@@ -60,3 +60,9 @@ ATTRIBUTES: tuple[str, ...] = (
     "vehicle.stopped",
 )
 """An attribute id is an index into this tuple, -1 means "none"."""
+
+TP_ERRORS = ("ATE", "ASE", "AOE", "AVE", "AAE")
+"""Translation (m), scale (1 - IoU), orientation (rad), velocity (m/s) and attribute (1 - accuracy) error."""
+
+LIDAR_TOP = "LIDAR_TOP"
+"""Name of nuScenes' LiDAR in table `sensor`."""

@@ -40,7 +40,7 @@ def class_balanced_rows(
         UserError: no class gives a sample.
     """
     rng = np.random.default_rng(seed)
-    presence = class_presence(index, rows)[:, [name in class_names for name in DETECTION_CLASSES]]
+    presence = class_presence(index, rows)[:, [name in class_names for name in index.task.names]]
     numbers = num_draws(presence.sum(axis=0).tolist())
     if not any(numbers):
         raise UserError(
@@ -54,14 +54,15 @@ def class_balanced_rows(
 
 
 def class_presence(index: NuScenesIndex, rows: Rows) -> NDArray[np.bool_]:
-    """Whether samples (S,) show each class, (S, 10): an annotation with LiDAR or radar points will do.
+    """Whether samples (S,) show each class of the task, (S, classes).
 
-    So do OpenPCDet's info files; the stricter filter of the targets comes later.
+    An annotation with LiDAR or radar points will do, as in OpenPCDet's info files; the stricter filter of
+    the targets comes later.
     """
     has_points = index.annotation_num_lidar_pts[:] + index.annotation_num_radar_pts[:] > 0
     counted = np.flatnonzero(has_points & (index.annotation_classes[:] >= 0))
     samples = np.repeat(np.arange(len(index)), np.diff(index.annotation_offsets))
-    presence = np.zeros((len(index), len(DETECTION_CLASSES)), dtype=np.bool_)
+    presence = np.zeros((len(index), len(index.task.names)), dtype=np.bool_)
     presence[samples[counted], index.annotation_classes[counted]] = True
     return presence[rows]
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,20 +14,23 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from cpq_train.common.detection_task import DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import DETECTION_CLASSES, LIDAR_TOP
 from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.census import check_targets
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.labels import nuscenes_ids
 from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.position import EpochPosition
-from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches, stratified_choice
+from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches
+from cpq_train.data.selection import Limits, Selection, SplitNames
 from cpq_train.data.settings import DataSettings
+from cpq_train.data.splits import UNION
 
 Rows = NDArray[np.int64]
 
@@ -43,15 +46,22 @@ class NuScenesDataModule(LightningDataModule):
         voxel_size: x, y, z in metres.
         point_cloud_range: minimum x, y, z and maximum x, y, z in metres, in the LiDAR frame.
         class_names: the network's classes, in the order of labels; objects of others are no targets.
+        classes: the data set's own classes by name, each with its categories and the rules of its score; null
+            for nuScenes' ten. The network's classes are among them.
+        lidar_channel: name of the LiDAR in table `sensor`.
         max_points_per_voxel: further points of a voxel are dropped.
         max_num_voxels_train: further voxels of a training sample are dropped.
         max_num_voxels_eval: further voxels of a sample that is evaluated or calibrated with are dropped.
         batch_size: samples per rank and step.
         num_workers: loading processes per rank and loader; 0 loads in the main process.
         seed: of the order of samples, the augmentation and the choice of calibration samples.
-        train_split: official split to train on; "train" is mini_train in a mini version.
-        val_split: official split to validate on; "val" is mini_val in a mini version.
-        test_split: official split that the test and predict verbs run on.
+        train_split: split to train on, an official one ("train" is mini_train in a mini version) or one that
+            `splits.json` in the folder of tables names.
+        train_splits: several splits to train on instead, such as train and val for a last training.
+        val_split: split to validate on; "val" is mini_val in a mini version.
+        test_split: split that the test and predict verbs run on.
+        missing_scenes: error, or skip to leave out scenes of which clouds are missing, as in a root that is
+            downloaded in part; those of a scored split are named in metrics.json.
         sample_tokens: evaluate these samples only; all of them must belong to the split.
         augmentation: what is drawn anew for each training sample; null for none.
         gt_sampling: objects of other samples that training scenes are filled up with, from the database
@@ -60,8 +70,9 @@ class NuScenesDataModule(LightningDataModule):
             by the seed. An epoch is then several times as long.
         num_calibration_samples: samples that quantizers are calibrated with; each scene gives equally many,
             up to one.
-        calibration_split: official split to calibrate on; null for `train_split`.
+        calibration_split: split to calibrate on; null for `train_split`.
         force_calibration_on_val: calibrate on samples of `val_split` too, which makes its scores too good.
+        force_score_on_train: score samples that `train_splits` hold, likewise.
         cache_dir: where the index is kept; null for the data root, or the user's cache if that is read-only.
     """
 
@@ -73,6 +84,8 @@ class NuScenesDataModule(LightningDataModule):
         voxel_size: tuple[float, float, float] = DataSettings.voxel_size,
         point_cloud_range: tuple[float, float, float, float, float, float] = DataSettings.point_cloud_range,
         class_names: tuple[str, ...] = DETECTION_CLASSES,
+        classes: dict[str, DetectionClass] | None = None,
+        lidar_channel: str = LIDAR_TOP,
         max_points_per_voxel: int = DataSettings.max_points_per_voxel,
         max_num_voxels_train: int = DataSettings.max_num_voxels_train,
         max_num_voxels_eval: int = DataSettings.max_num_voxels_eval,
@@ -80,8 +93,10 @@ class NuScenesDataModule(LightningDataModule):
         num_workers: int = 4,
         seed: int = 0,
         train_split: str = "train",
+        train_splits: list[str] | None = None,
         val_split: str = "val",
         test_split: str = "test",
+        missing_scenes: Literal["error", "skip"] = "error",
         sample_tokens: list[str] | None = None,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen, and shown in the command's help
         gt_sampling: GtSampling | None = None,
@@ -89,21 +104,23 @@ class NuScenesDataModule(LightningDataModule):
         num_calibration_samples: int = 256,
         calibration_split: str | None = None,
         force_calibration_on_val: bool = False,
+        force_score_on_train: bool = False,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"data.{name} is {value}: expected {least} or more")
-        nuscenes_ids(class_names)  # refuses foreign ones
+        self.task, self.lidar_channel = DetectionTask.of(classes), lidar_channel
+        self.task.ids(class_names)  # refuses foreign ones
         self.class_names = tuple(class_names)
         self.root, self.version, self.cache_dir = root, version, cache_dir
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.sample_tokens = sample_tokens
+        self.splits = SplitNames(
+            UNION.join(train_splits or [train_split]), val_split, test_split, calibration_split or train_split
+        )
+        self._limits = Limits(sample_tokens, missing_scenes, force_calibration_on_val, force_score_on_train)
         self.num_calibration_samples = num_calibration_samples
-        self.calibration_split = calibration_split or train_split
-        self.force_calibration_on_val = force_calibration_on_val
         self.settings = DataSettings(
             num_sweeps,
             voxel_size,
@@ -113,17 +130,16 @@ class NuScenesDataModule(LightningDataModule):
             max_num_voxels_eval,
         )
         self.evaluation_config = SampleConfig.of_evaluation(self.settings, self.class_names, seed)
-        self._training_config = dataclasses.replace(
-            self.evaluation_config,
-            max_num_voxels=max_num_voxels_train,
-            augmentation=augmentation,
-            is_training=True,
-        )
-        self.gt_sampling, self.class_balanced = gt_sampling, class_balanced
+        self._augmentation, self.gt_sampling, self.class_balanced = augmentation, gt_sampling, class_balanced
         self._index: NuScenesIndex | None = None
         self.clouds: list[Path] | None = None
         """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
         self._resumed: EpochPosition | None = None
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which samples are for what."""
+        return Selection(self.index, self.splits, self._limits, self.settings.num_sweeps)
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""
@@ -134,9 +150,11 @@ class NuScenesDataModule(LightningDataModule):
         """Before a fit starts, looks for what it needs.
 
         Raises:
-            UserError: see `_gt_sampler`.
+            UserError: no annotation is a target; see `_gt_sampler`.
         """
         if stage == "fit":
+            rows, of_points = self.selection.train_rows, self.settings.point_cloud_range
+            check_targets(self.index, rows, self.class_names, of_points, self.splits.train)
             self._gt_sampler()
 
     @property
@@ -153,17 +171,23 @@ class NuScenesDataModule(LightningDataModule):
     def _open_index(self) -> NuScenesIndex:
         if self.root is None:
             raise UserError("data.root is not given: expected the folder that holds samples/ and the tables")
-        return open_index(self.root, self.version, self.cache_dir)
+        return open_index(self.root, self.version, self.cache_dir, self.task, self.lidar_channel)
 
     @property
     def eval_rows(self) -> Rows:
         """Index rows (S,) of the samples that are validated on, over all ranks."""
-        return self.index.sample_rows(self.val_split, self.sample_tokens)
+        return self.selection.val_rows
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Augmented training samples, in an order and with draws of their own in every epoch."""
         rows = self._train_rows
-        dataset = DetectionDataset(self.index, rows, self._training_config, self._gt_sampler())
+        config = dataclasses.replace(
+            self.evaluation_config,
+            max_num_voxels=self.settings.max_num_voxels_train,
+            augmentation=self._augmentation,
+            is_training=True,
+        )
+        dataset = DetectionDataset(self.index, rows, config, self._gt_sampler())
         rank, world_size = self._place()
         sampler = TrainingSampler(dataset, num_replicas=world_size, rank=rank, seed=self.seed)
         if self._resumed is not None:  # its epoch too: workers load before Lightning tells the sampler
@@ -177,7 +201,7 @@ class NuScenesDataModule(LightningDataModule):
     @cached_property
     def _train_rows(self) -> Rows:
         """Index rows of an epoch's training samples; with class balance a row may occur several times."""
-        rows = self.index.sample_rows(self.train_split)
+        rows = self.selection.train_rows
         if not self.class_balanced:
             return rows
         return class_balanced_rows(self.index, rows, self.seed, self.class_names)
@@ -191,8 +215,8 @@ class NuScenesDataModule(LightningDataModule):
         """
         if self.gt_sampling is None:
             return None
-        num_sweeps = self._training_config.num_sweeps
-        database = open_gt_database(self.index, self.train_split, num_sweeps, self.cache_dir)
+        num_sweeps = self.settings.num_sweeps
+        database = open_gt_database(self.index, self.splits.train, num_sweeps, self.cache_dir)
         max_epochs = None if self.trainer is None else self.trainer.max_epochs
         num_epochs = None if max_epochs == -1 else max_epochs
         return GtSampler(database, self.gt_sampling, self.class_names, num_epochs)
@@ -223,7 +247,7 @@ class NuScenesDataModule(LightningDataModule):
     @property
     def test_rows(self) -> Rows:
         """Index rows (S,) of the samples of the test split, over all ranks."""
-        return self.index.sample_rows(self.test_split, self.sample_tokens)
+        return self.selection.test_rows
 
     def test_dataloader(self) -> DataLoader[Item]:
         """This rank's share of the test split."""
@@ -237,9 +261,7 @@ class NuScenesDataModule(LightningDataModule):
         """
         if self.clouds is not None:
             return np.arange(len(self.clouds))
-        return self.index.sample_rows(
-            self.test_split if self.sample_tokens is None else None, self.sample_tokens
-        )
+        return self.selection.predict_rows
 
     def predict_dataloader(self) -> DataLoader[Item]:
         """This rank's share of what is predicted on."""
@@ -258,24 +280,9 @@ class NuScenesDataModule(LightningDataModule):
         """Index rows (N,) of the `num_calibration_samples` samples to calibrate with, over all ranks.
 
         Raises:
-            UserError: there are not so many, none are asked for, or one is a validation sample.
+            UserError: see `Selection.calibration_rows`.
         """
-        rows = self.index.sample_rows(self.calibration_split)
-        if not 1 <= self.num_calibration_samples <= len(rows):
-            raise UserError(
-                f"data.num_calibration_samples is {self.num_calibration_samples}: "
-                f"expected 1 to {len(rows)}, the samples of split {self.calibration_split!r}"
-            )
-        scenes = self.index.sample_scenes[rows]
-        chosen = stratified_choice(rows, scenes, self.num_calibration_samples, self.seed)
-        num_val = int(self.index.is_in_split(chosen, self.val_split).sum())
-        if num_val and not self.force_calibration_on_val:
-            raise UserError(
-                f"data.calibration_split {self.calibration_split!r}: {num_val} of the {len(chosen)} samples "
-                f"belong to data.val_split {self.val_split!r}, whose scores would be too good; "
-                "choose another split, or set data.force_calibration_on_val to true"
-            )
-        return chosen
+        return self.selection.calibration_rows(self.num_calibration_samples, self.seed)
 
     def calibration_dataloader(self) -> DataLoader[Item]:
         """This rank's batches of the calibration samples, without augmentation.
@@ -293,11 +300,16 @@ class NuScenesDataModule(LightningDataModule):
         tokens = sorted(self.index.sample_token(row) for row in self.calibration_rows)
         return {
             "num_samples": len(tokens),
-            "split": self.calibration_split,
+            "split": self.splits.calibration,
             "dataset": self.index.dataset_info(),
             "seed": self.seed,
             "tokens_sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
         }
+
+    def scored_info(self) -> dict[str, Any]:
+        """What `metrics.json` says of the data set: which, and what of the scored split was left out."""
+        skipped = self.selection.skipped_scenes
+        return {**self.index.dataset_info(), **({"skipped_scenes": skipped} if skipped else {})}
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks; without a trainer there is one."""

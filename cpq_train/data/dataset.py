@@ -200,14 +200,14 @@ def target_boxes(index: NuScenesIndex, row: int, class_names: Sequence[str] = DE
     An unknown velocity becomes 0, as OpenPCDet has it. Column 9 is the label, 1 for the first class.
     """
     annotations = _visible(index, row)
-    labels = labels_of_ids(class_names)[index.annotation_classes[annotations]]
+    labels = labels_of_ids(class_names, index.task)[index.annotation_classes[annotations]]
     is_target = labels > 0
     boxes = np.nan_to_num(index.annotation_boxes[annotations[is_target]], nan=0.0)
     return np.column_stack([boxes, labels[is_target]])
 
 
 def visible_boxes(index: NuScenesIndex, row: int) -> Float64:
-    """Boxes (N, 9) of a sample with LiDAR points, of classes outside the detection task too."""
+    """Boxes (N, 9) of a sample with LiDAR points, of categories outside the detection task too."""
     return index.annotation_boxes[_visible(index, row)]
 
 

@@ -13,15 +13,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
 from cpq_train.common.console import print_plain
+from cpq_train.common.detection_task import NUSCENES, DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import naming_full_disks
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import say
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
@@ -43,7 +45,7 @@ class GtDatabase(CheckedColumns):
 
     folder: Path
     classes: NDArray[np.int8] = field(repr=False)
-    """(N,) index into DETECTION_CLASSES."""
+    """(N,) class id of the task."""
     boxes: NDArray[np.float64] = field(repr=False)
     """(N, 9) box rows in the LiDAR frame of the sample's key frame; NaN where the velocity is unknown."""
     num_points: NDArray[np.int32] = field(repr=False)
@@ -62,6 +64,7 @@ class GtDatabase(CheckedColumns):
     """Of the index that `sample_rows` are rows of."""
     command: str = field(default="", repr=False)
     """What builds it."""
+    task: DetectionTask = field(default=NUSCENES, repr=False)
 
     @property
     def _remedy(self) -> str:  # type: ignore[override]
@@ -70,9 +73,9 @@ class GtDatabase(CheckedColumns):
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str]]:
+    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str, DetectionTask]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder, self.num_samples, self.command)
+        return _load, (self.folder, self.num_samples, self.command, self.task)
 
     def points_of(self, row: int) -> NDArray[np.float32]:
         """A copy of the points (P, 5) of the object at a row, moved to where they were seen.
@@ -98,6 +101,8 @@ def build_gt_database(
     num_sweeps: int = MAX_NUM_SWEEPS,
     num_workers: int = 4,
     cache_dir: Path | None = None,
+    classes: dict[str, DetectionClass] | None = None,
+    lidar_channel: str = LIDAR_TOP,
 ) -> None:
     """Collects the points of every annotated object of a split, for `data.gt_sampling`.
 
@@ -107,11 +112,13 @@ def build_gt_database(
     Args:
         root: The data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
         version: Name of the folder of tables.
-        split: Official split, the one that will be trained on.
+        split: Official split, or one of `splits.json`, that will be trained on; several joined by "+".
         num_sweeps: LiDAR sweeps per sample, as `data.num_sweeps` of the training.
         num_workers: Processes; 0 works in this one.
         cache_dir: Where to keep the database, as `data.cache_dir` of the training; by default the data root,
             or the user's cache if that is read-only.
+        classes: As `data.classes` of the training.
+        lidar_channel: As `data.lidar_channel` of the training.
 
     Raises:
         UserError: The root, the version or the split is missing, there is no object or no place to write,
@@ -122,20 +129,20 @@ def build_gt_database(
         raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}: expected 0 or more")
-    index = open_index(root, version, cache_dir)
+    index = open_index(root, version, cache_dir, DetectionTask.of(classes), lidar_channel)
     rows = index.sample_rows(split)
     if not any(len(object_annotations(index, row)) for row in rows):
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
     name = _name(index, split, num_sweeps)
     places = derived.homes(index.root, version, cache_dir)
     command = _command(index, split, num_sweeps, cache_dir)
-    found = (_whole(folder, len(index), command) for folder in derived.find(places, name))
+    found = (_whole(folder, index, command) for folder in derived.find(places, name))
     database = next(filter(None, found), None)
     if database is None:
         parts = derived.parts_folder(places, name)
         folder = parts.with_name(name)
         _build(index, rows, parts, folder, num_sweeps, num_workers)
-        database = _load(folder, len(index), command)
+        database = _load(folder, len(index), command, index.task)
     _print_counts(database)
 
 
@@ -176,7 +183,7 @@ def open_gt_database(
     reasons = []
     for folder in derived.find(places, _name(index, split, num_sweeps)):
         try:
-            return _load(folder, len(index), command)
+            return _load(folder, len(index), command, index.task)
         except UserError as error:
             reasons.append(str(error))
     if reasons:
@@ -189,16 +196,20 @@ def open_gt_database(
 
 def _command(index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None) -> str:
     place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
+    if index.lidar_channel != LIDAR_TOP:
+        place += f" --lidar_channel {quote(index.lidar_channel)}"
+    if index.task != NUSCENES:
+        place += f" --classes {quote(json.dumps(index.task.to_dict()))}"
     return (
         f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
         f"--split {split} --num_sweeps {num_sweeps}{place}"
     )
 
 
-def _whole(folder: Path, num_samples: int, command: str) -> GtDatabase | None:
+def _whole(folder: Path, index: NuScenesIndex, command: str) -> GtDatabase | None:
     """A database that is what was written; a damaged one is removed, and said."""
     try:
-        database = _load(folder, num_samples, command)
+        database = _load(folder, len(index), command, index.task)
         for row in range(len(database)):
             database.points_of(row)
         for name in COLUMNS:
@@ -211,19 +222,23 @@ def _whole(folder: Path, num_samples: int, command: str) -> GtDatabase | None:
 
 
 def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
-    source = json.dumps([_SCHEMA, index.fingerprint, split, num_sweeps])
-    return f"gt-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    source = [_SCHEMA, index.fingerprint, split, num_sweeps]
+    if index.splits.is_own(split):
+        source.append(index.splits.scenes_of(split))
+    if index.lidar_channel != LIDAR_TOP or index.task != NUSCENES:
+        source += [index.lidar_channel, index.task.to_dict()]
+    return f"gt-{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]}"
 
 
-def _load(folder: Path, num_samples: int, command: str) -> GtDatabase:
+def _load(folder: Path, num_samples: int, command: str, task: DetectionTask) -> GtDatabase:
     """Maps a database.
 
     Raises:
         UserError: it is damaged.
     """
-    unchecked = open_columns(folder, LAYOUT, {"S": num_samples})[1]
+    unchecked = open_columns(folder, LAYOUT, {"S": num_samples, "K": len(task.names)})[1]
     database = object.__new__(GtDatabase)
-    known = {"folder": folder, "num_samples": num_samples, "command": command}
+    known = {"folder": folder, "num_samples": num_samples, "command": command, "task": task}
     database.__dict__.update(known, _unchecked=unchecked)
     return database
 
@@ -232,7 +247,7 @@ def _print_counts(database: GtDatabase) -> None:
     table = Table()
     for heading in ("class", "objects", "of 5 points or more"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
-    for class_id, name in enumerate(DETECTION_CLASSES):
+    for class_id, name in enumerate(database.task.names):
         num_points = database.num_points[database.classes == class_id]
         table.add_row(name, str(len(num_points)), str(np.count_nonzero(num_points >= 5)))
     text = f"GT database: {database.folder} ({len(database.points)} points)"

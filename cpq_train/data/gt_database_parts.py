@@ -21,7 +21,6 @@ from cpq_train.common.arrays import Column, check_columns, check_values, read_np
 from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.common.folders import naming_full_disks, numbering_errors
-from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.common.progress import say, track
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
@@ -46,11 +45,11 @@ LAYOUT: Final = Layout(
         "point_checksums": Column("u", ("N",), 4),
         **_POINTS,
     },
-    ranges={"classes": (0, len(DETECTION_CLASSES)), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
+    ranges={"classes": (0, "K"), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
     offsets={"point_offsets": "P"},
     in_pieces=("points",),
 )
-"""Of a database, see `GtDatabase`. N objects, P points; S samples of the index."""
+"""Of a database, see `GtDatabase`. N objects, P points; S samples of the index, K classes of the task."""
 
 COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
 """Files of a database."""
@@ -90,7 +89,7 @@ def build_parts(
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
-        if not _is_whole(file, len(index))
+        if not _is_whole(file, index)
     ]
     loader = FollowingLoader(  # which hands errors over
         _Parts(index, tasks, num_sweeps),
@@ -178,12 +177,12 @@ def merge_parts(files: list[Path], folder: Path) -> None:
     write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
 
 
-def _is_whole(file: Path, num_samples: int) -> bool:
+def _is_whole(file: Path, index: NuScenesIndex) -> bool:
     """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
     if not os.path.lexists(file):
         return False
     try:
-        _check(_read(file, (*_OF_OBJECTS, *_POINTS)), num_samples, str(file))
+        _check(_read(file, (*_OF_OBJECTS, *_POINTS)), index, str(file))
     except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
         if file.is_dir() and not file.is_symlink():
@@ -192,14 +191,14 @@ def _is_whole(file: Path, num_samples: int) -> bool:
     return True
 
 
-def _check(part: Columns, num_samples: int, where: str) -> None:
+def _check(part: Columns, index: NuScenesIndex, where: str) -> None:
     """See that a part is of objects, and of their points: it may be a stranger's.
 
     Raises:
         UserError: it is not.
     """
-    check_values(part["classes"], 0, len(DETECTION_CLASSES) - 1, f"{where}: classes")
-    check_values(part["sample_rows"], 0, num_samples - 1, f"{where}: sample_rows")
+    check_values(part["classes"], 0, len(index.task.names) - 1, f"{where}: classes")
+    check_values(part["sample_rows"], 0, len(index) - 1, f"{where}: sample_rows")
     check_values(part["num_points"], 0, len(part["points"]), f"{where}: num_points")
     num_points = int(part["num_points"].sum(dtype=np.int64))
     if num_points != len(part["points"]):

@@ -61,10 +61,6 @@ class GtSampling:
 
     def __post_init__(self) -> None:
         for name, number in self.targets.items():
-            if name not in DETECTION_CLASSES:
-                raise UserError(
-                    f"gt_sampling targets names {name!r}: accepted are {', '.join(DETECTION_CLASSES)}"
-                )
             if number < 0:
                 raise UserError(f"gt_sampling targets {name} is {number}: expected 0 or more")
         for name, least in (("min_points", 1), ("fade_out_epochs", 0)):
@@ -82,8 +78,8 @@ class GtSampler:
         num_epochs: of the training; needed to fade out.
 
     Raises:
-        UserError: no object of a class with a target has enough points, or the number of epochs is needed
-            and unknown.
+        UserError: a target is of no class of the task, no object of a class with a target has enough points,
+            or the number of epochs is needed and unknown.
     """
 
     def __init__(
@@ -100,11 +96,14 @@ class GtSampler:
             )
         self._database = database
         self._num_epochs = None if num_epochs is None else num_epochs - config.fade_out_epochs
-        self._label_of_id = labels_of_ids(class_names)
+        task = database.task
+        self._label_of_id = labels_of_ids(class_names, task)
         has_enough = database.num_points >= config.min_points
         self._pools: list[tuple[int, int, Rows]] = []  # label, target, rows of the database
         for name, target in config.targets.items():
-            class_id = DETECTION_CLASSES.index(name)
+            if name not in task.names:
+                raise UserError(f"gt_sampling targets names {name!r}: accepted are {', '.join(task.names)}")
+            class_id = task.names.index(name)
             label = int(self._label_of_id[class_id])
             if label:
                 pool = np.flatnonzero(has_enough & (database.classes == class_id))

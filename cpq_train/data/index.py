@@ -23,14 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.folders import naming_full_disks
+from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import progress, say
 from cpq_train.common.schema import keys, list_of, mapping_to, validated
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, open_columns, write_columns
 from cpq_train.data.index_columns import LAYOUT
-from cpq_train.data.tables import TableReader, find_tables, fingerprint
+from cpq_train.data.splits import SPLITS_FILE, Splits, official_splits
+from cpq_train.data.tables import Table, TableReader, find_tables, fingerprint
 
 _SCHEMA = 2
 """Counted up when the columns change, so that older indexes are built anew."""
@@ -45,8 +48,8 @@ _PROGRESS_FROM_BYTES = 64 << 20
 class NuScenesIndex(CheckedColumns):
     """Columns over the samples, LiDAR frames, scenes and annotations of one version of a data set.
 
-    All arrays are memory-mapped and read-only. S samples in table order, F LIDAR_TOP frames (key frames and
-    sweeps), A annotations sorted by sample: those of sample `s` are rows `annotation_offsets[s] :
+    All arrays are memory-mapped and read-only. S samples in table order, F frames of the LiDAR (key frames
+    and sweeps), A annotations sorted by sample: those of sample `s` are rows `annotation_offsets[s] :
     annotation_offsets[s + 1]`. Strings are UTF-8 bytes. Quaternions are `w x y z`, as in the tables; lengths
     in metres, velocities in m/s.
     """
@@ -60,8 +63,12 @@ class NuScenesIndex(CheckedColumns):
     version: str
     fingerprint: str
     """SHA-256 over the contents of the tables."""
-    splits: dict[str, list[str]]
-    """The official splits, each with those of its scene names that the data set holds."""
+    splits: Splits
+    """Which scenes belong to which split."""
+    task: DetectionTask
+    """The classes of the annotations."""
+    lidar_channel: str
+    """Whose frames these are."""
 
     scene_names: NDArray[np.bytes_] = field(repr=False)
     sample_tokens: NDArray[np.bytes_] = field(repr=False)
@@ -104,10 +111,10 @@ class NuScenesIndex(CheckedColumns):
     annotation_instances: NDArray[np.int32] = field(repr=False)
     """(A,) row of table `instance`: the same number for the same object."""
     annotation_classes: NDArray[np.int8] = field(repr=False)
-    """(A,) index into DETECTION_CLASSES, -1 for categories outside the detection task."""
+    """(A,) class id of the task, -1 for categories outside of it."""
     annotation_is_bike_rack: NDArray[np.bool_] = field(repr=False)
     annotation_attributes: NDArray[np.int8] = field(repr=False)
-    """(A,) index into ATTRIBUTES, -1 for none."""
+    """(A,) attribute id of the task, -1 for none."""
     annotation_num_lidar_pts: NDArray[np.int32] = field(repr=False)
     annotation_num_radar_pts: NDArray[np.int32] = field(repr=False)
     annotation_boxes: NDArray[np.float64] = field(repr=False)
@@ -124,9 +131,9 @@ class NuScenesIndex(CheckedColumns):
     def __len__(self) -> int:
         return len(self.sample_tokens)
 
-    def __reduce__(self) -> tuple[Callable[..., NuScenesIndex], tuple[Path, Path, str]]:
+    def __reduce__(self) -> tuple[Callable[..., NuScenesIndex], tuple[Path, Path, str, DetectionTask, str]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder, self.root, self.version)
+        return _load, (self.folder, self.root, self.version, self.task, self.lidar_channel)
 
     def sample_token(self, row: int) -> str:
         """Token of the sample at a row."""
@@ -148,12 +155,11 @@ class NuScenesIndex(CheckedColumns):
         """Rows of the samples of a split, or of the given tokens.
 
         Args:
-            split: an official split. "train" and "val" stand for "mini_train" and "mini_val" in a mini
-                version. None is the whole data set.
+            split: a split, or several joined by "+", see `Splits`. None is the whole data set.
             tokens: sample tokens; only these, in this order. All must belong to the split.
 
         Raises:
-            UserError: the split holds no sample here, or a token is unknown or outside the split.
+            UserError: the split is unknown or holds no sample here, or a token is unknown or outside of it.
         """
         rows = np.arange(len(self)) if split is None else self._split_rows(split)
         if tokens is None:
@@ -171,30 +177,24 @@ class NuScenesIndex(CheckedColumns):
 
     def is_in_split(self, rows: NDArray[np.int64], split: str) -> NDArray[np.bool_]:
         """Which of the samples belong to a split; none to one that holds no scene here."""
-        name = f"mini_{split}" if self.version.endswith("mini") and split in ("train", "val") else split
-        scenes = np.array([scene.encode() for scene in self.splits.get(name, [])], dtype=np.bytes_)
+        scenes = np.array([scene.encode() for scene in self.splits.scenes_of(split)], dtype=np.bytes_)
         inside = np.flatnonzero(np.isin(self.scene_names, scenes))
         return np.isin(self.sample_scenes[rows], inside)
 
     def _split_rows(self, split: str) -> NDArray[np.int64]:
+        present = {str(name, "utf-8") for name in self.scene_names}
+        self.splits.check(split, present, f"{self.version} in {self.root}")
         all_rows = np.arange(len(self))
-        rows = all_rows[self.is_in_split(all_rows, split)]
-        if not len(rows):
-            held = ", ".join(
-                f"{name} ({len(scenes)} scenes)" for name, scenes in self.splits.items() if scenes
-            )
-            raise UserError(
-                f"split {split!r} holds no scene of {self.version} in {self.root}: "
-                f"the splits with scenes there are {held or 'none, its scene names are not official ones'}"
-            )
-        return rows
+        return all_rows[self.is_in_split(all_rows, split)]
 
     def dataset_info(self) -> dict[str, str]:
-        """What a report says of the data set: name of the root's folder, version, fingerprint."""
+        """What a report says of the data set: the root's name, version, fingerprint, another LiDAR."""
+        lidar = {} if self.lidar_channel == LIDAR_TOP else {"lidar_channel": self.lidar_channel}
         return {
             "root_name": self.root.resolve().name,
             "version": self.version,
             "fingerprint": self.fingerprint,
+            **lidar,
         }
 
 
@@ -203,7 +203,11 @@ COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
 
 
 def open_index(
-    root: str | Path, version: str = "v1.0-trainval", cache_dir: str | Path | None = None
+    root: str | Path,
+    version: str = "v1.0-trainval",
+    cache_dir: str | Path | None = None,
+    task: DetectionTask = NUSCENES,
+    lidar_channel: str = LIDAR_TOP,
 ) -> NuScenesIndex:
     """Opens the index of a data set, building it first where there is none for the present tables.
 
@@ -213,20 +217,22 @@ def open_index(
         root: the data root, the folder that holds `samples/`, `sweeps/` and the version's folder of tables.
         version: name of the folder of tables.
         cache_dir: where to keep the index. None means the root, or the user's cache if that is read-only.
+        task: classes of the annotations.
+        lidar_channel: name of the LiDAR in table `sensor`.
 
     Raises:
-        UserError: the root, the version or a table is missing or damaged, or no place for the index can be
-        written.
+        UserError: the root, the version or a table is missing or damaged, there is no such LiDAR, or no place
+            for the index can be written.
     """
     root = Path(root).expanduser()
     tables = find_tables(root, version)
-    key = _hash([_SCHEMA, [table.size_and_time for table in tables]])
+    key = _key(tables, task, lidar_channel)
     seen = f"seen-{_hash([table.identity for table in tables])}"
     places, num_bytes = derived.homes(root, version, cache_dir), sum(table.num_bytes for table in tables)
     reasons, stuck = [], []
     for folder in derived.find(places, key):
         try:
-            index = _load(folder, root, version)
+            index = _load(folder, root, version, task, lidar_channel)
         except UserError as error:
             reasons.append(str(error))
         else:
@@ -240,11 +246,19 @@ def open_index(
     places = [home for home in places if home not in stuck] or places
     with derived.new_folder(places, key) as unfinished:
         folder = unfinished.with_name(key)
-        _build(unfinished, root, version, num_bytes)
+        _build(unfinished, root, version, num_bytes, task, lidar_channel)
         (unfinished / seen).touch()
         derived.publish(unfinished, folder)
     derived.drop_others(folder)
-    return _load(folder, root, version)
+    return _load(folder, root, version, task, lidar_channel)
+
+
+def _key(tables: list[Table], task: DetectionTask, lidar_channel: str) -> str:
+    """Name of the folder of an index; of other classes, or another LiDAR, it is of a kind of its own."""
+    source = [_SCHEMA, [table.size_and_time for table in tables]]
+    if task == NUSCENES and lidar_channel == LIDAR_TOP:
+        return _hash(source)
+    return f"own-{_hash([*source, task.to_dict(), lidar_channel])}"
 
 
 def _hash(content: Any) -> str:
@@ -269,20 +283,16 @@ def _is_of(index: NuScenesIndex, seen: str, num_bytes: int) -> bool:
     return is_same
 
 
-def _build(folder: Path, root: Path, version: str, num_bytes: int) -> None:
-    from nuscenes.utils.splits import create_splits_scenes
-
+def _build(
+    folder: Path, root: Path, version: str, num_bytes: int, task: DetectionTask, lidar_channel: str
+) -> None:
     from cpq_train.data.index_builder import read_columns
 
     with _progress(num_bytes, f"Indexing {version}") as advance:
         reader = TableReader(root / version, advance)
-        columns = read_columns(reader)
+        columns = read_columns(reader, task, lidar_channel)
     assert set(columns) == set(COLUMNS)
-    present = {str(name, "utf-8") for name in columns["scene_names"]}
-    splits = {
-        name: [scene for scene in scenes if scene in present]
-        for name, scenes in create_splits_scenes().items()
-    }
+    splits = official_splits(str(name, "utf-8") for name in columns["scene_names"])
     num_bytes = sum(column.nbytes for column in columns.values())
     with naming_full_disks(f"the index of {version}", folder.parent, num_bytes, folder):
         write_columns(folder, columns, {"fingerprint": reader.fingerprint, "splits": splits})
@@ -298,15 +308,16 @@ def _progress(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: advance(count / 1e6)
 
 
-def _load(folder: Path, root: Path, version: str) -> NuScenesIndex:
+def _load(folder: Path, root: Path, version: str, task: DetectionTask, lidar_channel: str) -> NuScenesIndex:
     """Maps an index.
 
     Raises:
         UserError: it is damaged, or a column is missing.
     """
-    meta, columns = open_columns(folder, LAYOUT)
+    meta, columns = open_columns(folder, LAYOUT, {"K": len(task.names), "T": len(task.attributes)})
     index = object.__new__(NuScenesIndex)
     validated(_META, meta, str(folder))
-    index.__dict__.update({key: meta[key] for key in ("fingerprint", "splits")})
-    index.__dict__.update(folder=folder, root=root, version=version, _unchecked=columns)
+    splits = Splits(meta["splits"], version, root / version / SPLITS_FILE)
+    index.__dict__.update(folder=folder, root=root, version=version, task=task, lidar_channel=lidar_channel)
+    index.__dict__.update(fingerprint=meta["fingerprint"], splits=splits, _unchecked=columns)
     return index

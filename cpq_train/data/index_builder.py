@@ -1,8 +1,8 @@
 """Turns nuScenes' tables into columns: one array per property, rows addressed by number instead of token.
 
-Row numbers: a sample is a row of table `sample`, a frame is a LIDAR_TOP row of `sample_data` (key frames
-and sweeps), a scene is a row of `scene`. Annotations are sorted by sample, in table order within it. Shape
-letters: S samples, F frames, A annotations.
+Row numbers: a sample is a row of table `sample`, a frame is a row of `sample_data` of the LiDAR (key
+frames and sweeps), a scene is a row of `scene`. Annotations are sorted by sample, in table order within it.
+Shape letters: S samples, F frames, A annotations.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cpq_train.common.errors import UserError
-from cpq_train.common.nuscenes import ATTRIBUTES, BIKE_RACK_CATEGORY, CATEGORY_TO_CLASS, DETECTION_CLASSES
+from cpq_train.common.detection_task import DetectionTask
+from cpq_train.common.errors import UserError, shown
+from cpq_train.common.nuscenes import BIKE_RACK_CATEGORY
 from cpq_train.data.annotation_columns import AnnotationColumns, Columns
 from cpq_train.data.boxes import Float64, pose_matrices
 from cpq_train.data.records import (
@@ -27,26 +28,37 @@ from cpq_train.data.records import (
     twice,
 )
 from cpq_train.data.tables import TableReader
+from cpq_train.data.times import check_times
 
-_LIDAR = "LIDAR_TOP"
 _FRAME_KEYS = (
     "token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame",
     "filename", "prev",
 )  # fmt: skip
 
 
-def read_columns(reader: TableReader) -> Columns:
+def read_columns(reader: TableReader, task: DetectionTask, lidar_channel: str) -> Columns:
     """Reads all tables and returns the columns that `NuScenesIndex` documents.
+
+    Args:
+        reader: the tables.
+        task: gives categories and attributes their ids.
+        lidar_channel: name of the LiDAR in table `sensor`.
 
     Raises:
         UserError: a table is damaged, holds a value that is not accepted, or refers to a record that does
-            not exist.
+            not exist; or there is no such LiDAR.
     """
     category_names = {token: r["name"] for token, r in _by_token(reader, "category").items()}
-    attribute_ids = {token: _attribute_id(r["name"]) for token, r in _by_token(reader, "attribute").items()}
+    attributes = {name: number for number, name in enumerate(task.attributes)}
+    attribute_ids = {t: attributes.get(r["name"], -1) for t, r in _by_token(reader, "attribute").items()}
     channels = {token: r["channel"] for token, r in _by_token(reader, "sensor").items()}
+    if lidar_channel not in channels.values():
+        have = ", ".join(map(shown, sorted(set(channels.values())))) or "none"
+        raise UserError(f"data.lidar_channel is {shown(lidar_channel)}; accepted: {have} of table sensor")
     calibrations = {
-        token: r if referred(channels, "sensor", "calibrated_sensor", r, "sensor_token") == _LIDAR else None
+        token: r
+        if referred(channels, "sensor", "calibrated_sensor", r, "sensor_token") == lidar_channel
+        else None
         for token, r in _by_token(reader, "calibrated_sensor").items()
     }
     scenes = _scene_names(reader)
@@ -58,9 +70,10 @@ def read_columns(reader: TableReader) -> Columns:
     columns = _sample_columns(samples, scenes)
     sample_rows = {record["token"]: row for row, record in enumerate(samples)}
     columns |= _frame_columns(frames, calibrations, _ego_poses(reader, frames))
-    columns |= _key_frame_columns(columns, frames, samples, sample_rows)
+    columns |= _key_frame_columns(columns, frames, samples, sample_rows, lidar_channel)
+    check_times(columns)
     del frames, samples  # half a gigabyte for the whole of nuScenes
-    annotations = AnnotationColumns(sample_rows, attribute_ids, _instances(reader, category_names))
+    annotations = AnnotationColumns(sample_rows, attribute_ids, _instances(reader, category_names, task))
     check = record_check("sample_annotation")
     for row, record in enumerate(reader.records("sample_annotation")):
         check(record, row)
@@ -94,10 +107,6 @@ def _scene_names(reader: TableReader) -> dict[str, str]:
         if number > 1:
             twice("scene", name, "name")
     return names
-
-
-def _attribute_id(name: str) -> int:
-    return ATTRIBUTES.index(name) if name in ATTRIBUTES else -1
 
 
 def _lidar_frames(reader: TableReader, calibrations: Mapping[str, Record | None]) -> list[Record]:
@@ -181,17 +190,23 @@ def _vectors(records: list[Record], key: str, length: int) -> Float64:
 
 
 def _key_frame_columns(
-    columns: Columns, frames: list[Record], samples: list[Record], sample_rows: Mapping[str, int]
+    columns: Columns,
+    frames: list[Record],
+    samples: list[Record],
+    sample_rows: Mapping[str, int],
+    lidar_channel: str,
 ) -> Columns:
     key_frames = np.full(len(samples), -1, dtype=np.int32)
     for row, record in enumerate(frames):
         sample = referred(sample_rows, "sample", "sample_data", record, "sample_token")
         if record["is_key_frame"]:
             if key_frames[sample] >= 0:
-                twice("sample_data", record["sample_token"], f"sample_token of a {_LIDAR} key frame")
+                twice("sample_data", record["sample_token"], f"sample_token of a {lidar_channel} key frame")
             key_frames[sample] = row
     for row in np.flatnonzero(key_frames < 0):
-        raise UserError(f"table sample_data has no {_LIDAR} key frame for sample {samples[row]['token']}")
+        raise UserError(
+            f"table sample_data has no {lidar_channel} key frame for sample {samples[row]['token']}"
+        )
     at = {name: columns[f"frame_{name}"][key_frames] for name in _POSES}
     return {
         "sample_frames": key_frames,
@@ -207,12 +222,12 @@ def _key_frame_columns(
 _POSES = ("lidar_rotations", "lidar_translations", "ego_rotations", "ego_translations")
 
 
-def _instances(reader: TableReader, category_names: Mapping[str, str]) -> dict[str, tuple[int, int, bool]]:
+def _instances(
+    reader: TableReader, category_names: Mapping[str, str], task: DetectionTask
+) -> dict[str, tuple[int, int, bool]]:
     """Row, class id and "is a bicycle rack" of each instance token."""
     instances = {}
     for row, (token, record) in enumerate(_by_token(reader, "instance").items()):
         name = referred(category_names, "category", "instance", record, "category_token")
-        detection_class = CATEGORY_TO_CLASS.get(name)
-        class_id = -1 if detection_class is None else DETECTION_CLASSES.index(detection_class)
-        instances[token] = (row, class_id, name == BIKE_RACK_CATEGORY)
+        instances[token] = (row, task.class_of_category.get(name, -1), name == BIKE_RACK_CATEGORY)
     return instances

@@ -1,6 +1,6 @@
 """Types, shapes and ranges of the columns of the index; `NuScenesIndex` says what they are.
 
-S samples, F frames, C scenes, A annotations.
+S samples, F frames, C scenes, A annotations; K classes and T attributes of the task.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 from cpq_train.common.arrays import Column
-from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data.column_files import Layout
 
 LAYOUT: Final = Layout(
@@ -49,8 +48,8 @@ LAYOUT: Final = Layout(
         "sample_scenes": (0, "C"),
         "sample_frames": (0, "F"),
         "frame_previous": (-1, "F"),
-        "annotation_classes": (-1, len(DETECTION_CLASSES)),
-        "annotation_attributes": (-1, len(ATTRIBUTES)),
+        "annotation_classes": (-1, "K"),
+        "annotation_attributes": (-1, "T"),
     },
     offsets={"annotation_offsets": "A"},
 )

@@ -20,16 +20,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import TP_ERRORS
 from cpq_train.evaluation.boxes import Bools, Floats, Ints
 from cpq_train.evaluation.matches import Matches
-from cpq_train.evaluation.metric import average_precision, nuscenes_detection_score
+from cpq_train.evaluation.metric import average_precision, mean_over_classes, nuscenes_detection_score
 from cpq_train.evaluation.protocol import (
-    DEFINED_ERRORS,
     FIRST_RECALL_INDEX,
     RECALL_GRID,
     THRESHOLDS_M,
-    TP_ERRORS,
     TP_THRESHOLD_INDEX,
 )
 
@@ -49,12 +47,14 @@ class Resampled:
     """The metric over resampled scenes.
 
     Attributes:
+        class_ap: (C, B) AP of each class.
         mean_ap: (B,) mAP.
-        nds: (B,) NDS.
+        nds: (B,) NDS; None for other classes than nuScenes' ten.
     """
 
+    class_ap: Floats
     mean_ap: Floats
-    nds: Floats
+    nds: Floats | None
 
 
 def interval(distribution: Floats) -> Interval:
@@ -85,9 +85,10 @@ def resample(matches: Matches, weights_BS: Floats) -> Resampled:
         matches: what matching found.
         weights_BS: (B, S) weight of each scene of `matches.scene_name`, from `scene_weights`.
     """
+    task = matches.task
     weights_BS = np.concatenate([np.ones((1, weights_BS.shape[1])), weights_BS])
-    ap = np.zeros((len(DETECTION_CLASSES), len(THRESHOLDS_M), len(weights_BS)))
-    errors = np.ones((len(DETECTION_CLASSES), len(weights_BS), len(TP_ERRORS)))
+    ap = np.zeros((len(task.names), len(THRESHOLDS_M), len(weights_BS)))
+    errors = np.ones((len(task.names), len(weights_BS), len(TP_ERRORS)))
     for label in np.unique(matches.gt_label):
         num_gt = weights_BS @ _per_scene(matches, label)
         for threshold in range(len(THRESHOLDS_M)):
@@ -101,9 +102,9 @@ def resample(matches: Matches, weights_BS: Floats) -> Resampled:
         # What a resample holds no annotation of says nothing: such a class keeps its value over all scenes.
         ap[label, :, num_gt == 0], errors[label, num_gt == 0] = ap[label, :, 0], errors[label, 0]
     mean_ap = ap.mean(axis=(0, 1))
-    defined = np.where(DEFINED_ERRORS[:, None, :], errors, np.nan)
-    nds = nuscenes_detection_score(mean_ap, np.nanmean(defined, axis=0))
-    return Resampled(mean_ap[1:], nds[1:])
+    defined = np.where(task.defined_errors[:, None, :], errors, np.nan)
+    nds = nuscenes_detection_score(mean_ap, mean_over_classes(defined)) if task.is_nuscenes else None
+    return Resampled(ap.mean(axis=1)[:, 1:], mean_ap[1:], None if nds is None else nds[1:])
 
 
 def _per_scene(matches: Matches, label: int) -> Ints:

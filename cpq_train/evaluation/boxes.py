@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
+
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,12 +25,12 @@ class Boxes:
 
     Attributes:
         sample: (N,) row of each box in its `Samples`.
-        label: (N,) class id, an index into `DETECTION_CLASSES`; -1 for a box of no class (a bicycle rack).
+        label: (N,) class id of the task; -1 for a box of no class (a bicycle rack).
         translation: (N, 3) centre, m.
         size: (N, 3) width, length, height, m.
         rotation: (N, 4) quaternion w, x, y, z; any scale.
         velocity: (N, 2) x and y, m/s; NaN where unknown.
-        attribute: (N,) index into `ATTRIBUTES`, -1 for none.
+        attribute: (N,) attribute id of the task, -1 for none.
     """
 
     sample: Ints
@@ -61,7 +63,7 @@ class Samples:
         tokens: (S,) sample tokens.
         scene: (S,) row of each sample's scene in `scene_names`.
         scene_names: names of the scenes that occur.
-        ego_xy: (S, 2) position of the ego vehicle at the LIDAR_TOP key frame, global frame, m.
+        ego_xy: (S, 2) position of the ego vehicle at the LiDAR's key frame, global frame, m.
     """
 
     tokens: Strings
@@ -75,7 +77,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Annotations of the ten classes, in the order of the annotation table within each sample.
+    """Annotations of the task's classes, in the order of the annotation table within each sample.
 
     Attributes:
         samples: the samples that are scored.
@@ -83,6 +85,7 @@ class GroundTruth:
         num_points: (N,) LiDAR and radar points inside each box.
         tokens: (N,) annotation tokens.
         racks: boxes of bicycle racks.
+        task: classes and rules.
     """
 
     samples: Samples
@@ -90,10 +93,11 @@ class GroundTruth:
     num_points: Ints
     tokens: Strings
     racks: Boxes
+    task: DetectionTask = NUSCENES
 
     def __getitem__(self, rows: Ints | Bools) -> Self:
         selected = (self.boxes[rows], self.num_points[rows], self.tokens[rows])
-        return type(self)(self.samples, *selected, self.racks)
+        return type(self)(self.samples, *selected, self.racks, self.task)
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,12 @@ class Predictions:
     Attributes:
         boxes: N detected boxes.
         score: (N,) confidence.
+        task: classes and rules.
     """
 
     boxes: Boxes
     score: Floats
+    task: DetectionTask = NUSCENES
 
     def __getitem__(self, rows: Ints | Bools) -> Self:
-        return type(self)(self.boxes[rows], self.score[rows])
+        return type(self)(self.boxes[rows], self.score[rows], self.task)

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
+from cpq_train.common.errors import UserError
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.metric import Scores
-from cpq_train.evaluation.protocol import DEFINED_ERRORS, THRESHOLDS_M
+from cpq_train.evaluation.protocol import THRESHOLDS_M
 
 CONFIG = "detection_cvpr_2019"
 
 
-def evaluate_with_devkit(root: Path, version: str, submission: Path, sample_tokens: Strings) -> Scores:
+def evaluate_with_devkit(
+    root: Path, version: str, submission: Path, sample_tokens: Strings, task: DetectionTask = NUSCENES
+) -> Scores:
     """Score a written submission with nuscenes-devkit's `DetectionEval`.
 
     The devkit only knows whole splits: the samples are given, the filters, matching and scores are its own.
@@ -27,7 +30,16 @@ def evaluate_with_devkit(root: Path, version: str, submission: Path, sample_toke
         version: its version, such as "v1.0-trainval".
         submission: a file that `write_submission` or another tool wrote.
         sample_tokens: (S,) the samples that the submission covers.
+        task: classes and rules; the devkit knows its own.
+
+    Raises:
+        UserError: They are others.
     """
+    if not task.is_nuscenes:
+        raise UserError(
+            "evaluation.engine is 'devkit', and nuscenes-devkit does not know data.classes; "
+            "accepted with them: vectorised"
+        )
     from nuscenes import NuScenes
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.common.loaders import (
@@ -57,6 +69,6 @@ def evaluate_with_devkit(root: Path, version: str, submission: Path, sample_toke
             )
 
     metrics, _ = SamplesEval().evaluate()
-    ap = [[metrics.get_label_ap(name, threshold) for threshold in THRESHOLDS_M] for name in DETECTION_CLASSES]
-    errors = [[metrics.get_label_tp(name, error) for error in TP_METRICS] for name in DETECTION_CLASSES]
-    return Scores(np.array(ap), np.where(DEFINED_ERRORS, np.array(errors), np.nan))
+    ap = [[metrics.get_label_ap(name, threshold) for threshold in THRESHOLDS_M] for name in task.names]
+    errors = [[metrics.get_label_tp(name, error) for error in TP_METRICS] for name in task.names]
+    return Scores(np.array(ap), np.where(task.defined_errors, np.array(errors), np.nan), task)

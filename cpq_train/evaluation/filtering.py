@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import DetectionTask
 from cpq_train.data.boxes import rotation_matrices
 from cpq_train.evaluation.boxes import Bools, Boxes, Floats, GroundTruth, Predictions, Samples
-from cpq_train.evaluation.protocol import BIKE_RACK_CLASSES, CLASS_RANGES_M
 
 
 def ego_distance(boxes: Boxes, samples: Samples) -> Floats:
@@ -21,24 +20,26 @@ def counts_as_ground_truth(ground_truth: GroundTruth) -> Bools:
     """(N,) annotations inside their class range, with at least one point, outside bicycle racks."""
     boxes = ground_truth.boxes
     has_points: Bools = ground_truth.num_points != 0
-    in_range = _within_class_range(boxes, ground_truth.samples)
-    return has_points & in_range & ~_in_bike_rack(boxes, ground_truth.racks)
+    task = ground_truth.task
+    in_range = _within_class_range(boxes, ground_truth.samples, task)
+    return has_points & in_range & ~_in_bike_rack(boxes, ground_truth.racks, task)
 
 
 def counts_as_detection(predictions: Predictions, ground_truth: GroundTruth) -> Bools:
     """(N,) detections inside their class range, outside bicycle racks."""
-    boxes = predictions.boxes
-    return _within_class_range(boxes, ground_truth.samples) & ~_in_bike_rack(boxes, ground_truth.racks)
+    boxes, task = predictions.boxes, ground_truth.task
+    in_range = _within_class_range(boxes, ground_truth.samples, task)
+    return in_range & ~_in_bike_rack(boxes, ground_truth.racks, task)
 
 
-def _within_class_range(boxes: Boxes, samples: Samples) -> Bools:
-    inside: Bools = ego_distance(boxes, samples) < CLASS_RANGES_M[boxes.label]
+def _within_class_range(boxes: Boxes, samples: Samples, task: DetectionTask) -> Bools:
+    inside: Bools = ego_distance(boxes, samples) < task.ranges_m[boxes.label]
     return inside
 
 
-def _in_bike_rack(boxes: Boxes, racks: Boxes) -> Bools:
+def _in_bike_rack(boxes: Boxes, racks: Boxes, task: DetectionTask) -> Bools:
     inside = np.zeros(len(boxes), bool)
-    labels = [DETECTION_CLASSES.index(name) for name in BIKE_RACK_CLASSES]
+    labels = [label for label, rules in enumerate(task.rules) if rules.is_ignored_in_racks]
     cycles = np.flatnonzero(np.isin(boxes.label, labels))
     cycles = cycles[np.argsort(boxes.sample[cycles])]
     first = np.searchsorted(boxes.sample[cycles], racks.sample, side="left")

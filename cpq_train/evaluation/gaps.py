@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-COMPARED_METRICS = ("mAP", "NDS")
+from cpq_train.common.detection_task import DetectionTask
+
+HEADLINE = ("mAP", "NDS")
+"""The scores that are compared; other classes than nuScenes' ten have no NDS."""
+
+
+def compared_metrics(task: DetectionTask) -> tuple[str, ...]:
+    """Those of `HEADLINE` that a task has."""
+    return HEADLINE if task.is_nuscenes else HEADLINE[:1]
 
 
 def share_won_back(baseline: float, ptq: float, tuned: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpq_train.common.errors import UserError
+from cpq_train.data.census import annotation_rows
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Bools, Boxes, GroundTruth, Ints, Samples
 
@@ -20,10 +21,8 @@ def ground_truth(index: NuScenesIndex, rows: Ints) -> GroundTruth:
         UserError: There is no sample, or one occurs twice.
     """
     samples = _samples(index, rows)
-    counts = np.diff(index.annotation_offsets)[rows]
-    sample = np.repeat(np.arange(len(rows)), counts)
-    within = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
-    annotations = np.repeat(index.annotation_offsets[rows], counts) + within
+    sample = np.repeat(np.arange(len(rows)), np.diff(index.annotation_offsets)[rows])
+    annotations = annotation_rows(index, rows)
     is_rack = index.annotation_is_bike_rack[annotations]
     is_object = index.annotation_classes[annotations] >= 0
     objects = annotations[is_object]
@@ -35,6 +34,7 @@ def ground_truth(index: NuScenesIndex, rows: Ints) -> GroundTruth:
         ),
         tokens=np.char.decode(index.annotation_tokens[objects], "utf-8"),
         racks=_boxes(index, annotations, sample, is_rack),
+        task=index.task,
     )
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError
-from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.data.labels import nuscenes_ids
 from cpq_train.evaluation.boxes import Ints
+from cpq_train.evaluation.countable import check_countable
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.metric import evaluate
 from cpq_train.evaluation.predictions import LidarDetections, best_detections, predictions_from_detections
@@ -44,7 +44,8 @@ class DetectionCollector(Metric):
 
     Args:
         rows: (S,) rows of the samples that are detected in, each once.
-        class_names: what the labels of the detector index; those of `LidarDetections` are nuScenes' ids.
+        class_names: what the labels of the detector index; those of `LidarDetections` are ids of the task.
+        task: classes and rules.
         **kwargs: of `torchmetrics.Metric`.
 
     Raises:
@@ -56,10 +57,16 @@ class DetectionCollector(Metric):
     higher_is_better = True
     num_updates: Tensor
 
-    def __init__(self, rows: Ints, class_names: Sequence[str] = DETECTION_CLASSES, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        rows: Ints,
+        class_names: Sequence[str] = NUSCENES.names,
+        task: DetectionTask = NUSCENES,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._rows = np.asarray(rows, np.int64)
-        self._class_ids = nuscenes_ids(class_names)
+        self._class_ids = task.ids(class_names)
         self._known = frozenset(self._rows.tolist())
         if len(self._known) < len(self._rows):
             raise UserError(
@@ -124,18 +131,24 @@ class NuScenesDetectionMetric(DetectionCollector):
         rows: (S,) sample rows of the index that are scored, each once.
         class_names: what the labels of the detector index.
         may_be_partial: whether only those of the samples are scored that were detected in.
+        split: what the samples are called where no annotation of theirs counts.
         **kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        UserError: No annotation counts.
     """
 
     def __init__(
         self,
         index: NuScenesIndex,
         rows: Ints,
-        class_names: Sequence[str] = DETECTION_CLASSES,
+        class_names: Sequence[str] = NUSCENES.names,
         may_be_partial: bool = False,
+        split: str = "",
         **kwargs: Any,
     ) -> None:
-        super().__init__(rows, class_names, **kwargs)
+        super().__init__(rows, class_names, index.task, **kwargs)
+        check_countable(index, self._rows, ground_truth(index, self._rows), split)
         self._index, self._may_be_partial = index, may_be_partial
 
     def compute(self) -> ScoredSplit:

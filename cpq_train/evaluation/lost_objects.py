@@ -16,11 +16,11 @@ from typing import TextIO
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import DetectionTask
 from cpq_train.common.text import in_cell
 from cpq_train.evaluation.boxes import Bools, Floats, Ints, Strings
 from cpq_train.evaluation.matches import Matches
-from cpq_train.evaluation.protocol import RANGE_BINS_M, TP_THRESHOLD_INDEX
+from cpq_train.evaluation.protocol import TP_THRESHOLD_INDEX
 from cpq_train.evaluation.ranges import bin_name
 
 POINT_BINS = ((1, 5), (6, 20), (21, 100), (101, None))
@@ -54,6 +54,7 @@ class Changes:
         score: (G,) likewise of the other arm.
         is_found_by_float: (G,) whether float's score reaches the operating score.
         is_found: (G,) likewise of the other arm.
+        task: classes and rules.
     """
 
     tokens: Strings
@@ -65,6 +66,7 @@ class Changes:
     score: Floats
     is_found_by_float: Bools
     is_found: Bools
+    task: DetectionTask
 
     @property
     def is_lost(self) -> Bools:
@@ -79,7 +81,7 @@ class Changes:
 
 def operating_scores(matches: Matches) -> Floats:
     """(C,) score at which a class has its largest F1 over matches within 2 m; infinite where it has none."""
-    best = np.full(len(DETECTION_CLASSES), np.inf)
+    best = np.full(len(matches.task.names), np.inf)
     num_gt = np.bincount(matches.gt_label, minlength=len(best))
     for label in np.unique(matches.pred_label):
         rows = np.flatnonzero(matches.pred_label == label)
@@ -120,6 +122,7 @@ def changes(baseline: Matches, other: Matches) -> Changes:
         score=score,
         is_found_by_float=float_score >= needed,
         is_found=score >= needed,
+        task=baseline.task,
     )
 
 
@@ -129,9 +132,10 @@ Counts = dict[str, dict[str, int]]
 
 def counts(found: Changes) -> dict[str, Counts]:
     """Objects lost and won: `{"all" | "class" | "range_m" | "num_points": Counts}`."""
-    classes = {name: found.labels == label for label, name in enumerate(DETECTION_CLASSES)}
+    classes = {name: found.labels == label for label, name in enumerate(found.task.names)}
     ranges = {
-        bin_name(low, high): (found.range_m >= low) & (found.range_m < high) for low, high in RANGE_BINS_M
+        bin_name(low, high): (found.range_m >= low) & (found.range_m < high)
+        for low, high in found.task.range_bins_m
     }
     points = {
         f"{low}+" if high is None else f"{low}-{high}": (found.num_points >= low)
@@ -172,7 +176,7 @@ def _record(found: Changes, row: int) -> list[str]:
     return [
         str(found.samples[row]),
         str(found.tokens[row]),
-        DETECTION_CLASSES[found.labels[row]],
+        found.task.names[found.labels[row]],
         f"{found.range_m[row]:.2f}",
         str(found.num_points[row]),
         *("" if score == 0 else f"{score:.4f}" for score in scores),

@@ -5,7 +5,7 @@ Letters in shapes: N detections, G annotations, T thresholds, M matches, S sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError, shown
 from cpq_train.common.files import replacing
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import TP_ERRORS
 from cpq_train.common.schema import check_schema
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Ints, Predictions, Strings
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth, ego_distance
 from cpq_train.evaluation.matching import devkit_order, match, true_positive_errors
-from cpq_train.evaluation.protocol import THRESHOLDS_M, TP_ERRORS
+from cpq_train.evaluation.protocol import THRESHOLDS_M
 
 SCHEMA = 1
 
@@ -45,6 +46,7 @@ class Matches:
         gt_range_m: (G,) distance from the ego vehicle.
         gt_num_points: (G,) LiDAR and radar points.
         gt_token: (G,) annotation tokens.
+        task: classes and rules; `metrics.json` holds them, not the file of the matches.
     """
 
     sample_token: Strings
@@ -62,6 +64,7 @@ class Matches:
     gt_range_m: Floats
     gt_num_points: Ints
     gt_token: Strings
+    task: DetectionTask = NUSCENES
 
     @property
     def is_match(self) -> Bools:
@@ -88,12 +91,13 @@ def find_matches(ground_truth: GroundTruth, predictions: Predictions) -> Matches
         pred_range_m=ego_distance(detections.boxes, samples),
         pred_row=rows,
         pred_match=pred_match,
-        match_errors=true_positive_errors(*pairs),
+        match_errors=true_positive_errors(*pairs, ground_truth.task),
         gt_sample=annotations.boxes.sample,
         gt_label=annotations.boxes.label,
         gt_range_m=ego_distance(annotations.boxes, samples),
         gt_num_points=annotations.num_points,
         gt_token=annotations.tokens,
+        task=ground_truth.task,
     )
 
 
@@ -111,7 +115,7 @@ _COMPACT = {
 
 def write_matches(path: Path, matches: Matches) -> None:
     """Write `matches.npz`: the columns of `Matches` under their names, thresholds and schema number."""
-    columns = {field.name: getattr(matches, field.name) for field in fields(matches)}
+    columns = {name: getattr(matches, name) for name in _COLUMNS}
     for name, dtype in _COMPACT.items():
         columns[name] = columns[name].astype(dtype)
     with replacing(path) as partial, partial.open("wb") as file:
@@ -141,8 +145,12 @@ _LEAST_ERROR: Final = -1e-6
 """An error of 0 may come out less by rounding."""
 
 
-def read_matches(path: Path) -> Matches:
+def read_matches(path: Path, task: DetectionTask = NUSCENES) -> Matches:
     """Read and check `matches.npz`.
+
+    Args:
+        path: the file.
+        task: classes and rules of the run.
 
     Raises:
         UserError: The file is absent, no such file, of another schema, or damaged: an array of another kind
@@ -158,7 +166,7 @@ def read_matches(path: Path) -> Matches:
     columns = {name: arrays[name] for name in _COLUMNS}
     for name in _COMPACT:
         columns[name] = columns[name].astype(np.int64)
-    found = Matches(**columns)
+    found = Matches(**columns, task=task)
     _check_bounds(found, path)
     _check_rows(found, path)
     return found
@@ -169,7 +177,7 @@ def _single(array: NDArray[Any] | None) -> Any:
 
 
 def _check_bounds(found: Matches, path: Path) -> None:
-    last_sample, last_label = len(found.sample_token) - 1, len(DETECTION_CLASSES) - 1
+    last_sample, last_label = len(found.sample_token) - 1, len(found.task.names) - 1
     bounds: dict[str, tuple[float, float]] = {
         "sample_scene": (0, len(found.scene_name) - 1),
         "pred_sample": (0, last_sample),

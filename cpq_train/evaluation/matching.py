@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import MAX_NUM_CLASSES, NUSCENES, DetectionTask
 from cpq_train.evaluation.boxes import Bools, Boxes, Floats, Ints
 from cpq_train.evaluation.protocol import THRESHOLDS_M
 
@@ -75,7 +75,7 @@ def _first_minimum(values_TP: Floats, starts: Ints) -> Ints:
 
 
 def _group(boxes: Boxes) -> Ints:
-    return boxes.sample * len(DETECTION_CLASSES) + boxes.label
+    return boxes.sample * MAX_NUM_CLASSES + boxes.label
 
 
 def _candidates(ground_truth: Boxes, predictions: Boxes) -> _Candidates:
@@ -128,12 +128,18 @@ def _rounds(candidates: _Candidates, predictions: Boxes) -> Iterator[_Candidates
         yield candidates[by_round[start:end]]
 
 
-def true_positive_errors(ground_truth: Boxes, predictions: Boxes) -> Floats:
+def true_positive_errors(ground_truth: Boxes, predictions: Boxes, task: DetectionTask = NUSCENES) -> Floats:
     """Errors of M matched pairs of equal class, in the order of `TP_ERRORS`.
 
+    Args:
+        ground_truth: M annotations.
+        predictions: M detections.
+        task: classes and rules.
+
     Returns:
-        (M, 5) translation (m), scale (1 - IoU of the aligned boxes), orientation (rad; barriers modulo half a
-        turn), velocity (m/s; NaN where unknown) and attribute error (0 or 1; NaN where there is none).
+        (M, 5) translation (m), scale (1 - IoU of the aligned boxes), orientation (rad; modulo half a turn for
+        what is symmetric, such as barriers), velocity (m/s; NaN where unknown) and attribute error (0 or 1;
+        NaN where there is none).
     """
     offset = predictions.translation[:, :2] - ground_truth.translation[:, :2]
     velocity = predictions.velocity - ground_truth.velocity
@@ -142,7 +148,7 @@ def true_positive_errors(ground_truth: Boxes, predictions: Boxes) -> Floats:
         [
             np.hypot(offset[:, 0], offset[:, 1]),
             1 - _scale_iou(ground_truth.size, predictions.size),
-            _yaw_difference(ground_truth, predictions),
+            _yaw_difference(ground_truth, predictions, task),
             np.hypot(velocity[:, 0], velocity[:, 1]),
             np.where(ground_truth.attribute < 0, np.nan, wrong),
         ],
@@ -156,8 +162,8 @@ def _scale_iou(size_a_M3: Floats, size_b_M3: Floats) -> Floats:
     return iou
 
 
-def _yaw_difference(ground_truth: Boxes, predictions: Boxes) -> Floats:
-    is_barrier = ground_truth.label == DETECTION_CLASSES.index("barrier")
-    period = np.where(is_barrier, np.pi, 2 * np.pi)
+def _yaw_difference(ground_truth: Boxes, predictions: Boxes, task: DetectionTask) -> Floats:
+    is_symmetric = np.array([rules.is_symmetric for rules in task.rules])
+    period = np.where(is_symmetric[ground_truth.label], np.pi, 2 * np.pi)
     difference: Floats = (ground_truth.yaw - predictions.yaw + period / 2) % period - period / 2
     return np.abs(difference)

@@ -5,21 +5,21 @@ Letters in shapes: C classes, T thresholds, N detections, G annotations, M match
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
+from cpq_train.common.nuscenes import TP_ERRORS
 from cpq_train.evaluation.boxes import Bools, Floats, GroundTruth, Predictions
 from cpq_train.evaluation.matches import Matches, find_matches
 from cpq_train.evaluation.protocol import (
-    DEFINED_ERRORS,
     FIRST_RECALL_INDEX,
     MEAN_AP_WEIGHT,
     MIN_PRECISION,
     RECALL_GRID,
     THRESHOLDS_M,
-    TP_ERRORS,
     TP_THRESHOLD_INDEX,
 )
 
@@ -41,31 +41,43 @@ class Curves:
 
 @dataclass(frozen=True)
 class Scores:
-    """The nuScenes detection scores.
+    """The nuScenes detection scores, of its classes or of others.
 
     Attributes:
         ap: (C, T) average precision.
         errors: (C, 5) errors of `TP_ERRORS`, NaN where the class has none.
+        task: the classes.
     """
 
     ap: Floats
     errors: Floats
+    task: DetectionTask = NUSCENES
 
     @property
     def mean_ap(self) -> float:
         """MAP: mean over thresholds and classes."""
         return float(self.ap.mean(axis=1).mean())
 
-    @property
-    def mean_errors(self) -> Floats:
-        """(5,) errors averaged over the classes that have them."""
-        mean: Floats = np.nanmean(self.errors, axis=0)
-        return mean
+    def mean_ap_of(self, class_names: Sequence[str]) -> float:
+        """MAP over some of the classes, such as those that a network was trained for."""
+        return float(self.ap.mean(axis=1)[self.task.ids(class_names)].mean())
 
     @property
-    def nds(self) -> float:
-        """NuScenes detection score: (5 mAP + Σ max(0, 1 - error)) / 10."""
+    def mean_errors(self) -> Floats:
+        """(5,) errors averaged over the classes that have them; NaN where none has."""
+        return mean_over_classes(self.errors)
+
+    @property
+    def nds(self) -> float | None:
+        """NuScenes detection score: (5 mAP + Σ max(0, 1 - error)) / 10; None for classes of others."""
+        if not self.task.is_nuscenes:
+            return None
         return float(nuscenes_detection_score(np.array(self.mean_ap), self.mean_errors))
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """MAP, and NDS where there is one."""
+        return {"mAP": self.mean_ap} | ({} if self.nds is None else {"NDS": self.nds})
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def evaluate(ground_truth: GroundTruth, predictions: Predictions) -> Evaluation:
     """Score detections as nuscenes-devkit's `DetectionEval` does."""
     matches = find_matches(ground_truth, predictions)
     found = curves(matches)
-    return Evaluation(scores(found), found, matches)
+    return Evaluation(scores(found, matches.task), found, matches)
 
 
 def nuscenes_detection_score(mean_ap: Floats, mean_errors: Floats) -> Floats:
@@ -89,6 +101,14 @@ def nuscenes_detection_score(mean_ap: Floats, mean_errors: Floats) -> Floats:
     tp_scores = np.maximum(0.0, 1.0 - mean_errors).sum(axis=-1)
     nds: Floats = (MEAN_AP_WEIGHT * mean_ap + tp_scores) / (MEAN_AP_WEIGHT + len(TP_ERRORS))
     return nds
+
+
+def mean_over_classes(errors: Floats) -> Floats:
+    """(C, …) errors to (…,) their means over the classes that have them; NaN where none has."""
+    known = ~np.isnan(errors)
+    count = known.sum(axis=0)
+    mean: Floats = np.where(known, errors, 0).sum(axis=0) / np.where(count, count, np.nan)
+    return mean
 
 
 def average_precision(precision: Floats) -> Floats:
@@ -106,7 +126,7 @@ def curves(matches: Matches, pred_keep: Bools | None = None, gt_keep: Bools | No
         pred_keep: (T, N) detections that count at each threshold; all by default.
         gt_keep: (G,) annotations that count; all by default.
     """
-    shape = (len(DETECTION_CLASSES), len(THRESHOLDS_M))
+    shape = (len(matches.task.names), len(THRESHOLDS_M))
     found = Curves(
         np.zeros((*shape, len(RECALL_GRID))),
         np.zeros((*shape, len(RECALL_GRID))),
@@ -130,10 +150,10 @@ def curves(matches: Matches, pred_keep: Bools | None = None, gt_keep: Bools | No
     return found
 
 
-def scores(found: Curves) -> Scores:
-    """AP and true-positive errors of curves."""
+def scores(found: Curves, task: DetectionTask = NUSCENES) -> Scores:
+    """AP and true-positive errors of the curves of a task's classes."""
     errors = np.array([_mean_errors(*curve) for curve in _at_tp_threshold(found)])
-    return Scores(average_precision(found.precision), np.where(DEFINED_ERRORS, errors, np.nan))
+    return Scores(average_precision(found.precision), np.where(task.defined_errors, errors, np.nan), task)
 
 
 def _at_tp_threshold(found: Curves) -> zip[tuple[Floats, Floats]]:

@@ -1,8 +1,8 @@
 """From a network's detections in the LiDAR frame to predictions in the global frame.
 
 Attributes follow OpenPCDet's rule (`nuscenes_utils.transform_det_annos_to_nusc_annos`): above 0.2 m/s a
-vehicle moves and a cycle has a rider; otherwise the most frequent attribute of the class. Barriers and
-cones have none: OpenPCDet writes "cycle.with_rider" there, which the metric ignores.
+vehicle moves and a cycle has a rider; otherwise the most frequent attribute of the class, which the task
+names. Barriers and cones have none: OpenPCDet writes "cycle.with_rider" there, which the metric ignores.
 """
 
 from __future__ import annotations
@@ -13,36 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError
-from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.data.boxes import GlobalBoxes, lidar_to_global
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions
 from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
 
 MOVING_SPEED_MPS = 0.2
-
-_SLOW_FAST = {
-    "car": ("vehicle.parked", "vehicle.moving"),
-    "truck": ("vehicle.parked", "vehicle.moving"),
-    "construction_vehicle": ("vehicle.parked", "vehicle.moving"),
-    "bus": ("vehicle.stopped", "vehicle.moving"),
-    "trailer": ("vehicle.parked", "vehicle.moving"),
-    "motorcycle": ("cycle.without_rider", "cycle.with_rider"),
-    "bicycle": ("cycle.without_rider", "cycle.with_rider"),
-    "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
-}
-
-
-def _attribute_table() -> Ints:
-    """(classes, 2) attribute of a slow and of a fast object."""
-    names = [_SLOW_FAST.get(name) for name in DETECTION_CLASSES]
-    return np.array(
-        [[-1, -1] if pair is None else [ATTRIBUTES.index(name) for name in pair] for pair in names]
-    )
-
-
-_ATTRIBUTE_TABLE = _attribute_table()
 
 
 class LidarDetections(NamedTuple):
@@ -51,7 +29,7 @@ class LidarDetections(NamedTuple):
     Attributes:
         boxes: (N, 9) x y z dx dy dz yaw vx vy in the LiDAR frame of the key frame, m, rad and m/s.
         scores: (N,) confidence.
-        labels: (N,) class ids, indices into `DETECTION_CLASSES`.
+        labels: (N,) class ids, of the task.
     """
 
     boxes: NDArray[np.floating[Any]]
@@ -59,10 +37,10 @@ class LidarDetections(NamedTuple):
     labels: NDArray[np.integer[Any]]
 
 
-def assign_attributes(labels: Ints, velocity: Floats) -> Ints:
-    """(N,) attribute ids of class ids (N,) that move at (N, 2) m/s."""
+def assign_attributes(labels: Ints, velocity: Floats, task: DetectionTask = NUSCENES) -> Ints:
+    """(N,) attribute ids of class ids (N,) of a task that move at (N, 2) m/s."""
     is_fast = np.hypot(velocity[:, 0], velocity[:, 1]) > MOVING_SPEED_MPS
-    ids: Ints = _ATTRIBUTE_TABLE[labels, is_fast.astype(np.int64)]
+    ids: Ints = task.slow_and_fast[labels, is_fast.astype(np.int64)]
     return ids
 
 
@@ -95,17 +73,21 @@ def predictions_from_detections(
             f"accepted: the {len(rows)} samples that are scored"
         )
     best = [best_detections(LidarDetections(*detections[row])) for row in rows.tolist()]
-    return _joined(best, [_in_global_frame(index, *pair) for pair in zip(rows.tolist(), best, strict=True)])
+    placed = [_in_global_frame(index, *pair) for pair in zip(rows.tolist(), best, strict=True)]
+    return _joined(best, placed, index.task)
 
 
-def predictions_in_lidar_frame(detections: Sequence[LidarDetections]) -> Predictions:
+def predictions_in_lidar_frame(detections: Sequence[LidarDetections], task: DetectionTask) -> Predictions:
     """Detections of clouds of unknown pose, where they are, with attributes, at most 500 a cloud."""
     best = [best_detections(LidarDetections(*found)) for found in detections]
     still, origin = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(3)
-    return _joined(best, [lidar_to_global(found.boxes, still, origin, still, origin) for found in best])
+    placed = [lidar_to_global(found.boxes, still, origin, still, origin) for found in best]
+    return _joined(best, placed, task)
 
 
-def _joined(best: Sequence[LidarDetections], placed: Sequence[GlobalBoxes]) -> Predictions:
+def _joined(
+    best: Sequence[LidarDetections], placed: Sequence[GlobalBoxes], task: DetectionTask
+) -> Predictions:
     """The detections of samples as one table, `sample` counting from 0."""
     translation, size, rotation, velocity = (np.concatenate(column) for column in zip(*placed, strict=True))
     labels = np.concatenate([found.labels for found in best]).astype(np.int64)
@@ -116,9 +98,9 @@ def _joined(best: Sequence[LidarDetections], placed: Sequence[GlobalBoxes]) -> P
         size=size,
         rotation=rotation,
         velocity=velocity,
-        attribute=assign_attributes(labels, velocity),
+        attribute=assign_attributes(labels, velocity, task),
     )
-    return Predictions(boxes, np.concatenate([found.scores for found in best]).astype(np.float64))
+    return Predictions(boxes, np.concatenate([found.scores for found in best]).astype(np.float64), task)
 
 
 def _in_global_frame(index: NuScenesIndex, row: int, detections: LidarDetections) -> GlobalBoxes:

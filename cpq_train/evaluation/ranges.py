@@ -11,52 +11,60 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.detection_task import DetectionTask
+from cpq_train.common.nuscenes import TP_ERRORS
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.matches import Matches
-from cpq_train.evaluation.metric import Curves, Scores, average_precision, curves, scores
-from cpq_train.evaluation.protocol import CLASS_RANGE_M, CLASS_RANGES_M, RANGE_BINS_M, TP_ERRORS
+from cpq_train.evaluation.metric import Scores, curves, mean_over_classes, scores
 
 
 def scores_per_range(matches: Matches) -> dict[str, dict[str, float]]:
     """AP of each range bin: `{"0-20": {"mAP": …, class: AP over the four thresholds, …}, …}`."""
-    return {bin_name(lower, upper): _bin_scores(found, upper) for lower, upper, found in _per_bin(matches)}
+    return {name: _bin_scores(found, upper) for name, upper, found in _per_bin(matches)}
 
 
-def errors_per_range(matches: Matches) -> dict[str, dict[str, float]]:
+def errors_per_range(matches: Matches) -> dict[str, dict[str, float | None]]:
     """True-positive errors of each range bin: `{"0-20": {"mATE": …, "mASE": …, …}, …}`.
 
     The units are those of `TP_ERRORS`. As over all distances, a class without a match counts as 1.
     """
-    return {
-        bin_name(lower, upper): _mean_errors(scores(found), upper)
-        for lower, upper, found in _per_bin(matches)
-    }
+    return {name: _mean_errors(found, upper) for name, upper, found in _per_bin(matches)}
 
 
 def bin_name(lower: float, upper: float) -> str:
-    """What a bin of `RANGE_BINS_M` is called, such as "0-20"."""
+    """What a range bin is called, such as "0-20"."""
     return f"{lower:g}-{upper:g}"
 
 
-def _per_bin(matches: Matches) -> Iterator[tuple[float, float, Curves]]:
-    for lower, upper in RANGE_BINS_M:
+def bin_names(task: DetectionTask) -> list[str]:
+    """What the range bins of a task are called."""
+    return [bin_name(*limits) for limits in task.range_bins_m]
+
+
+def _per_bin(matches: Matches) -> Iterator[tuple[str, float, Scores]]:
+    for lower, upper in matches.task.range_bins_m:
         gt_keep = (matches.gt_range_m >= lower) & (matches.gt_range_m < upper)
-        yield lower, upper, curves(matches, _detections_of_bin(matches, gt_keep, lower, upper), gt_keep)
+        found = curves(matches, _detections_of_bin(matches, gt_keep, lower, upper), gt_keep)
+        yield bin_name(lower, upper), upper, scores(found, matches.task)
 
 
-def _bin_scores(found: Curves, upper: float) -> dict[str, float]:
-    per_class = {
-        name: float(class_ap.mean())
-        for name, class_ap in zip(DETECTION_CLASSES, average_precision(found.precision), strict=True)
-        if CLASS_RANGE_M[name] >= upper
-    }
+def classes_that_reach(task: DetectionTask, upper_m: float) -> list[str]:
+    """The classes whose class range reaches the upper end of a bin."""
+    return [name for name, rules in zip(task.names, task.rules, strict=True) if rules.range_m >= upper_m]
+
+
+def _bin_scores(found: Scores, upper: float) -> dict[str, float]:
+    ap = dict(zip(found.task.names, found.ap, strict=True))
+    per_class = {name: float(ap[name].mean()) for name in classes_that_reach(found.task, upper)}
     return {"mAP": float(np.mean(list(per_class.values()))), **per_class}
 
 
-def _mean_errors(found: Scores, upper: float) -> dict[str, float]:
-    means = np.nanmean(found.errors[upper <= CLASS_RANGES_M], axis=0)
-    return {f"m{error}": float(mean) for error, mean in zip(TP_ERRORS, means, strict=True)}
+def _mean_errors(found: Scores, upper: float) -> dict[str, float | None]:
+    means = mean_over_classes(found.errors[upper <= found.task.ranges_m])
+    return {
+        f"m{error}": None if np.isnan(mean) else float(mean)
+        for error, mean in zip(TP_ERRORS, means, strict=True)
+    }
 
 
 def _detections_of_bin(matches: Matches, gt_keep: Bools, lower: float, upper: float) -> Bools:

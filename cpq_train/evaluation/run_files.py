@@ -71,7 +71,7 @@ def write_run(
     write_matches(run_dir / MATCHES_FILE, scored.evaluation.matches)
     scores = scored.scores
     if engine == "devkit":
-        scores = evaluate_with_devkit(index.root, index.version, submission, scored.sample_tokens)
+        scores = evaluate_with_devkit(index.root, index.version, submission, scored.sample_tokens, index.task)
     document = build_metrics(run, scores, scored.evaluation.matches)
     write_metrics(run_dir / METRICS_FILE, document)
     return document

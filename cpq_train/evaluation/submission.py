@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError, shown
 from cpq_train.common.files import replacing
-from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, Floats, Ints, Predictions, Strings
 from cpq_train.evaluation.protocol import MAX_BOXES_PER_SAMPLE
 
@@ -71,7 +71,7 @@ def write_submission(
 
 
 def _records(predictions: Predictions, token: str) -> list[Record]:
-    boxes = predictions.boxes
+    boxes, task = predictions.boxes, predictions.task
     columns = (boxes.translation, boxes.size, boxes.rotation, boxes.velocity, predictions.score, boxes.label)
     return [
         {
@@ -80,9 +80,9 @@ def _records(predictions: Predictions, token: str) -> list[Record]:
             "size": size,
             "rotation": rotation,
             "velocity": velocity,
-            "detection_name": DETECTION_CLASSES[label],
+            "detection_name": task.names[label],
             "detection_score": score,
-            "attribute_name": "" if attribute < 0 else ATTRIBUTES[attribute],
+            "attribute_name": "" if attribute < 0 else task.attributes[attribute],
         }
         for translation, size, rotation, velocity, score, label, attribute in zip(
             *(column.tolist() for column in (*columns, boxes.attribute)), strict=True
@@ -112,10 +112,9 @@ def check_predictions(predictions: Predictions, sample_tokens: Strings) -> None:
         )
     positive = (boxes.size > 0).all(axis=1)
     _check_column("size", "numbers above 0", boxes.size, positive, boxes.sample, sample_tokens)
-    known = (boxes.label >= 0) & (boxes.label < len(DETECTION_CLASSES))
-    _check_column(
-        "class id", f"0 to {len(DETECTION_CLASSES) - 1}", boxes.label, known, boxes.sample, sample_tokens
-    )
+    last = len(predictions.task.names) - 1
+    known = (boxes.label >= 0) & (boxes.label <= last)
+    _check_column("class id", f"0 to {last}", boxes.label, known, boxes.sample, sample_tokens)
 
 
 def _check_column(
@@ -149,12 +148,13 @@ def check_sample_tokens(found: Iterable[str], expected: Strings) -> None:
             )
 
 
-def read_submission(path: Path, sample_tokens: Strings) -> Predictions:
+def read_submission(path: Path, sample_tokens: Strings, task: DetectionTask = NUSCENES) -> Predictions:
     """Read and check a submission; rows are in the file's order.
 
     Args:
         path: the submission.
         sample_tokens: (S,) tokens of all samples of the split.
+        task: the classes and attributes that it may name.
 
     Raises:
         UserError: The file is no submission for exactly these samples; the message names what is wrong.
@@ -162,7 +162,7 @@ def read_submission(path: Path, sample_tokens: Strings) -> Predictions:
     results = _load(path)
     try:
         check_sample_tokens(results, sample_tokens)
-        predictions = _predictions(results, sample_tokens)
+        predictions = _predictions(results, sample_tokens, task)
         check_predictions(predictions, sample_tokens)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -192,7 +192,9 @@ def _paused_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Predictions:
+def _predictions(
+    results: dict[str, list[Record]], sample_tokens: Strings, task: DetectionTask
+) -> Predictions:
     row_of = {token: row for row, token in enumerate(sample_tokens.tolist())}
     for token, found in results.items():
         if not isinstance(found, list):
@@ -202,11 +204,11 @@ def _predictions(results: dict[str, list[Record]], sample_tokens: Strings) -> Pr
     _check_records(records, results)
     boxes = Boxes(
         sample=sample.astype(np.int64),
-        label=_ids(records, "detection_name", DETECTION_CLASSES),
-        attribute=_ids(records, "attribute_name", ATTRIBUTES, none=""),
+        label=_ids(records, "detection_name", task.names),
+        attribute=_ids(records, "attribute_name", task.attributes, none=""),
         **{name: _numbers(records, name, width) for name, width in _NUMBERS.items()},
     )
-    return Predictions(boxes, _numbers(records, "detection_score", 0)[:, 0])
+    return Predictions(boxes, _numbers(records, "detection_score", 0)[:, 0], task)
 
 
 def _check_records(records: list[Record], results: dict[str, list[Record]]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.files import replacing
-from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.matches import Matches
@@ -28,7 +28,7 @@ class BevSample:
     Attributes:
         token: sample token.
         points: (P, 3) x, y, z, m.
-        gt_boxes: (G, 9) x y z dx dy dz yaw vx vy of the annotations of the ten classes with points inside.
+        gt_boxes: (G, 9) x y z dx dy dz yaw vx vy of the annotations of the task with points inside.
         gt_labels: (G,) class ids.
         boxes: (N, 9) detections.
         scores: (N,) confidence.
@@ -124,8 +124,12 @@ _FAR: Final = 1e6
 """Metres, radians and metres a second: no picture shows more."""
 
 
-def read_bev_sample(path: Path) -> BevSample:
+def read_bev_sample(path: Path, task: DetectionTask = NUSCENES) -> BevSample:
     """Read and check what `write_bev_sample` wrote.
+
+    Args:
+        path: The file.
+        task: The classes that labels are of.
 
     Raises:
         UserError: The file is absent, damaged or something else.
@@ -136,7 +140,7 @@ def read_bev_sample(path: Path) -> BevSample:
     for name in ("gt_boxes", "boxes"):
         check_values(arrays[name][:, :7], -_FAR, _FAR, f"{path}: {name}")
     for name in ("gt_labels", "labels"):
-        check_values(arrays[name], 0, len(DETECTION_CLASSES) - 1, f"{path}: {name}")
+        check_values(arrays[name], 0, len(task.names) - 1, f"{path}: {name}")
     check_values(arrays["scores"], 0, 1, f"{path}: scores")
     found: dict[str, Any] = {name: arrays[name] for name in columns}
     return BevSample(**found | {"token": str(arrays["token"])})

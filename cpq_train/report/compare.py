@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cpq_train.common.files import check_writable, replacing, write_whole
 from cpq_train.evaluation import bootstrap
-from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
+from cpq_train.evaluation.gaps import compared_metrics, share_won_back
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
@@ -111,11 +111,13 @@ def _write_lost_objects(path: Path, changed: dict[str, Changes]) -> None:
 def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: Document | None) -> Document:
     kept = ("arm", "checkpoint", "metrics", "confidence", "per_class", "per_range", "coverage")
     baseline, no_baseline = relative(run, runs, "float")
+    metrics = compared_metrics(run.task)
     return {
         "name": run.name,
         "title": run.title,
         "folder": str(run.folder),
         **{key: run.metrics[key] for key in kept},
+        "trained": run.metrics.get("trained"),
         **describe_costs(run, baseline, latency),
         "engine": describe_engine(run, runs),
         "errors_per_range": None if run.matches is None else errors_per_range(run.matches),
@@ -123,8 +125,8 @@ def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: D
         "lost_objects": None if changed is None else counts(changed),
         "amax_drift": _amax_drift(run.folder / AMAX_DRIFT_FILE),
         "training_cost": describe_training_cost(run.folder),
-        "gap_to_float": {metric: _gap(run, baseline, no_baseline, metric) for metric in COMPARED_METRICS},
-        "ptq_loss_won_back": {metric: _won_back(run, runs, metric) for metric in COMPARED_METRICS},
+        "gap_to_float": {metric: _gap(run, baseline, no_baseline, metric) for metric in metrics},
+        "ptq_loss_won_back": {metric: _won_back(run, runs, metric) for metric in metrics},
     }
 
 

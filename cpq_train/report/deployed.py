@@ -6,7 +6,7 @@ import filecmp
 from collections.abc import Sequence
 
 from cpq_train.common.arm_names import DEPLOYED
-from cpq_train.evaluation.gaps import COMPARED_METRICS
+from cpq_train.evaluation.gaps import compared_metrics
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.run_files import SUBMISSION_FILE
 from cpq_train.report.runs import Run
@@ -29,9 +29,8 @@ def describe_engine(run: Run, runs: Sequence[Run]) -> Document | None:
     if run.arm != DEPLOYED or engine is None:
         return None
     source = _source(run, runs)
-    changes = {
-        name: None if source is None else run.score(name) - source.score(name) for name in COMPARED_METRICS
-    }
+    metrics = compared_metrics(run.task)
+    changes = {name: None if source is None else run.score(name) - source.score(name) for name in metrics}
     return {
         **engine,
         "source": None if source is None else source.title,
@@ -66,6 +65,6 @@ def engine_table(report: Document) -> Table:
         for run in report["runs"]
         if (engine := run["engine"])
     ]
-    changes = (f"{name} against it" for name in COMPARED_METRICS)
+    changes = (f"{name} against it" for name in report["runs"][0]["gap_to_float"])
     header = ["arm", "engine", "file", "SHA-256", "source", *changes, "submissions"]
     return Table("What engines compute", header, rows)

@@ -11,12 +11,12 @@ import numpy as np
 
 from cpq_train.common.file_names import file_name
 from cpq_train.common.files import check_regular, write_whole
-from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Bools
+from cpq_train.evaluation.gaps import compared_metrics
 from cpq_train.evaluation.lost_objects import Changes, operating_scores
 from cpq_train.evaluation.metric import curves
-from cpq_train.evaluation.protocol import RANGE_BINS_M, RECALL_GRID, TP_THRESHOLD_INDEX
-from cpq_train.evaluation.ranges import bin_name
+from cpq_train.evaluation.protocol import RECALL_GRID, TP_THRESHOLD_INDEX
+from cpq_train.evaluation.ranges import bin_names
 from cpq_train.evaluation.reliability import reliability
 from cpq_train.report import charts
 from cpq_train.report.amax_history import (
@@ -81,17 +81,17 @@ def _write(output: Path, section: str, name: str, caption: str, svg: str) -> Fig
 def _charts(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str]]:
     """Section, file name, caption and SVG of the charts that need metrics and matches only."""
     yield "scores", "scores", "Scores with their 95 % intervals.", _score_chart(runs)
+    task = runs[0].task
     per_class = {
-        run.title: [run.metrics["per_class"][name]["AP"]["mean"] for name in DETECTION_CLASSES]
-        for run in runs
+        run.title: [run.metrics["per_class"][name]["AP"]["mean"] for name in task.names] for run in runs
     }
-    yield "classes", "per_class", "AP per class.", charts.bars(DETECTION_CLASSES, per_class, "AP")
+    yield "classes", "per_class", "AP per class.", charts.bars(task.names, per_class, "AP")
     if curves_of := [run for run in runs if run.matches is not None]:
         caption = (
             "Precision over recall of every class, matches within 2 m; a curve ends at its highest recall."
         )
         yield "classes", "precision_recall", caption, _precision_recall(curves_of)
-    bins = [bin_name(*limits) for limits in RANGE_BINS_M]
+    bins = bin_names(task)
     per_range = {run.title: [run.metrics["per_range"][name]["mAP"] for name in bins] for run in runs}
     names = [f"{name} m" for name in bins]
     yield "range", "per_range", "mAP per distance from the vehicle.", charts.bars(names, per_range, "mAP")
@@ -111,7 +111,7 @@ def _score_chart(runs: Sequence[Run]) -> str:
                 charts.Estimate(run.title, run.score(metric), run.metrics["confidence"][metric])
                 for run in runs
             ]
-            for metric in ("mAP", "NDS")
+            for metric in compared_metrics(runs[0].task)
         }
     )
 
@@ -122,7 +122,7 @@ def _precision_recall(runs: Sequence[Run]) -> str:
     }
     panels = {
         name: {title: _reached(of_run[label]) for title, of_run in precision.items()}
-        for label, name in enumerate(DETECTION_CLASSES)
+        for label, name in enumerate(runs[0].task.names)
     }
     return charts.curves(panels, "recall", "precision")
 
@@ -147,7 +147,9 @@ def _reliability_chart(runs: Sequence[Run]) -> str:
 
 def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Path) -> Iterator[Figure]:
     """A picture for every sample that runs kept, with the runs that kept it side by side."""
-    samples = {run.name: read_bev_sample(path) for run in runs if lexists(path := run.folder / BEV_FILE)}
+    samples = {
+        run.name: read_bev_sample(path, run.task) for run in runs if lexists(path := run.folder / BEV_FILE)
+    }
     panels = {
         run.name: _bev_panel(run, runs, samples[run.name], changed.get(run.name))
         for run in runs
@@ -186,7 +188,7 @@ def _close_ups(
 
 
 def _object_title(changed: Changes, row: int, arm: str) -> str:
-    name = DETECTION_CLASSES[changed.labels[row]].replace("_", " ")
+    name = changed.task.names[changed.labels[row]].replace("_", " ")
     scores = [f"{score:.2f}" if score else "none" for score in (changed.float_score[row], changed.score[row])]
     where = f"{changed.range_m[row]:.0f} m, {changed.num_points[row]} points"
     return f"{name}, {where}\nscore: float {scores[0]}, {arm} {scores[1]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from cpq_train.common.arm_names import ROWS
+from cpq_train.common.detection_task import DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
 from cpq_train.evaluation.matches import Matches, read_matches
-from cpq_train.evaluation.metrics_file import Document, read_metrics
+from cpq_train.evaluation.metrics_file import Document, read_metrics, task_of
 from cpq_train.evaluation.run_files import MATCHES_FILE, METRICS_FILE
 
 _MUST_AGREE = (
@@ -24,6 +26,7 @@ _MUST_AGREE = (
     ("dataset", "version"),
     ("dataset", "split"),
     ("dataset", "num_samples"),
+    ("classes",),
     ("postprocessing_sha256",),
 )
 
@@ -46,6 +49,11 @@ class Run:
     matches: Matches | None
     resampled: bootstrap.Resampled | None
 
+    @cached_property
+    def task(self) -> DetectionTask:
+        """Classes and rules that it was scored by."""
+        return task_of(self.metrics, self.name)
+
     @property
     def arm(self) -> str:
         """float, float_tuned, ptq, qat or deployed."""
@@ -67,7 +75,7 @@ class Run:
         return file_name(self.name.strip("/"))
 
     def score(self, metric: str) -> float:
-        """A score of `metrics.json`."""
+        """A score of `metrics.json`, that it has."""
         return float(self.metrics["metrics"][metric])
 
     def distribution(self, metric: str) -> Floats | None:
@@ -89,7 +97,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, document in zip(folders, documents, strict=True):
         for key in _MUST_AGREE:
             _check_agreement(key, (folders[0], documents[0]), (folder, document))
-    matches = [read_matches(path) if lexists(path := folder / MATCHES_FILE) else None for folder in folders]
+    matches = [_matches(folder, document) for folder, document in zip(folders, documents, strict=True)]
     for folder, document, found in zip(folders, documents, matches, strict=True):
         _check_count(folder, document, found)
     _check_samples(folders, matches)
@@ -100,6 +108,11 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         for name, folder, document, found in zip(names, folders, documents, matches, strict=True)
     ]
     return sorted(runs, key=lambda run: ROWS.index(run.arm))
+
+
+def _matches(folder: Path, document: Document) -> Matches | None:
+    path = folder / MATCHES_FILE
+    return read_matches(path, task_of(document, str(folder))) if lexists(path) else None
 
 
 def relative(run: Run, runs: Sequence[Run], arm: str) -> tuple[Run | None, str]:
@@ -127,7 +140,7 @@ def _check_agreement(key: tuple[str, ...], one: tuple[Path, Document], other: tu
 
 
 def _value(document: Document, key: tuple[str, ...]) -> Any:
-    return document[key[0]] if len(key) == 1 else document[key[0]][key[1]]
+    return document.get(key[0]) if len(key) == 1 else document[key[0]][key[1]]
 
 
 def _check_samples(folders: Sequence[Path], matches: Sequence[Matches | None]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpq_train.common.nuscenes import DETECTION_CLASSES
+from cpq_train.common.nuscenes import TP_ERRORS
 from cpq_train.evaluation.lost_objects import Counts
 from cpq_train.evaluation.metrics_file import Document
-from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
-from cpq_train.evaluation.ranges import bin_name
+from cpq_train.evaluation.protocol import THRESHOLDS_M
 from cpq_train.evaluation.reliability import NUM_BINS
 from cpq_train.report.costs import cost_notes, cost_tables
 from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
@@ -53,7 +52,7 @@ def subtitle(report: Document) -> str:
 def sections(report: Document) -> list[Section]:
     """The sections of a report that have something to say."""
     parts = [
-        Section("scores", "Scores", "", [_scores(report)], is_headline=True),
+        Section("scores", "Scores", "", [_scores(report)], _about_scores(report), is_headline=True),
         Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
         Section(
             "cost",
@@ -79,6 +78,7 @@ def sections(report: Document) -> list[Section]:
     return [part for part in filled if part.tables or part.pictures]
 
 
+NO_NDS = "The classes are the data set's own: the NDS is defined for nuScenes' ten and their rules alone."
 _GAPS = (
     "What an arm scores more than the float run it came from, and the share of the loss of PTQ that QAT wins "
     "back: 100 % is float, 0 % is PTQ."
@@ -109,19 +109,40 @@ def _with_contents(part: Section, report: Document) -> Section:
 
 def _scores(report: Document) -> Table:
     errors = [f"m{error}" for error in TP_ERRORS]
+    metrics = list(report["runs"][0]["gap_to_float"])
+    has_trained = any(run["trained"] for run in report["runs"])
     rows = [
         [
             run["title"],
-            _with_interval(run["metrics"]["mAP"], run["confidence"]["mAP"]),
-            _with_interval(run["metrics"]["NDS"], run["confidence"]["NDS"]),
+            *(_with_interval(run["metrics"][name], run["confidence"][name]) for name in metrics),
+            *([_trained(run)] if has_trained else []),
             *(number(run["metrics"][error]) for error in errors),
         ]
         for run in report["runs"]
     ]
-    return Table("Scores", ["arm", "mAP", "NDS", *errors], rows)
+    trained = ["mAP of trained classes"] if has_trained else []
+    return Table("Scores", ["arm", *metrics, *trained, *errors], rows)
+
+
+def _about_scores(report: Document) -> list[str]:
+    """What of the scores is not as nuScenes has it."""
+    skipped = report["dataset"].get("skipped_scenes", [])
+    return [
+        *([] if "NDS" in report["runs"][0]["gap_to_float"] else [NO_NDS]),
+        *([f"{len(skipped)} scenes were skipped, for files of theirs are missing."] if skipped else []),
+    ]
+
+
+def _trained(run: Document) -> str:
+    """MAP over the classes that a network was made for: all, unless `metrics.json` says otherwise."""
+    if run["trained"] is None:
+        return _with_interval(run["metrics"]["mAP"], run["confidence"]["mAP"])
+    scored = _with_interval(run["trained"]["mAP"], run["trained"]["confidence"])
+    return f"{scored} ({len(run['trained']['classes'])} of {len(run['per_class'])})"
 
 
 def _gaps(report: Document) -> Table:
+    metrics = list(report["runs"][0]["gap_to_float"])
     rows = [
         [
             run["title"],
@@ -130,14 +151,9 @@ def _gaps(report: Document) -> Table:
         ]
         for run in report["runs"]
     ]
-    header = [
-        "arm",
-        "mAP gap to float",
-        "NDS gap to float",
-        "PTQ loss in mAP won back",
-        "PTQ loss in NDS won back",
-    ]
-    return Table("Against float", header, rows)
+    gaps = [f"{metric} gap to float" for metric in metrics]
+    won_back = [f"PTQ loss in {metric} won back" for metric in metrics]
+    return Table("Against float", ["arm", *gaps, *won_back], rows)
 
 
 def _notes(report: Document) -> list[str]:
@@ -153,7 +169,7 @@ def _notes(report: Document) -> list[str]:
 def _per_class(report: Document) -> Table:
     rows = [
         [name, *(number(run["per_class"][name]["AP"]["mean"]) for run in report["runs"])]
-        for name in DETECTION_CLASSES
+        for name in report["runs"][0]["per_class"]
     ]
     thresholds = ", ".join(f"{threshold:g}" for threshold in THRESHOLDS_M)
     return Table(f"AP per class, mean over {thresholds} m", ["class", *_titles(report)], rows)
@@ -166,31 +182,32 @@ def _errors_per_class(report: Document) -> list[Table]:
             ["class", *_titles(report)],
             [
                 [name, *(number(run["per_class"][name][error]) for run in report["runs"])]
-                for name in DETECTION_CLASSES
+                for name in report["runs"][0]["per_class"]
             ],
         )
         for error in TP_ERRORS
     ]
 
 
-_BINS = [bin_name(*limits) for limits in RANGE_BINS_M]
-
-
 def _per_range(report: Document) -> Table:
     rows = [
-        [run["title"], *(number(run["per_range"][name]["mAP"]) for name in _BINS)] for run in report["runs"]
+        [run["title"], *(number(run["per_range"][name]["mAP"]) for name in _bins(report))]
+        for run in report["runs"]
     ]
-    return Table("mAP per distance from the vehicle", ["arm", *(f"{name} m" for name in _BINS)], rows)
+    return Table("mAP per distance from the vehicle", ["arm", *(f"{name} m" for name in _bins(report))], rows)
 
 
 def _errors_per_range(report: Document) -> list[Table]:
-    known = [run for run in report["runs"] if run["errors_per_range"]]
+    known, bins = [run for run in report["runs"] if run["errors_per_range"]], _bins(report)
     return [
         Table(
             f"m{error} per distance from the vehicle",
-            ["arm", *(f"{name} m" for name in _BINS)],
+            ["arm", *(f"{name} m" for name in bins)],
             [
-                [run["title"], *(number(run["errors_per_range"][name][f"m{error}"]) for name in _BINS)]
+                [
+                    run["title"],
+                    *(number(run["errors_per_range"][name][f"m{error}"]) for name in bins),
+                ]
                 for run in known
             ],
         )
@@ -270,6 +287,10 @@ def _checkpoints(report: Document) -> Table:
         for run in report["runs"]
     ]
     return Table("Checkpoints", ["arm", "file", "SHA-256"], rows)
+
+
+def _bins(report: Document) -> list[str]:
+    return list(report["runs"][0]["per_range"])
 
 
 def _titles(report: Document) -> list[str]:

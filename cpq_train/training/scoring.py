@@ -27,7 +27,7 @@ def score_detector(
         world_size: Number of processes; all of them take part.
 
     Returns:
-        mAP and NDS over the samples of all ranks.
+        mAP, and NDS where there is one, over the samples of all ranks.
     """
     metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names).to(detector.device)
     loader = data.evaluation_dataloader(rank, world_size)
@@ -37,5 +37,4 @@ def score_detector(
         for batch in track(loader, title):
             metric.update(batch["sample_rows"], detector.detect(detector.to_device(batch)))
     detector.train(was_training)
-    scores = metric.compute().scores
-    return {"mAP": scores.mean_ap, "NDS": scores.nds}
+    return metric.compute().scores.headline

@@ -6,14 +6,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, LearningRateFinder
 
 from cpq_train.callbacks.baselines import gap_names
+from cpq_train.callbacks.evaluation import TRAINED_MAP
 from cpq_train.common.errors import UserError
-from cpq_train.evaluation.gaps import COMPARED_METRICS
+from cpq_train.data.datamodule import NuScenesDataModule
+from cpq_train.evaluation.gaps import compared_metrics
 from cpq_train.training.detector import CenterPointDetector
 
-SCORES = tuple(f"val/{metric}" for metric in COMPARED_METRICS)
 
-
-def check_fit(trainer: Trainer, model: CenterPointDetector) -> None:
+def check_fit(trainer: Trainer, model: CenterPointDetector, data: NuScenesDataModule) -> None:
     """See that a fit can come to its end.
 
     Raises:
@@ -26,7 +26,7 @@ def check_fit(trainer: Trainer, model: CenterPointDetector) -> None:
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_kind(callback)
-        _check_monitor(callback, model)
+        _check_monitor(callback, model, data)
 
 
 def _check_kind(callback: Callback) -> None:
@@ -42,9 +42,10 @@ def _check_kind(callback: Callback) -> None:
             )
 
 
-def _check_monitor(callback: Callback, model: CenterPointDetector) -> None:
-    monitor = getattr(callback, "monitor", None)
-    accepted = (*SCORES, *gap_names(model.arm or "qat"))
+def _check_monitor(callback: Callback, model: CenterPointDetector, data: NuScenesDataModule) -> None:
+    monitor, metrics = getattr(callback, "monitor", None), compared_metrics(data.task)
+    scores = [f"val/{metric}" for metric in metrics]
+    accepted = (*scores, TRAINED_MAP, *gap_names(model.arm or "qat", metrics))
     if monitor is not None and monitor not in accepted and monitor not in losses(model):
         raise UserError(
             f"monitor of {type(callback).__name__} is {monitor!r}; accepted: {', '.join(accepted)}, and "

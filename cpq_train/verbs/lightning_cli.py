@@ -46,6 +46,7 @@ from cpq_train.verbs.checkpoint_settings import (
     take_data_settings,
 )
 from cpq_train.verbs.fit_checks import check_fit
+from cpq_train.verbs.following import follow_classes
 from cpq_train.verbs.given import Given
 from cpq_train.verbs.parsing import VerbParser
 from cpq_train.verbs.trainer import QuantTrainer
@@ -139,7 +140,8 @@ class QuantCLI(HookedCLI):
 
     def before_fit(self) -> None:
         """Look for what would fail late."""
-        check_fit(self.trainer, self.model)
+        assert isinstance(self.datamodule, NuScenesDataModule)
+        check_fit(self.trainer, self.model, self.datamodule)
 
     def predict(self, model: LightningModule, **arguments: Any) -> None:
         """Predict without keeping in memory what is written."""
@@ -211,6 +213,7 @@ class QuantCLI(HookedCLI):
         if verb in VERBS_OF_ENGINES:
             leave_to_engine(config, self.given)
         find_scheme(config, self.given)
+        follow_classes(config, self.given)
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)
 

@@ -135,7 +135,6 @@ def test_fading_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"targets": {"tram": 1}}, "targets names 'tram': accepted are car, truck"),
         ({"targets": {"car": -1}}, "targets car is -1: expected 0 or more"),
         ({"min_points": 0}, "min_points is 0: expected 1 or more"),
         ({"fade_out_epochs": -1}, "fade_out_epochs is -1: expected 0 or more"),
@@ -144,6 +143,12 @@ def test_fading_out() -> None:
 def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         GtSampling(**settings)
+
+
+def test_a_target_of_no_class() -> None:
+    database = made_up((CAR, 10.0, 0.0, 5))
+    with pytest.raises(UserError, match="targets names 'tram': accepted are car, truck"):
+        GtSampler(database, GtSampling({"tram": 1}))
 
 
 @pytest.mark.parametrize("settings", [GtSampling({"bus": 3}), GtSampling(min_points=6), GtSampling({})])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_gt_sampling import BUS, CAR, TRUCK, labelled, made_up
 
+from cpq_train.common.detection_task import NUSCENES
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.class_balance import class_balanced_rows, class_presence, num_draws
@@ -14,13 +15,13 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import target_boxes
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.data.labels import labels_of_ids, nuscenes_ids
+from cpq_train.data.labels import labels_of_ids
 
 FEW = ("bus", "pedestrian", "car")
 
 
 def test_numbers_by_hand() -> None:
-    assert nuscenes_ids(FEW).tolist() == [3, 8, 0]
+    assert NUSCENES.ids(FEW).tolist() == [3, 8, 0]
     assert labels_of_ids(FEW).tolist() == [3, 0, 0, 1, 0, 0, 0, 0, 2, 0, 0]
     assert labels_of_ids(DETECTION_CLASSES)[[0, 9, -1]].tolist() == [1, 10, 0]
 

@@ -13,12 +13,12 @@ from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
 from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionMetrics
 
+from cpq_train.common.detection_task import NUSCENES
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.filtering import counts_as_detection, counts_as_ground_truth
 from cpq_train.evaluation.metric import evaluate
 from cpq_train.evaluation.protocol import (
-    CLASS_RANGE_M,
     MAX_BOXES_PER_SAMPLE,
     MEAN_AP_WEIGHT,
     MIN_PRECISION,
@@ -28,6 +28,7 @@ from cpq_train.evaluation.protocol import (
 )
 
 CONFIG = config_factory("detection_cvpr_2019")
+CLASS_RANGE_M = dict(zip(NUSCENES.names, NUSCENES.ranges_m.tolist(), strict=True))
 
 
 def both_filtered(annotations: GroundTruth, predictions: Predictions) -> tuple[EvalBoxes, EvalBoxes]:

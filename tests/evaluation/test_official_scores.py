@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpq_train.common.detection_task import NUSCENES
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import GroundTruth
 from cpq_train.evaluation.filtering import counts_as_ground_truth
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.metric import Scores, evaluate
-from cpq_train.evaluation.protocol import CLASS_RANGES_M, THRESHOLDS_M
+from cpq_train.evaluation.protocol import THRESHOLDS_M
 from cpq_train.evaluation.submission import read_submission
 
 DEVKIT_ERRORS = ("trans_err", "scale_err", "orient_err", "vel_err", "attr_err")
@@ -48,7 +49,7 @@ def test_real_submission(realdata_dir: Path, mini_gt: GroundTruth) -> None:
 def test_ground_truth_left_after_each_filter(mini_gt: GroundTruth) -> None:
     boxes = mini_gt.boxes
     distance = np.linalg.norm(boxes.translation[:, :2] - mini_gt.samples.ego_xy[boxes.sample], axis=1)
-    within = distance < CLASS_RANGES_M[boxes.label]
+    within = distance < NUSCENES.ranges_m[boxes.label]
     assert len(boxes) == 4441
     assert within.sum() == 3785
     assert (within & (mini_gt.num_points > 0)).sum() == 3393
