@@ -17,6 +17,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
 from cpq_train.evaluation.countable import check_countable
+from cpq_train.evaluation.gaps import NO_NDS
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metric import Scores
@@ -119,6 +120,8 @@ class Evaluation(Callback):
         run_dir = Path(trainer.default_root_dir)
         write_run(run_dir, self.scored, run, data.index, self.engine)
         write_bev_sample(run_dir / BEV_FILE, self._busiest_sample(data))
+        if not data.task.is_nuscenes:
+            print_plain(NO_NDS)
 
     def _busiest_sample(self, data: NuScenesDataModule) -> BevSample:
         """What a picture of the arms shows: the sample with the most annotations, the same for every arm."""

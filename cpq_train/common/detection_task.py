@@ -38,9 +38,10 @@ class DetectionClass:
         range_m: boxes at this distance from the ego vehicle or further count neither as ground truth nor as
             detections.
         attributes: names in table `attribute`: that of an object at rest, that of one that moves (above 0.2
-            m/s), and further ones that annotations have; none, or two and more. An annotation without one of
-            them has no attribute error.
-        undefined_errors: true-positive errors that the class has not: ATE, ASE, AOE, AVE, AAE.
+            m/s), and further ones that annotations have; none, or two and more. An annotation without one has
+            no attribute error.
+        undefined_errors: true-positive errors that the class has not, such as AOE and AVE of what has no
+            heading and does not move; without attributes it has no AAE either.
         is_symmetric: whether front and back are the same, so that a yaw half a turn off is no error.
         is_ignored_in_racks: whether it counts neither as ground truth nor as a detection inside a bicycle
             rack (category static_object.bicycle_rack).
@@ -122,10 +123,11 @@ class DetectionTask:
 
     @cached_property
     def defined_errors(self) -> NDArray[np.bool_]:
-        """(classes, errors) which of `TP_ERRORS` exist."""
-        return np.array(
-            [[error not in rules.undefined_errors for error in TP_ERRORS] for rules in self.rules]
-        )
+        """(classes, errors) which of `TP_ERRORS` exist; a class without attributes has no attribute error."""
+        undefined = [
+            {*rules.undefined_errors, *(() if rules.attributes else ("AAE",))} for rules in self.rules
+        ]
+        return np.array([[error not in of_class for error in TP_ERRORS] for of_class in undefined])
 
     @cached_property
     def range_bins_m(self) -> tuple[tuple[float, float], ...]:
@@ -197,11 +199,11 @@ _RULES: dict[str, dict[str, Any]] = {
     "construction_vehicle": {"range_m": 50.0, "attributes": _VEHICLE},
     "bus": {"range_m": 50.0, "attributes": _BUS},
     "trailer": {"range_m": 50.0, "attributes": _VEHICLE},
-    "barrier": {"range_m": 30.0, "undefined_errors": ("AVE", "AAE"), "is_symmetric": True},
+    "barrier": {"range_m": 30.0, "undefined_errors": ("AVE",), "is_symmetric": True},
     "motorcycle": {"range_m": 40.0, "attributes": _CYCLE, "is_ignored_in_racks": True},
     "bicycle": {"range_m": 40.0, "attributes": _CYCLE, "is_ignored_in_racks": True},
     "pedestrian": {"range_m": 40.0, "attributes": _PEDESTRIAN},
-    "traffic_cone": {"range_m": 30.0, "undefined_errors": ("AOE", "AVE", "AAE")},
+    "traffic_cone": {"range_m": 30.0, "undefined_errors": ("AOE", "AVE")},
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cpq_train.common.detection_task import DetectionTask
 
+NO_NDS = "The classes are the data set's own: the NDS is defined for nuScenes' ten and their rules alone."
+
 HEADLINE = ("mAP", "NDS")
 """The scores that are compared; other classes than nuScenes' ten have no NDS."""
 

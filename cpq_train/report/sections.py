@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpq_train.common.nuscenes import TP_ERRORS
+from cpq_train.evaluation.gaps import NO_NDS
 from cpq_train.evaluation.lost_objects import Counts
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.protocol import THRESHOLDS_M
@@ -78,7 +79,6 @@ def sections(report: Document) -> list[Section]:
     return [part for part in filled if part.tables or part.pictures]
 
 
-NO_NDS = "The classes are the data set's own: the NDS is defined for nuScenes' ten and their rules alone."
 _GAPS = (
     "What an arm scores more than the float run it came from, and the share of the loss of PTQ that QAT wins "
     "back: 100 % is float, 0 % is PTQ."
