@@ -97,7 +97,7 @@ def test_wrong_classes(classes: dict[str, DetectionClass], message: str) -> None
 
 
 def test_names_of_no_class() -> None:
-    with pytest.raises(UserError, match="class_names names 'car': accepted of data.classes are tram, post"):
+    with pytest.raises(UserError, match=r"class_names names 'car': accepted of data.classes are tram, post"):
         OWN.ids(["tram", "car"])
     with pytest.raises(UserError, match="accepted with nuScenes data are car, truck"):
         NUSCENES.ids(["tram"])

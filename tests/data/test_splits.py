@@ -87,7 +87,7 @@ def test_no_file_names_the_way(own_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(own_root, root, ignore=shutil.ignore_patterns(".cpq_train", "splits.json"))
     with pytest.raises(
-        UserError, match="none, its scene names are not official ones; splits.json beside the tables"
+        UserError, match=r"none, its scene names are not official ones; splits.json beside the tables"
     ):
         open_index(root, FULL).sample_rows("train")
 
@@ -114,7 +114,7 @@ def test_a_union_calibrates_on_the_training_split(make: Callable[..., NuScenesDa
     data = make(train_splits=["train", "val"], num_calibration_samples=6)
     np.testing.assert_array_equal(np.sort(data.calibration_rows), make().selection.train_rows)
     on_val = make(train_splits=["train", "val"], calibration_split="train+val", num_calibration_samples=10)
-    with pytest.raises(UserError, match="4 of the 10 samples belong to data.val_split 'val'"):
+    with pytest.raises(UserError, match=r"4 of the 10 samples belong to data.val_split 'val'"):
         _ = on_val.calibration_rows
 
 
@@ -122,7 +122,6 @@ def without_a_sweep(source: Path, root: Path, scene: str) -> Path:
     """A copy that lacks one sweep, not a key frame, of a scene."""
     shutil.copytree(source, root, ignore=shutil.ignore_patterns(".cpq_train"))
     index = open_index(root, FULL)
-    row = next(row for row in range(len(index)) if index.scene_name(row) == scene and row)
     frames = [
         int(index.frame_previous[index.sample_frames[r]])
         for r in range(len(index))
