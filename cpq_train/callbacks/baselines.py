@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,7 +131,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "network": module.hparams["network"],
         "dataset": data.index.dataset_info(),
         "samples": [data.index.sample_token(row) for row in data.eval_rows.tolist()],
-        "data": asdict(data.evaluation_config),
+        "data": data.evaluation_config.to_dict(),
         "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

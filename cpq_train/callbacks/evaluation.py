@@ -15,7 +15,7 @@ from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.sweeps import load_sweeps
+from cpq_train.data.dataset import points_of
 from cpq_train.evaluation.countable import check_countable
 from cpq_train.evaluation.gaps import NO_NDS
 from cpq_train.evaluation.ground_truth import ground_truth
@@ -128,7 +128,7 @@ class Evaluation(Callback):
         assert self.scored is not None
         assert self._metric is not None
         (row,) = data.index.sample_rows(tokens=[busiest_sample(self.scored.evaluation.matches)]).tolist()
-        points = load_sweeps(data.index, row, data.evaluation_config.num_sweeps)
+        points = points_of(data.index, row, data.evaluation_config)
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 

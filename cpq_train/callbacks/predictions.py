@@ -14,8 +14,9 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.common.progress import track
+from cpq_train.data.cloud_files import points_of_file
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.sweeps import load_sweeps, read_cloud
+from cpq_train.data.dataset import points_of
 from cpq_train.evaluation.boxes import Ints, Predictions, Strings
 from cpq_train.evaluation.lightning_metric import DetectionCollector
 from cpq_train.evaluation.metrics_file import read_metrics
@@ -163,10 +164,11 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
 
 def _sample(data: NuScenesDataModule, row: int, found: LidarDetections) -> BevSample:
     if data.clouds is not None:
-        return bev_sample_of_cloud(str(data.clouds[row]), read_cloud(data.clouds[row]), found)
-    points = load_sweeps(data.index, row, data.evaluation_config.num_sweeps)
+        points = points_of_file(data.clouds[row], data.evaluation_config)
+        return bev_sample_of_cloud(str(data.clouds[row]), points, found)
+    points = points_of(data.index, row, data.evaluation_config)
     return bev_sample(data.index, row, points, found)
 
 
 def _stem(path: Path) -> str:
-    return path.name.removesuffix(".bin").removesuffix(".pcd")
+    return path.stem.removesuffix(".pcd") if path.suffix in (".bin", ".npy", ".pcd") else path.name

@@ -116,9 +116,32 @@ def _arrays(archive: ZipFile, num_bytes: int, wanted: Collection[str] | None) ->
     return {name: _array(archive, stored[name]) for name in names if wanted is None or name in wanted}
 
 
+def parse_npy(stream: IO[bytes], num_bytes: int) -> NDArray[Any]:
+    """The array of an .npy file, which may be of records.
+
+    Args:
+        stream: The file, at its start.
+        num_bytes: Its size.
+
+    Raises:
+        UserError: It is damaged, holds Python objects, or says that it is larger or smaller than it is.
+    """
+    try:
+        _check_header(stream, "in it", num_bytes)
+        stream.seek(0)
+        array: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
+    except _Unfit as error:
+        reason = str(error)
+    except _DAMAGED as error:
+        reason = (str(error) or type(error).__name__)[:_MAX_CHARACTERS]
+    else:
+        return array
+    raise UserError(f"it is not a readable .npy array: {reason}")
+
+
 def _array(archive: ZipFile, member: ZipInfo) -> NDArray[Any]:
     with archive.open(member) as stream:
-        _check_header(stream, member)
+        _check_header(stream, repr(member.filename), member.file_size)
     with archive.open(member) as stream:
         array: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
         stream.read(1)  # at its end zipfile compares the checksum
@@ -127,19 +150,19 @@ def _array(archive: ZipFile, member: ZipInfo) -> NDArray[Any]:
     return array
 
 
-def _check_header(stream: IO[bytes], member: ZipInfo) -> None:
-    """See that the array fills its member."""
+def _check_header(stream: IO[bytes], name: str, num_bytes: int) -> None:
+    """See that the array fills its file, or its member of an archive."""
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(stream))
     if read is None:
-        raise _Unfit(f"array {member.filename!r} is of an unknown version; accepted: 1.0, 2.0")
+        raise _Unfit(f"array {name} is of an unknown version; accepted: 1.0, 2.0")
     try:
         shape, _, dtype = read(stream)
     except Exception as error:  # a header is a Python literal: what parses it may raise anything
-        raise _Unfit(f"array {member.filename!r} has no readable header") from error
-    where = f"array {member.filename!r} of shape {shown(shape)} and dtype {shown(dtype.str)}"
+        raise _Unfit(f"array {name} has no readable header") from error
+    where = f"array {name} of shape {shown(shape)} and dtype {shown(dtype.str)}"
     if dtype.hasobject or dtype.itemsize <= 0 or min(shape, default=0) < 0:
         raise _Unfit(f"{where}; accepted: lengths from 0 on of numbers, flags or texts")
-    needed, held = math.prod(shape) * dtype.itemsize, member.file_size - stream.tell()
+    needed, held = math.prod(shape) * dtype.itemsize, num_bytes - stream.tell()
     if needed != held:
         raise _Unfit(f"{where} needs {needed} bytes and holds {held}")
 

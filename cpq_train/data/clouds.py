@@ -1,6 +1,6 @@
 """Single clouds as network input, outside of a data set: read from files, or made up.
 
-Letters: P points, V voxels.
+Letters: P points, V voxels, F features of a point.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from cpq_train.data.dataset import Batch, Item, SampleConfig, collate, voxelizer_of
+from cpq_train.data.point_format import PointFormat
+from cpq_train.data.sweeps import NUSCENES_POINTS
 from cpq_train.data.voxelization import Voxelizer
 
 Cloud = NDArray[np.float32]
-"""(P, 5) x, y, z (m), intensity (0 to 255), time lag (s) in the LiDAR frame."""
+"""(P, F) x, y, z (m), further features (nuScenes: intensity, 0 to 255), time lag (s) in the LiDAR frame."""
 
 SENSOR_HEIGHT_M = 1.84
 ELEVATIONS_DEG = np.linspace(-30.67, 10.67, 32)
@@ -51,11 +53,13 @@ def batch_of_clouds(clouds: Sequence[Cloud], config: SampleConfig, names: Sequen
     return collate([cloud_item(points, voxelize, row, name) for row, (points, name) in pairs])
 
 
-def synthetic_cloud(num_sweeps: int, seed: int) -> Cloud:
+def synthetic_cloud(num_sweeps: int, seed: int, points: PointFormat = NUSCENES_POINTS) -> Cloud:
     """A made-up scene with the density of a nuScenes sample, as a car that drives along x sees it.
 
-    32 rings on rolling ground, with upright surfaces in two thirds of all directions.
+    32 rings on rolling ground, with upright surfaces in two thirds of all directions. Features of which
+    nothing is known are drawn from 0 to 1.
     """
+    tops = [100 if name == "intensity" else 1 for name in points.features[3:-1]]
     rng = np.random.default_rng(seed)
     distance_m = _surface_distances(rng)
     sweeps = []
@@ -69,10 +73,11 @@ def synthetic_cloud(num_sweeps: int, seed: int) -> Cloud:
         x = range_m * np.cos(azimuth) - EGO_STEP_M * sweep
         y = range_m * np.sin(azimuth)
         z = range_m * np.tan(elevation) + 0.3 * np.sin(x / 7) + rng.normal(0, 0.03, elevation.shape)
-        features = (x, y, z, rng.uniform(0, 100, x.shape), np.full(x.shape, 0.05 * sweep))
+        drawn = (rng.uniform(0, top, x.shape) for top in tops)
+        features = (x, y, z, *drawn, np.full(x.shape, 0.05 * sweep))
         sweeps.append(np.stack([f[hit] for f in features], axis=1))
-    points: Cloud = np.concatenate(sweeps).astype(np.float32)
-    return points
+    cloud: Cloud = np.concatenate(sweeps).astype(np.float32)
+    return cloud
 
 
 def _surface_distances(rng: np.random.Generator) -> NDArray[np.float64]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from cpq_train.common.detection_task import DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES, LIDAR_TOP
 from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.census import check_targets
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
@@ -26,6 +28,7 @@ from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.loader import FollowingLoader, start_worker
+from cpq_train.data.point_checks import check_files
 from cpq_train.data.position import EpochPosition
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches
 from cpq_train.data.selection import Limits, Selection, SplitNames
@@ -52,6 +55,11 @@ class NuScenesDataModule(LightningDataModule):
         max_points_per_voxel: further points of a voxel are dropped.
         max_num_voxels_train: further voxels of a training sample are dropped.
         max_num_voxels_eval: further voxels of a sample that is evaluated or calibrated with are dropped.
+        point_columns: of the cloud files: name or name:dtype. The network sees x, y, z, then others but ring
+            and those that begin with _, then a time lag.
+        intensity_scale: what intensities are multiplied by; the network expects 0 to 255.
+        drop_nonfinite_points: leave points with NaN or infinite values out, instead of failing.
+        max_bad_sweeps: share of an epoch's sweeps that may be missing or damaged; each is left out and named.
         batch_size: samples per rank and step.
         num_workers: loading processes per rank and loader; 0 loads in the main process.
         seed: of the order of samples, the augmentation and the choice of calibration samples.
@@ -89,6 +97,10 @@ class NuScenesDataModule(LightningDataModule):
         max_points_per_voxel: int = DataSettings.max_points_per_voxel,
         max_num_voxels_train: int = DataSettings.max_num_voxels_train,
         max_num_voxels_eval: int = DataSettings.max_num_voxels_eval,
+        point_columns: tuple[str, ...] = DataSettings.point_columns,
+        intensity_scale: float = DataSettings.intensity_scale,
+        drop_nonfinite_points: bool = False,
+        max_bad_sweeps: float = 0.0,
         batch_size: int = 4,
         num_workers: int = 4,
         seed: int = 0,
@@ -111,6 +123,8 @@ class NuScenesDataModule(LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"data.{name} is {value}: expected {least} or more")
+        if not 0 <= max_bad_sweeps < 1:
+            raise UserError(f"data.max_bad_sweeps is {max_bad_sweeps}: expected 0 to less than 1")
         self.task, self.lidar_channel = DetectionTask.of(classes), lidar_channel
         self.task.ids(class_names)  # refuses foreign ones
         self.class_names = tuple(class_names)
@@ -128,13 +142,19 @@ class NuScenesDataModule(LightningDataModule):
             max_points_per_voxel,
             max_num_voxels_train,
             max_num_voxels_eval,
+            tuple(point_columns),
+            intensity_scale,
         )
-        self.evaluation_config = SampleConfig.of_evaluation(self.settings, self.class_names, seed)
+        config = SampleConfig.of_evaluation(self.settings, self.class_names, seed, drop_nonfinite_points)
+        self.evaluation_config = dataclasses.replace(config, skips_bad_sweeps=max_bad_sweeps > 0)
         self._augmentation, self.gt_sampling, self.class_balanced = augmentation, gt_sampling, class_balanced
+        self.max_bad_sweeps = max_bad_sweeps
         self._index: NuScenesIndex | None = None
         self.clouds: list[Path] | None = None
         """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
         self._resumed: EpochPosition | None = None
+        self.num_bad_sweeps = 0
+        """Clouds that this rank's last evaluation left out."""
 
     @cached_property
     def selection(self) -> Selection:
@@ -163,6 +183,7 @@ class NuScenesDataModule(LightningDataModule):
 
         Raises:
             UserError: the root, the version or a table is missing or damaged.
+            CloudError: one of a few clouds is not of `point_columns`.
         """
         if self._index is None:
             self._index = self._open_index()
@@ -171,7 +192,9 @@ class NuScenesDataModule(LightningDataModule):
     def _open_index(self) -> NuScenesIndex:
         if self.root is None:
             raise UserError("data.root is not given: expected the folder that holds samples/ and the tables")
-        return open_index(self.root, self.version, self.cache_dir, self.task, self.lidar_channel)
+        index = open_index(self.root, self.version, self.cache_dir, self.task, self.lidar_channel)
+        check_files(index, self.evaluation_config.points, self.evaluation_config.skips_bad_sweeps)
+        return index
 
     @property
     def eval_rows(self) -> Rows:
@@ -196,7 +219,7 @@ class NuScenesDataModule(LightningDataModule):
             self._resumed = None
         elif self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+        return self._loader(dataset, self._limit(len(sampler)), batch_size=self.batch_size, sampler=sampler)
 
     @cached_property
     def _train_rows(self) -> Rows:
@@ -215,8 +238,8 @@ class NuScenesDataModule(LightningDataModule):
         """
         if self.gt_sampling is None:
             return None
-        num_sweeps = self.settings.num_sweeps
-        database = open_gt_database(self.index, self.splits.train, num_sweeps, self.cache_dir)
+        num_sweeps, points = self.settings.num_sweeps, self.evaluation_config.points
+        database = open_gt_database(self.index, self.splits.train, num_sweeps, self.cache_dir, points)
         max_epochs = None if self.trainer is None else self.trainer.max_epochs
         num_epochs = None if max_epochs == -1 else max_epochs
         return GtSampler(database, self.gt_sampling, self.class_names, num_epochs)
@@ -293,7 +316,7 @@ class NuScenesDataModule(LightningDataModule):
         rows = self.calibration_rows
         dataset = DetectionDataset(self.index, rows, self.evaluation_config)
         batches = dealt_batches(len(rows), self.batch_size, *self._place())
-        return self._loader(dataset, batch_sampler=batches)
+        return self._loader(dataset, self._limit(sum(map(len, batches))), batch_sampler=batches)
 
     def calibration_info(self) -> dict[str, Any]:
         """What a checkpoint says of the samples it was calibrated with."""
@@ -319,12 +342,21 @@ class NuScenesDataModule(LightningDataModule):
         self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int
     ) -> DataLoader[Item]:
         sampler = EvaluationSampler(dataset, rank, world_size)
-        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+        limit = self._limit(len(sampler), partial(setattr, self, "num_bad_sweeps"))
+        return self._loader(dataset, limit, batch_size=self.batch_size, sampler=sampler)
 
-    def _loader(self, dataset: DetectionDataset | CloudFiles, **order: Any) -> DataLoader[Item]:
+    def _limit(self, num_samples: int, report: Callable[[int], None] | None = None) -> BadSweepLimit | None:
+        """What a loader of so many samples may leave out; None where nothing."""
+        num_sweeps = num_samples * (1 if self.clouds is not None else self.evaluation_config.num_sweeps)
+        return BadSweepLimit(self.max_bad_sweeps, num_sweeps, report) if self.max_bad_sweeps else None
+
+    def _loader(
+        self, dataset: DetectionDataset | CloudFiles, limit: BadSweepLimit | None = None, **order: Any
+    ) -> DataLoader[Item]:
         return FollowingLoader(
             dataset,
             **order,
+            limit=limit,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),

@@ -2,21 +2,21 @@
 
 Every random draw comes from a generator seeded by (seed, epoch, position in the data set), in evaluation by
 the sample's row, so that what is loaded does not depend on the number of workers or ranks. Shape letters:
-B batch, V voxels, N boxes of a sample, M boxes of the fullest sample.
+B batch, V voxels, F features of a point, N boxes of a sample, M boxes of the fullest sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import Self
+from typing_extensions import NotRequired, Self
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
@@ -25,8 +25,10 @@ from cpq_train.data.boxes import Float64
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.labels import labels_of_ids
+from cpq_train.data.point_files import CloudError
+from cpq_train.data.point_format import PointFormat
 from cpq_train.data.settings import DataSettings
-from cpq_train.data.sweeps import MAX_NUM_SWEEPS, load_sweeps
+from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS, BadSweeps, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells
 
 MIN_LIDAR_POINTS = 1
@@ -43,20 +45,22 @@ class Item(TypedDict):
     """One sample."""
 
     voxel_features: Tensor
-    """(V, 5) float32 means of x, y, z, intensity, time lag."""
+    """(V, F) float32 means of x, y, z, further features of the points, time lag."""
     voxel_coords: Tensor
     """(V, 3) int32 z, y, x."""
     gt_boxes: Tensor
     """(N, 10) float32 x, y, z, l, w, h, yaw, vx, vy, label; label 1 is the network's first class."""
     sample_row: int
     token: str
+    bad_sweeps: NotRequired[list[str]]
+    """What is wrong with the clouds that were left out, where there are any."""
 
 
 class Batch(TypedDict):
     """Several samples."""
 
     voxel_features: Tensor
-    """(V, 5) float32 over all samples."""
+    """(V, F) float32 over all samples."""
     voxel_coords: Tensor
     """(V, 4) int32 sample in the batch, z, y, x."""
     batch_size: int
@@ -65,6 +69,8 @@ class Batch(TypedDict):
     sample_rows: Tensor
     """(B,) int64 rows of the index."""
     tokens: list[str]
+    bad_sweeps: NotRequired[list[str]]
+    """Of all samples; the loader takes them out."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class SampleConfig:
         seed: of all random draws in training.
         augmentation: None for evaluation.
         is_training: drop boxes outside the range, and replace samples without boxes.
+        points: how they lie in the cloud files.
+        skips_bad_sweeps: leave clouds that cannot be used out, instead of failing.
     """
 
     num_sweeps: int
@@ -92,6 +100,8 @@ class SampleConfig:
     seed: int = 0
     augmentation: Augmentation | None = None
     is_training: bool = False
+    points: PointFormat = NUSCENES_POINTS
+    skips_bad_sweeps: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
@@ -100,7 +110,11 @@ class SampleConfig:
 
     @classmethod
     def of_evaluation(
-        cls, settings: DataSettings, class_names: Sequence[str] = DETECTION_CLASSES, seed: int = 0
+        cls,
+        settings: DataSettings,
+        class_names: Sequence[str] = DETECTION_CLASSES,
+        seed: int = 0,
+        drop_nonfinite_points: bool = False,
     ) -> Self:
         """How a sample is loaded that is evaluated or calibrated with."""
         return cls(
@@ -111,7 +125,14 @@ class SampleConfig:
             settings.max_num_voxels_eval,
             tuple(class_names),
             seed,
+            points=replace(settings.points, drop_nonfinite=drop_nonfinite_points),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, to hash: without settings of points that are nuScenes', as ever."""
+        ordinary = {"points": NUSCENES_POINTS, "skips_bad_sweeps": False}
+        usual = {name for name, value in ordinary.items() if getattr(self, name) == value}
+        return {name: value for name, value in asdict(self).items() if name not in usual}
 
 
 def voxelizer_of(config: SampleConfig) -> Voxelizer:
@@ -156,11 +177,17 @@ class DetectionDataset(Dataset[Item]):
         epoch, position = (0, key) if isinstance(key, int) else key
         row = int(self.rows[position])
         rng = self._generator(epoch, position)
+        notes: list[str] = []
         for _ in range(len(self)):
-            points, boxes = self._scene(row, epoch, rng)
-            if len(boxes) or not self.config.is_training:
-                return self._item(row, points, boxes, rng)
+            bad: BadSweeps | None = {} if self.config.skips_bad_sweeps else None
+            points, boxes = self._scene(row, epoch, rng, bad)
+            notes += bad.values() if bad else ()
+            has_key_frame = not bad or int(self.index.sample_frames[row]) not in bad
+            if not self.config.is_training or (has_key_frame and len(boxes)):
+                return self._item(row, points, boxes, rng, notes)
             row = int(rng.choice(self.rows))
+        if notes:
+            raise CloudError(f"{len(self)} draws found no sample to train on; the first left out: {notes[0]}")
         raise UserError(
             f"{len(self)} draws found no sample with an object inside point_cloud_range "
             f"{list(self.config.point_cloud_range)}: training needs some"
@@ -171,9 +198,11 @@ class DetectionDataset(Dataset[Item]):
             return np.random.default_rng([self.config.seed, epoch, position])
         return np.random.default_rng([_EVALUATION_SEED, int(self.rows[position])])
 
-    def _scene(self, row: int, epoch: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], Float64]:
-        """Points (P, 5) and labelled boxes (N, 10) of a sample, filled up and augmented."""
-        points = load_sweeps(self.index, row, self.config.num_sweeps)
+    def _scene(
+        self, row: int, epoch: int, rng: np.random.Generator, bad: BadSweeps | None
+    ) -> tuple[NDArray[np.float32], Float64]:
+        """Points (P, F) and labelled boxes (N, 10) of a sample, filled up and augmented."""
+        points = load_sweeps(self.index, row, self.config.num_sweeps, self.config.points, bad)
         boxes = target_boxes(self.index, row, self.config.class_names)
         if self.gt_sampler is not None and self.gt_sampler.is_on(epoch):
             points, boxes = self.gt_sampler.fill(points, boxes, visible_boxes(self.index, row), rng)
@@ -183,15 +212,31 @@ class DetectionDataset(Dataset[Item]):
             boxes = boxes[is_inside(boxes, self.config.point_cloud_range)]
         return points, boxes
 
-    def _item(self, row: int, points: NDArray[np.float32], boxes: Float64, rng: np.random.Generator) -> Item:
+    def _item(
+        self,
+        row: int,
+        points: NDArray[np.float32],
+        boxes: Float64,
+        rng: np.random.Generator,
+        notes: list[str],
+    ) -> Item:
         features, cells, _ = self._voxelizer(points, rng.permutation(len(points)))
-        return {
+        item: Item = {
             "voxel_features": features,
             "voxel_coords": cells,
             "gt_boxes": torch.from_numpy(boxes.astype(np.float32)),
             "sample_row": row,
             "token": self.index.sample_token(row),
         }
+        if notes:
+            item["bad_sweeps"] = notes
+        return item
+
+
+def points_of(index: NuScenesIndex, row: int, config: SampleConfig) -> NDArray[np.float32]:
+    """The points (P, F) of a sample as it is evaluated."""
+    bad: BadSweeps | None = {} if config.skips_bad_sweeps else None
+    return load_sweeps(index, row, config.num_sweeps, config.points, bad)
 
 
 def target_boxes(index: NuScenesIndex, row: int, class_names: Sequence[str] = DETECTION_CLASSES) -> Float64:
@@ -230,7 +275,7 @@ def collate(items: Sequence[Item]) -> Batch:
     batch_column = torch.repeat_interleave(torch.arange(len(items), dtype=torch.int32), num_voxels)
     cells = torch.cat([item["voxel_coords"] for item in items])
     boxes = [item["gt_boxes"] for item in items]
-    return {
+    batch: Batch = {
         "voxel_features": torch.cat([item["voxel_features"] for item in items]),
         "voxel_coords": torch.cat([batch_column[:, None], cells], dim=1),
         "batch_size": len(items),
@@ -238,3 +283,6 @@ def collate(items: Sequence[Item]) -> Batch:
         "sample_rows": torch.tensor([item["sample_row"] for item in items]),
         "tokens": [item["token"] for item in items],
     }
+    if notes := [note for item in items for note in item.get("bad_sweeps", ())]:
+        batch["bad_sweeps"] = notes
+    return batch

@@ -27,9 +27,11 @@ from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import say
 from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
-from cpq_train.data.gt_database_parts import COLUMNS, LAYOUT, build_parts, merge_parts, object_annotations
+from cpq_train.data.gt_database_parts import COLUMNS, build_parts, layout, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.sweeps import MAX_NUM_SWEEPS
+from cpq_train.data.point_checks import check_files
+from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
+from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS
 
 _SCHEMA = 2
 """Counted up when content or columns change, so that older databases are not used."""
@@ -59,12 +61,14 @@ class GtDatabase(CheckedColumns):
     point_checksums: NDArray[np.uint32] = field(repr=False)
     """(N,) CRC-32 of the points of each object."""
     points: NDArray[np.float32] = field(repr=False)
-    """(P, 5) x, y, z in metres relative to the centre of the box, not rotated; intensity; time lag in s."""
+    """(P, F) x, y, z in metres from the centre of the box, not rotated; further features; time lag in s."""
     num_samples: int = 0
     """Of the index that `sample_rows` are rows of."""
     command: str = field(default="", repr=False)
     """What builds it."""
     task: DetectionTask = field(default=NUSCENES, repr=False)
+    num_features: int = len(NUSCENES_POINTS.features)
+    """F of its points."""
 
     @property
     def _remedy(self) -> str:  # type: ignore[override]
@@ -73,12 +77,12 @@ class GtDatabase(CheckedColumns):
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str, DetectionTask]]:
+    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str, DetectionTask, int]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder, self.num_samples, self.command, self.task)
+        return _load, (self.folder, self.num_samples, self.command, self.task, self.num_features)
 
     def points_of(self, row: int) -> NDArray[np.float32]:
-        """A copy of the points (P, 5) of the object at a row, moved to where they were seen.
+        """A copy of the points (P, F) of the object at a row, moved to where they were seen.
 
         Raises:
             DamageError: they are not those that were written.
@@ -103,6 +107,9 @@ def build_gt_database(
     cache_dir: Path | None = None,
     classes: dict[str, DetectionClass] | None = None,
     lidar_channel: str = LIDAR_TOP,
+    point_columns: tuple[str, ...] = NUSCENES_COLUMNS,
+    intensity_scale: float = 1.0,
+    drop_nonfinite_points: bool = False,
 ) -> None:
     """Collects the points of every annotated object of a split, for `data.gt_sampling`.
 
@@ -119,30 +126,35 @@ def build_gt_database(
             or the user's cache if that is read-only.
         classes: As `data.classes` of the training.
         lidar_channel: As `data.lidar_channel` of the training.
+        point_columns: Of the cloud files, as `data.point_columns` of the training.
+        intensity_scale: As `data.intensity_scale` of the training.
+        drop_nonfinite_points: As `data.drop_nonfinite_points` of the training.
 
     Raises:
         UserError: The root, the version or the split is missing, there is no object or no place to write,
             or a number is out of range.
-        CloudError: A cloud is missing or damaged.
+        CloudError: A cloud is missing or damaged, or not of these columns.
     """
+    points = PointFormat(point_columns, intensity_scale, drop_nonfinite_points)
     if not 1 <= num_sweeps <= MAX_NUM_SWEEPS:
         raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}: expected 0 or more")
     index = open_index(root, version, cache_dir, DetectionTask.of(classes), lidar_channel)
+    check_files(index, points)
     rows = index.sample_rows(split)
     if not any(len(object_annotations(index, row)) for row in rows):
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
-    name = _name(index, split, num_sweeps)
+    name = _name(index, split, num_sweeps, points)
     places = derived.homes(index.root, version, cache_dir)
-    command = _command(index, split, num_sweeps, cache_dir)
-    found = (_whole(folder, index, command) for folder in derived.find(places, name))
+    command = _command(index, split, num_sweeps, cache_dir, points)
+    found = (_whole(folder, index, command, len(points.features)) for folder in derived.find(places, name))
     database = next(filter(None, found), None)
     if database is None:
         parts = derived.parts_folder(places, name)
         folder = parts.with_name(name)
-        _build(index, rows, parts, folder, num_sweeps, num_workers)
-        database = _load(folder, len(index), command, index.task)
+        _build(index, rows, parts, folder, num_sweeps, num_workers, points)
+        database = _load(folder, len(index), command, index.task, len(points.features))
     _print_counts(database)
 
 
@@ -153,14 +165,15 @@ def _build(
     folder: Path,
     num_sweeps: int,
     num_workers: int,
+    points: PointFormat,
 ) -> None:
     """Makes a database from the parts of its scenes, which are removed behind it."""
     merged = parts / uuid.uuid4().hex
     try:
-        files = build_parts(index, rows, parts, num_sweeps, num_workers)
+        files = build_parts(index, rows, parts, num_sweeps, num_workers, points)
         num_bytes = sum(file.stat().st_size for file in files)
         with naming_full_disks("the GT database", folder.parent, num_bytes, merged, "what its scenes gave"):
-            merge_parts(files, merged)
+            merge_parts(files, merged, len(points.features))
             derived.publish(merged, folder)
     except OSError:
         if not folder.is_dir():  # made by another process, which has removed the parts
@@ -171,7 +184,11 @@ def _build(
 
 
 def open_gt_database(
-    index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None = None
+    index: NuScenesIndex,
+    split: str,
+    num_sweeps: int,
+    cache_dir: str | Path | None = None,
+    points: PointFormat = NUSCENES_POINTS,
 ) -> GtDatabase:
     """Opens the database of a split, which `build_gt_database` has made.
 
@@ -179,37 +196,46 @@ def open_gt_database(
         UserError: there is none of the present tables; the message is the command that builds it.
     """
     places = derived.homes(index.root, index.version, cache_dir)
-    command = _command(index, split, num_sweeps, cache_dir)
+    command = _command(index, split, num_sweeps, cache_dir, points)
     reasons = []
-    for folder in derived.find(places, _name(index, split, num_sweeps)):
+    for folder in derived.find(places, _name(index, split, num_sweeps, points)):
         try:
-            return _load(folder, len(index), command, index.task)
+            return _load(folder, len(index), command, index.task, len(points.features))
         except UserError as error:
             reasons.append(str(error))
     if reasons:
         raise UserError(f"{'; '.join(reasons)}; build the GT database anew with\n  {command}")
     raise UserError(
-        f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps, and "
-        f"{index.root} has none of its present tables; build it with\n  {command}"
+        f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps"
+        f"{_named(points)}, and {index.root} has none of its present tables; build it with\n  {command}"
     )
 
 
-def _command(index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None) -> str:
+def _named(points: PointFormat) -> str:
+    return "" if points.is_nuscenes else f" and data.point_columns {points}"
+
+
+def _command(
+    index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None, points: PointFormat
+) -> str:
     place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
     if index.lidar_channel != LIDAR_TOP:
         place += f" --lidar_channel {quote(index.lidar_channel)}"
     if index.task != NUSCENES:
         place += f" --classes {quote(json.dumps(index.task.to_dict()))}"
+    place += "" if points.columns == NUSCENES_COLUMNS else f" --point_columns '{points}'"
+    place += "" if points.intensity_scale == 1 else f" --intensity_scale {points.intensity_scale!r}"
+    place += " --drop_nonfinite_points true" if points.drop_nonfinite else ""
     return (
         f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
         f"--split {split} --num_sweeps {num_sweeps}{place}"
     )
 
 
-def _whole(folder: Path, index: NuScenesIndex, command: str) -> GtDatabase | None:
+def _whole(folder: Path, index: NuScenesIndex, command: str, num_features: int) -> GtDatabase | None:
     """A database that is what was written; a damaged one is removed, and said."""
     try:
-        database = _load(folder, len(index), command, index.task)
+        database = _load(folder, len(index), command, index.task, num_features)
         for row in range(len(database)):
             database.points_of(row)
         for name in COLUMNS:
@@ -221,25 +247,28 @@ def _whole(folder: Path, index: NuScenesIndex, command: str) -> GtDatabase | Non
     return database
 
 
-def _name(index: NuScenesIndex, split: str, num_sweeps: int) -> str:
+def _name(index: NuScenesIndex, split: str, num_sweeps: int, points: PointFormat) -> str:
     source = [_SCHEMA, index.fingerprint, split, num_sweeps]
     if index.splits.is_own(split):
         source.append(index.splits.scenes_of(split))
     if index.lidar_channel != LIDAR_TOP or index.task != NUSCENES:
         source += [index.lidar_channel, index.task.to_dict()]
+    if not points.is_nuscenes:
+        source += [points.columns, points.intensity_scale]
     return f"gt-{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]}"
 
 
-def _load(folder: Path, num_samples: int, command: str, task: DetectionTask) -> GtDatabase:
+def _load(folder: Path, num_samples: int, command: str, task: DetectionTask, num_features: int) -> GtDatabase:
     """Maps a database.
 
     Raises:
         UserError: it is damaged.
     """
-    unchecked = open_columns(folder, LAYOUT, {"S": num_samples, "K": len(task.names)})[1]
+    lengths = {"S": num_samples, "K": len(task.names)}
+    unchecked = open_columns(folder, layout(num_features), lengths)[1]
     database = object.__new__(GtDatabase)
     known = {"folder": folder, "num_samples": num_samples, "command": command, "task": task}
-    database.__dict__.update(known, _unchecked=unchecked)
+    database.__dict__.update(known, num_features=num_features, _unchecked=unchecked)
     return database
 
 

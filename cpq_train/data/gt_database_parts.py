@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,8 @@ from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
-from cpq_train.data.sweeps import load_sweeps
+from cpq_train.data.point_format import PointFormat
+from cpq_train.data.sweeps import NUSCENES_POINTS, load_sweeps
 
 Rows = NDArray[np.int64]
 
@@ -37,21 +38,29 @@ _OF_OBJECTS: Final = {
     "sample_rows": Column("i", ("N",), 4),
     "tokens": Column("S", ("N",)),
 }
-_POINTS: Final = {"points": Column("f", ("P", 5), 4)}
-LAYOUT: Final = Layout(
-    columns={
-        **_OF_OBJECTS,
-        "point_offsets": Column("i", ("N+1",), 8),
-        "point_checksums": Column("u", ("N",), 4),
-        **_POINTS,
-    },
-    ranges={"classes": (0, "K"), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
-    offsets={"point_offsets": "P"},
-    in_pieces=("points",),
-)
-"""Of a database, see `GtDatabase`. N objects, P points; S samples of the index, K classes of the task."""
+_POINTS: Final = "points"
 
-COLUMNS: tuple[str, ...] = tuple(LAYOUT.columns)
+
+def layout(num_features: int) -> Layout:
+    """The columns of a database, see `GtDatabase`. N objects, P points; S samples of the index, K classes."""
+    return Layout(
+        columns={
+            **_OF_OBJECTS,
+            "point_offsets": Column("i", ("N+1",), 8),
+            "point_checksums": Column("u", ("N",), 4),
+            _POINTS: _points(num_features),
+        },
+        ranges={"classes": (0, "K"), "num_points": (0, "P+1"), "sample_rows": (0, "S")},
+        offsets={"point_offsets": "P"},
+        in_pieces=(_POINTS,),
+    )
+
+
+def _points(num_features: int) -> Column:
+    return Column("f", ("P", num_features), 4)
+
+
+COLUMNS: tuple[str, ...] = tuple(layout(0).columns)
 """Files of a database."""
 
 
@@ -67,7 +76,12 @@ def object_annotations(index: NuScenesIndex, row: int) -> Rows:
 
 
 def build_parts(
-    index: NuScenesIndex, rows: Rows, folder: Path, num_sweeps: int, num_workers: int
+    index: NuScenesIndex,
+    rows: Rows,
+    folder: Path,
+    num_sweeps: int,
+    num_workers: int,
+    points: PointFormat = NUSCENES_POINTS,
 ) -> list[Path]:
     """Builds the parts that a folder lacks, and shows how far it has come.
 
@@ -77,6 +91,7 @@ def build_parts(
         folder: where the parts lie.
         num_sweeps: sweeps per sample.
         num_workers: processes; 0 works in this one.
+        points: how they lie in the cloud files.
 
     Returns:
         The part of each scene, in the order of the index.
@@ -89,10 +104,10 @@ def build_parts(
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
         for file, scene in zip(files, scenes, strict=True)
-        if not _is_whole(file, index)
+        if not _is_whole(file, index, len(points.features))
     ]
-    loader = FollowingLoader(  # which hands errors over
-        _Parts(index, tasks, num_sweeps),
+    loader = FollowingLoader[int](  # which hands errors over
+        _Parts(index, tasks, num_sweeps, points),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=start_worker,
@@ -107,23 +122,26 @@ def build_parts(
 class _Parts(Dataset[int]):
     """Writes the part at a position when it is asked for."""
 
-    def __init__(self, index: NuScenesIndex, tasks: list[tuple[Path, Rows]], num_sweeps: int) -> None:
-        self._index, self._tasks, self._num_sweeps = index, tasks, num_sweeps
+    def __init__(
+        self, index: NuScenesIndex, tasks: list[tuple[Path, Rows]], num_sweeps: int, points: PointFormat
+    ) -> None:
+        self._index, self._tasks, self._num_sweeps, self._points = index, tasks, num_sweeps, points
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def __getitem__(self, position: int) -> int:
         file, rows = self._tasks[position]
-        _write(file, _joined(_objects(self._index, int(row), self._num_sweeps) for row in rows))
+        objects = (_objects(self._index, int(row), self._num_sweeps, self._points) for row in rows)
+        _write(file, _joined(objects))
         return position
 
 
-def _objects(index: NuScenesIndex, row: int, num_sweeps: int) -> Columns:
+def _objects(index: NuScenesIndex, row: int, num_sweeps: int, points_format: PointFormat) -> Columns:
     """The objects of one sample, and their points relative to the centres of their boxes."""
     annotations = object_annotations(index, row)
     boxes = index.annotation_boxes[annotations]
-    cloud = load_sweeps(index, row, num_sweeps)
+    cloud = load_sweeps(index, row, num_sweeps, points_format)
     points = [cloud[rows] for rows in points_in_boxes(cloud, boxes)]
     for own, box in zip(points, boxes, strict=True):
         own[:, :3] -= box[:3].astype(np.float32)
@@ -157,18 +175,19 @@ def _write(file: Path, part: Columns) -> None:
         partial.unlink(missing_ok=True)
 
 
-def merge_parts(files: list[Path], folder: Path) -> None:
+def merge_parts(files: list[Path], folder: Path, num_features: int) -> None:
     """Writes the columns of a database from its parts; the points pass through memory scene by scene."""
     folder.mkdir()
+    of_points = {_POINTS: _points(num_features), "num_points": _OF_OBJECTS["num_points"]}
     columns = _joined(_read(file, _OF_OBJECTS) for file in files)
     columns["point_offsets"] = np.concatenate([[0], np.cumsum(columns["num_points"], dtype=np.int64)])
-    shape = (int(columns["point_offsets"][-1]), 5)
+    shape = (int(columns["point_offsets"][-1]), num_features)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     checksums: list[int] = []
     with (folder / "points.npy").open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, header)
         for file in track(files, "Merging scenes"):
-            part = _read(file, ("points", "num_points"))
+            part = _read(file, of_points)
             with numbering_errors():
                 part["points"].tofile(stream)
             checksums += map(checksum, np.split(part["points"], np.cumsum(part["num_points"])[:-1]))
@@ -177,12 +196,13 @@ def merge_parts(files: list[Path], folder: Path) -> None:
     write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
 
 
-def _is_whole(file: Path, index: NuScenesIndex) -> bool:
+def _is_whole(file: Path, index: NuScenesIndex, num_features: int) -> bool:
     """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
     if not os.path.lexists(file):
         return False
     try:
-        _check(_read(file, (*_OF_OBJECTS, *_POINTS)), index, str(file))
+        part = _read(file, {**_OF_OBJECTS, _POINTS: _points(num_features)})
+        _check(part, index, str(file))
     except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
         if file.is_dir() and not file.is_symlink():
@@ -205,13 +225,12 @@ def _check(part: Columns, index: NuScenesIndex, where: str) -> None:
         raise UserError(f"{where}: num_points add up to {num_points}; accepted: {len(part['points'])}")
 
 
-def _read(file: Path, names: Collection[str]) -> Columns:
+def _read(file: Path, kinds: Mapping[str, Column]) -> Columns:
     """Some columns of a part.
 
     Raises:
         UserError: they are missing, or no columns of their kind.
     """
-    part = read_npz(file, "part", names)
-    kinds = {name: kind for name, kind in {**_OF_OBJECTS, **_POINTS}.items() if name in names}
+    part = read_npz(file, "part", kinds)
     check_columns(part, kinds, str(file))
     return part

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from cpq_train.common.child_processes import follow_parent
 from cpq_train.common.signals import signals_blocked
-
-if TYPE_CHECKING:
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
+from cpq_train.data.bad_sweeps import BadSweepLimit
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -21,12 +20,22 @@ class FollowingLoader(DataLoader[T_co]):
 
     By itself torch lets SIGTERM, which SLURM sends to every process, end the workers, and the main process
     then fails before it can save.
+
+    Args:
+        *args: of DataLoader.
+        limit: looks at every batch; None where clouds that cannot be used are errors.
+        **kwargs: of DataLoader.
     """
 
+    def __init__(self, *args: Any, limit: BadSweepLimit | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
     @override
-    def __iter__(self) -> _BaseDataLoaderIter:
+    def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # theirs says of what class
         with signals_blocked():
-            return super().__iter__()
+            batches = super().__iter__()
+        return batches if self.limit is None else self.limit.watch(batches)
 
 
 def start_worker(_: int) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from typing_extensions import Self
 
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
+from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
 
 DATA_KEY = "data"
+
+_OF_POINTS: Final = {"point_columns", "intensity_scale"}
+"""Settings that files of earlier releases do not hold: their points are nuScenes' own."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class DataSettings:
         max_points_per_voxel: further points of a voxel are dropped.
         max_num_voxels_train: further voxels of a training sample are dropped.
         max_num_voxels_eval: further voxels of a sample that is evaluated are dropped.
+        point_columns: of the cloud files, see `PointFormat`.
+        intensity_scale: what intensities were multiplied by.
     """
 
     num_sweeps: int = 10
@@ -33,6 +40,17 @@ class DataSettings:
     max_points_per_voxel: int = 10
     max_num_voxels_train: int = 60000
     max_num_voxels_eval: int = 60000
+    point_columns: tuple[str, ...] = NUSCENES_COLUMNS
+    intensity_scale: float = 1.0
+
+    @cached_property
+    def points(self) -> PointFormat:
+        """How points are read.
+
+        Raises:
+            UserError: The columns or the scale are no good.
+        """
+        return PointFormat(self.point_columns, self.intensity_scale)
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], path: str | Path) -> Self | None:
@@ -49,18 +67,22 @@ class DataSettings:
         if stated is None:
             return None
         names = {field.name for field in fields(cls)}
-        if not isinstance(stated, Mapping) or not names <= stated.keys():
+        where = f"checkpoint {str(path)!r}, {DATA_KEY}"
+        if not isinstance(stated, Mapping) or not names - _OF_POINTS <= stated.keys():
             have = sorted(stated) if isinstance(stated, Mapping) else repr(stated)
-            raise UserError(
-                f"checkpoint {str(path)!r}, {DATA_KEY}: {have}; expected {', '.join(sorted(names))}"
-            )
-        for name in names:
-            if not _is_alike(stated[name], getattr(cls, name)):
+            raise UserError(f"{where}: {have}; expected {', '.join(sorted(names))}")
+        held = {name: as_tuple(stated[name]) for name in names if name in stated}
+        for name, value in held.items():
+            if not _is_alike(value, getattr(cls, name)):
                 raise UserError(
-                    f"checkpoint {str(path)!r}, {DATA_KEY}.{name} is {stated[name]!r}; "
-                    f"expected something like {getattr(cls, name)}"
+                    f"{where}.{name} is {shown(stated[name])}; expected something like {getattr(cls, name)}"
                 )
-        return cls(**{name: as_tuple(stated[name]) for name in names})
+        settings = cls(**held)
+        try:
+            _ = settings.points
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -68,7 +90,11 @@ class DataSettings:
 
 
 def _is_alike(value: Any, example: Any) -> bool:
-    """Whether a value is a whole number, or so many numbers, as the example."""
+    """Whether a value is a whole number, a number, so many numbers, or texts, as the example."""
+    if isinstance(example, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if example is NUSCENES_COLUMNS:
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
     if isinstance(example, tuple):
         is_right_length = isinstance(value, tuple | list) and len(value) == len(example)
         return is_right_length and all(isinstance(one, int | float) for one in value)

@@ -24,6 +24,7 @@ from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.training.features import check_features
 from cpq_train.training.resuming import check_optimizer_state, check_same_run
 from cpq_train.training.settings import DECIDED_BY_FILE, hyper_parameters, scheme_of, settings_of
 
@@ -91,6 +92,7 @@ class ArmModule(LightningModule):
         network = None if weights is None else lambda: load(self.network_config, weights).network
         engine = Engine(Path(file), weights, network)
         engine.check_sizes(self.network_config)
+        self._check_features()
         self.engine = engine
 
     def refuse_engine(self) -> None:
@@ -202,7 +204,14 @@ class ArmModule(LightningModule):
         trainer = trainer_of(self)
         return getattr(trainer, "restored_checkpoint", None) is not None
 
+    def _check_features(self) -> None:
+        """See that the data of the trainer, if there are any, have what the network takes."""
+        data = getattr(trainer_of(self), "datamodule", None)
+        if isinstance(data, NuScenesDataModule):
+            check_features(self.network_config, data.evaluation_config.points)
+
     def _adopt(self, subject: Subject) -> None:
+        self._check_features()
         self._subject = subject
         subject.network.dense_channels_last()
         self.network = subject.network

@@ -13,11 +13,13 @@ from jsonargparse import Namespace
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.data.point_format import PointFormat
 from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
 from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.features import OPTION, check_features
 from cpq_train.training.settings import DECIDED_BY_FILE, settings_of
 from cpq_train.verbs.given import Given
 
@@ -96,6 +98,22 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
         elif as_tuple(config.data[name]) != value:
             differences.append(f"data.{name} is {config.data[name]}; {_named(path)} was made with {value}")
     return differences
+
+
+def follow_features(config: Namespace, given: Given) -> None:
+    """Let the network take what the points have, where its number of features is not set.
+
+    Raises:
+        UserError: It is set to another number.
+    """
+    if config.get("checkpoints"):  # which are measured as they are
+        return
+    data, network = config.data, config.model.network
+    points = PointFormat(tuple(data.point_columns), data.intensity_scale)
+    is_set = OPTION in given or config.get("ckpt_path") not in (None, "last")
+    if not is_set:
+        network.num_point_features = len(points.features)
+    check_features(NetworkConfig(num_point_features=network.num_point_features), points)
 
 
 def _named(path: Path) -> str:

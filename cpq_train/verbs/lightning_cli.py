@@ -41,6 +41,7 @@ from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.settings import HYPER_PARAMETERS, hyper_parameters, settings_of
 from cpq_train.verbs.checkpoint_settings import (
     find_scheme,
+    follow_features,
     keep_what_was_asked,
     leave_to_engine,
     take_data_settings,
@@ -125,7 +126,7 @@ class QuantCLI(HookedCLI):
                 "--clouds",
                 nargs="+",
                 type=Path,
-                help="float32 files as nuScenes has them, a sweep each, instead of samples of data.root",
+                help="files of data.point_columns, a sweep each, instead of samples of data.root",
             )
         if verb == "profile":
             parser.add_argument(
@@ -216,6 +217,7 @@ class QuantCLI(HookedCLI):
         follow_classes(config, self.given)
         for sentence in take_data_settings(config, self.given):
             rank_zero_warn(sentence)
+        follow_features(config, self.given)
 
     def _take_hyper_parameters(self, verb: str, path: str) -> None:
         """Complete the model's settings by those of a checkpoint: data, which name nothing to import."""

@@ -1,6 +1,6 @@
 """`profile`: what a detector costs by layer, on one cloud. The generic part is in `cpq_train.profiling`.
 
-Letters: P points, V voxels.
+Letters: P points, V voxels, F features of a point.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import voxelizer_of
-from cpq_train.data.sweeps import load_sweeps, read_cloud
+from cpq_train.data.dataset import points_of, voxelizer_of
+from cpq_train.data.point_checks import check_cloud
+from cpq_train.data.point_format import PointFormat
+from cpq_train.data.sweeps import read_cloud
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.profiling.detector_parts import DETECTION_FUNCTIONS, NETWORK_FUNCTIONS
@@ -36,6 +38,7 @@ from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.features import check_features
 
 FIRST = "first"
 NUM_WARM_UP = 1
@@ -84,16 +87,18 @@ class OneCloud:
     """The voxels of a cloud on a device.
 
     Attributes:
-        features_V5: Mean of the points of each voxel.
+        features_VF: Mean of the points of each voxel.
         coords_V3: Its z, y, x.
         num_points: P.
         device: Where they are.
+        points: How points were read.
     """
 
-    features_V5: Tensor
+    features_VF: Tensor
     coords_V3: Tensor
     num_points: int
     device: torch.device
+    points: PointFormat
 
     @classmethod
     def of(cls, data: NuScenesDataModule, settings: ProfileSettings, device: torch.device) -> Self:
@@ -104,14 +109,15 @@ class OneCloud:
         """
         points = _points(data, settings)
         order = np.random.default_rng(_ORDER_SEED).permutation(len(points))
-        features_V5, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
-        return cls(features_V5.to(device), coords_V3.to(device), len(points), device)
+        features_VF, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
+        how = data.evaluation_config.points
+        return cls(features_VF.to(device), coords_V3.to(device), len(points), device, how)
 
     def batch(self) -> dict[str, Any]:
         """What a detector takes."""
         batch_column = torch.zeros_like(self.coords_V3[:, :1])
         return {
-            "voxel_features": self.features_V5,
+            "voxel_features": self.features_VF,
             "voxel_coords": torch.cat([batch_column, self.coords_V3], dim=1),
             "batch_size": 1,
         }
@@ -149,6 +155,7 @@ class ProfiledDetector:
     ) -> None:
         self._cloud, self._precision = cloud, precision
         self.device, self.file = cloud.device, file
+        check_features(model.network_config, cloud.points)
         self.model = model.to(cloud.device).eval()
         self.network = model.network
         self.is_calibrated_here = model.subject.needs_calibration
@@ -257,12 +264,13 @@ def _add_to_scores(folder: Path, weights: str, found: Profile) -> None:
 
 
 def _points(data: NuScenesDataModule, settings: ProfileSettings) -> Cloud:
-    num_sweeps = data.evaluation_config.num_sweeps
+    config = data.evaluation_config
     if settings.cloud is not None:
-        return read_cloud(settings.cloud)
+        check_cloud(settings.cloud, config.points)
+        return read_cloud(settings.cloud, points=config.points)
     if settings.sample is None:
-        return synthetic_cloud(num_sweeps, SYNTHETIC_SEED)
+        return synthetic_cloud(config.num_sweeps, SYNTHETIC_SEED, config.points)
     data.prepare_data()
     is_first = settings.sample == FIRST
     rows = data.eval_rows if is_first else data.index.sample_rows(None, [settings.sample])
-    return load_sweeps(data.index, int(rows[0]), num_sweeps)
+    return points_of(data.index, int(rows[0]), config)

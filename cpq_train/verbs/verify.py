@@ -22,8 +22,9 @@ from cpq_train.common.progress import track
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
+from cpq_train.data.point_checks import check_cloud
 from cpq_train.data.settings import DataSettings
-from cpq_train.data.sweeps import read_cloud
+from cpq_train.data.sweeps import NUSCENES_POINTS, read_cloud
 from cpq_train.export.engine import Engine
 from cpq_train.export.plan import differences
 from cpq_train.quantization.ranges.bias_steps import check_biases
@@ -31,6 +32,7 @@ from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_e
 from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.simulator import simulate
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.features import check_features
 from cpq_train.training.settings import HYPER_PARAMETERS
 from cpq_train.verbs.checkpoint_settings import data_settings_of
 from cpq_train.verbs.findings import EndToEnd, Findings
@@ -65,7 +67,7 @@ def verify(
 
     Args:
         checkpoint: A PTQ or QAT checkpoint of this project.
-        cloud: Files of float32 x, y, z, intensity, ring, as nuScenes has them.
+        cloud: Files of points, in the columns that the checkpoint was made with.
         root: A data root in the nuScenes format.
         version: Its folder of tables.
         num_samples: Samples of the data root, or simulated.
@@ -88,6 +90,9 @@ def verify(
     check_biases(detector.network, f"checkpoint {str(checkpoint)!r}: ")
     data = data_settings_of(content, checkpoint, detector.network_config)
     data = replace(data, num_sweeps=num_sweeps or data.num_sweeps)
+    check_features(detector.network_config, data.points)
+    if not (cloud or root):
+        _check_simulated(data, checkpoint)
     findings = Findings()
     probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
     with _samples(data, cloud, root, version, num_samples) as samples:
@@ -139,6 +144,19 @@ def _check_verifiable(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"checkpoint {str(path)!r} does not hold its sizes (no {HYPER_PARAMETERS!r})")
 
 
+def _check_simulated(settings: DataSettings, checkpoint: Path) -> None:
+    """Whether simulated clouds, which are nuScenes' in form, have what the network sees.
+
+    Raises:
+        UserError: They do not.
+    """
+    if settings.points.features != NUSCENES_POINTS.features:
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} was made with data.point_columns {settings.points}, which "
+            "simulated samples do not have: give --cloud FILE or --root DIR"
+        )
+
+
 @contextmanager
 def _samples(
     settings: DataSettings,
@@ -152,6 +170,7 @@ def _samples(
         return
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
+            settings = replace(settings, point_columns=NUSCENES_POINTS.columns, intensity_scale=1.0)
             root, version = Path(folder) / "simulated", SIMULATED_VERSION
             simulate(
                 root,
@@ -176,7 +195,8 @@ def _samples(
 def _batch_of(path: Path, settings: DataSettings) -> Batch:
     """A cloud file as a batch of one sample."""
     sample = replace(SampleConfig.of_evaluation(settings), num_sweeps=1)
-    return batch_of_clouds([read_cloud(path)], sample, [path.name])
+    check_cloud(path, sample.points)
+    return batch_of_clouds([read_cloud(path, points=sample.points)], sample, [path.name])
 
 
 def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings: Findings) -> Probe:

@@ -111,7 +111,7 @@ def damaged(root: Path, change: str) -> tuple[Path, int, NuScenesIndex]:
     [
         ("missing", "cannot be read: No such file or directory"),
         ("truncated", "is truncated: 1193 bytes, expected a multiple of 20"),
-        ("empty", "is truncated: 0 bytes"),
+        ("empty", "is empty: 0 bytes"),
         ("nan", "holds NaN or infinite values in 1 of 60 points, first in point 17"),
         ("inf", "holds NaN or infinite values in 1 of 60 points, first in point 17"),
     ],

@@ -1,0 +1,197 @@
+"""Whether a cloud can be what its format says: what is read by a wrong one is garbage, and looks like it.
+
+Thresholds are shares: single odd points are no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpq_train.data.index import NuScenesIndex
+from cpq_train.data.point_files import CloudError, Columns, read_columns
+from cpq_train.data.point_format import DEFAULT_DTYPE, PointFormat
+from cpq_train.data.point_layout import better_size
+
+MAX_COORDINATE_M: Final = 1000.0
+"""Farther than any return."""
+
+MAX_INTENSITY: Final = 255.0
+MAX_RING: Final = 255
+
+_MAX_SHARE: Final = 0.02
+_MAX_DROPPED: Final = 0.98
+_NUM_POINTS: Final = 20000
+"""Looked at, evenly spread over the file."""
+
+_MIN_FOR_RANGE: Final = 100
+"""So many points would hold another intensity or place."""
+
+_SCALES: Final = (1.0, 255.0, *(MAX_INTENSITY / top for top in (4095.0, 65535.0)))
+"""Of intensities from 0 to 255, 1, and what 12 and 16 bits hold."""
+
+_WIDTHS: Final = (5, 4, 6, 7, 8, 3)
+NUM_FILES: Final = 3
+_NUM_TRIED: Final = 64
+
+
+def check_files(index: NuScenesIndex, points: PointFormat, skips_bad: bool = False) -> None:
+    """Looks at a few clouds of a data set; files that are not there are passed over.
+
+    Args:
+        index: the data set.
+        points: how points lie in its files.
+        skips_bad: pass over files that cannot be used, too.
+
+    Raises:
+        CloudError: see `check_cloud`.
+    """
+    frames = np.linspace(0, len(index.frame_times_us) - 1, _NUM_TRIED).astype(np.int64)
+    there = (path for path in map(index.frame_path, np.unique(frames).tolist()) if path.is_file())
+    paths = list(there)
+    for place in np.unique(np.linspace(0, len(paths) - 1, NUM_FILES).astype(np.int64)) if paths else ():
+        check_cloud(paths[place], points, skips_bad)
+
+
+def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> None:
+    """Looks at a sample of a file's points.
+
+    Args:
+        path: the file.
+        points: how its points lie in it.
+        skips_bad: pass over a file that cannot be used.
+
+    Raises:
+        CloudError: it cannot be used, or is not what the format says; names what was seen, and what would
+            fit.
+    """
+    name = f"cloud {path}"
+    try:
+        columns = read_columns(path, points, name)
+    except CloudError:
+        if skips_bad:
+            return
+        raise
+    size = _better_size(columns, points)
+    if size is not None:
+        seen: str | None = f"a point has {points.record.itemsize} bytes then, and columns are mixed"
+    else:
+        seen = _oddity(columns, points, skips_bad)
+    if seen is not None:
+        fit = _remedy(columns, points, size)
+        raise CloudError(f"{name}, read by data.point_columns {points}: {seen}{fit}")
+
+
+def _better_size(columns: Columns, points: PointFormat) -> int | None:
+    """Bytes of a point that a raw file clearly has, if they are others."""
+    if columns.layout is None:
+        return None
+    offsets = {name: points.record.fields[name][:2] for name in ("x", "y")}  # type: ignore[index]
+    places = [start + i for dtype, start in offsets.values() for i in range(dtype.itemsize)]
+    return better_size(columns.layout, points.record.itemsize, places)
+
+
+def _oddity(columns: Columns, points: PointFormat, skips_bad: bool = False) -> str | None:
+    """What of the values cannot be; None where all can."""
+    step = max(1, len(columns.values[0]) // _NUM_POINTS)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sample = {
+            name: values[::step].astype(np.float64)
+            for name, values in zip(columns.names, columns.values, strict=True)
+            if not name.startswith("_")
+        }
+    is_finite = np.logical_and.reduce([np.isfinite(values) for values in sample.values()])
+    bad, most = 1 - float(is_finite.mean()), _MAX_DROPPED if points.drop_nonfinite else _MAX_SHARE
+    finite = {name: values[is_finite] for name, values in sample.items()}
+    seen = _odd_values(finite, points) if is_finite.any() else None
+    if seen is None and bad > most and not skips_bad:
+        seen = f"it holds NaN or infinite values in {_percent(bad)} of its points"
+    return seen
+
+
+def _odd_values(sample: dict[str, NDArray[np.float64]], points: PointFormat) -> str | None:
+    position = [sample[axis] for axis in "xyz"]
+    number = len(position[0])
+    far = float(np.mean(np.max(np.abs(position), axis=0) > MAX_COORDINATE_M))
+    if far > _MAX_SHARE:
+        return f"{_percent(far)} of its points lie beyond {MAX_COORDINATE_M:g} m"
+    if number >= _MIN_FOR_RANGE and all(np.ptp(values) == 0 for values in position):
+        return f"all of its points lie at {', '.join(f'{values[0]:g}' for values in position)} m"
+    ring = sample.get("ring", np.zeros(0))
+    is_ring = (ring >= 0) & (ring <= MAX_RING) & (ring == np.round(ring))
+    if len(ring) and (share := float(np.mean(~is_ring))) > _MAX_SHARE:
+        odd = ring[~is_ring][0]
+        return f"{_percent(share)} of its rings are no whole numbers from 0 to {MAX_RING} ({odd:g})"
+    return _odd_intensity(sample["intensity"], points) if "intensity" in sample else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _odd_intensity(raw: NDArray[np.float64], points: PointFormat) -> str | None:
+    scaled = raw * points.intensity_scale
+    beyond = (scaled < 0) | (scaled > MAX_INTENSITY * (1 + 1e-6))
+    top = float(np.max(scaled, initial=0))
+    if (share := float(np.mean(beyond))) > _MAX_SHARE:
+        return f"{_percent(share)} of its intensities lie outside 0 to 255 ({scaled[beyond][0]:g})"
+    if len(raw) >= _MIN_FOR_RANGE and 0 < top <= 1 and points.intensity_scale == 1:
+        return f"no intensity exceeds {top:g}, and the network expects 0 to 255"
+    return None
+
+
+def _remedy(columns: Columns, points: PointFormat, size: int | None) -> str:
+    """The options that would fit, in words.
+
+    Args:
+        columns: The file's, as they are read.
+        points: What does not fit.
+        size: Of a point, or a part of it, where it is another one.
+    """
+    if size is None:
+        for other in _scaled(points) if "intensity" in points.names else ():
+            if _oddity(columns, other) is None:
+                return f"; data.intensity_scale {other.intensity_scale:.6g} would fit"
+        if _oddity(columns, replace(points, drop_nonfinite=True)) is None:
+            return "; data.drop_nonfinite_points true would leave such points out"
+    content = columns.layout
+    if content is None:
+        return ""
+    for other in _usual_formats(points, size or 1):
+        if len(content) % other.record.itemsize:
+            continue
+        table = content.view(other.record)
+        found = Columns(other.names, [table[name] for name in other.names], content)
+        for one in _scaled(other) if "intensity" in other.names else (other,):
+            if _oddity(found, one) is None and (size or _better_size(found, one) is None):
+                scale = (
+                    ""
+                    if one.intensity_scale == 1
+                    else f" with data.intensity_scale {one.intensity_scale:.6g}"
+                )
+                return f"; data.point_columns {one}{scale} would fit"
+    return ""
+
+
+def _scaled(points: PointFormat) -> Iterator[PointFormat]:
+    return (replace(points, intensity_scale=scale) for scale in _SCALES)
+
+
+def _usual_formats(points: PointFormat, size: int) -> list[PointFormat]:
+    """What files may be whose points have a multiple of so many bytes: the smallest and most usual first."""
+    heads = (("x", "y", "z", "intensity", "ring"), ("x", "y", "z", "intensity"), ("x", "y", "z"))
+    found = []
+    for head, dtype, width in product(heads, ("float32", "float64"), _WIDTHS):
+        names = (*head, *(f"_{place + 1}" for place in range(len(head), width)))
+        ending = "" if dtype == DEFAULT_DTYPE else f":{dtype}"
+        other = replace(points, columns=tuple(f"{name}{ending}" for name in names), intensity_scale=1.0)
+        fits = width >= len(head) and other.record.itemsize % size == 0
+        if fits and other.columns != points.columns:
+            found.append(other)
+    return sorted(found, key=lambda one: one.record.itemsize) if size > 1 else found
