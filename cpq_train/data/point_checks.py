@@ -80,12 +80,12 @@ def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> Non
         raise
     size = _better_size(columns, points)
     if size is not None:
-        seen: str | None = f"a point has {points.record.itemsize} bytes then, and columns are mixed"
+        seen: str | None = f"mixed columns in points of {points.record.itemsize} bytes"
     else:
         seen = _oddity(columns, points, skips_bad)
     if seen is not None:
         fit = _remedy(columns, points, size)
-        raise CloudError(f"{name}, read by data.point_columns {points}: {seen}{fit}")
+        raise CloudError(f"{name} holds {seen}, read by data.point_columns {points}{fit}")
 
 
 def _better_size(columns: Columns, points: PointFormat) -> int | None:
@@ -111,7 +111,7 @@ def _oddity(columns: Columns, points: PointFormat, skips_bad: bool = False) -> s
     finite = {name: values[is_finite] for name, values in sample.items()}
     seen = _odd_values(finite, points) if is_finite.any() else None
     if seen is None and bad > most and not skips_bad:
-        seen = f"it holds NaN or infinite values in {_percent(bad)} of its points"
+        seen = f"NaN or infinite values in {_percent(bad)} of its points"
     return seen
 
 
@@ -120,14 +120,13 @@ def _odd_values(sample: dict[str, NDArray[np.float64]], points: PointFormat) -> 
     number = len(position[0])
     far = float(np.mean(np.max(np.abs(position), axis=0) > MAX_COORDINATE_M))
     if far > _MAX_SHARE:
-        return f"{_percent(far)} of its points lie beyond {MAX_COORDINATE_M:g} m"
+        return f"points beyond {MAX_COORDINATE_M:g} m, {_percent(far)} of all"
     if number >= _MIN_FOR_RANGE and all(np.ptp(values) == 0 for values in position):
-        return f"all of its points lie at {', '.join(f'{values[0]:g}' for values in position)} m"
+        return f"points that all lie at {', '.join(f'{values[0]:g}' for values in position)} m"
     ring = sample.get("ring", np.zeros(0))
     is_ring = (ring >= 0) & (ring <= MAX_RING) & (ring == np.round(ring))
     if len(ring) and (share := float(np.mean(~is_ring))) > _MAX_SHARE:
-        odd = ring[~is_ring][0]
-        return f"{_percent(share)} of its rings are no whole numbers from 0 to {MAX_RING} ({odd:g})"
+        return f"rings that are no whole numbers from 0 to {MAX_RING}{_of(ring[~is_ring], share)}"
     return _odd_intensity(sample["intensity"], points) if "intensity" in sample else None
 
 
@@ -135,14 +134,18 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def _of(odd: NDArray[np.float64], share: float) -> str:
+    return f" (such as {odd[0]:g}), {_percent(share)} of all"
+
+
 def _odd_intensity(raw: NDArray[np.float64], points: PointFormat) -> str | None:
     scaled = raw * points.intensity_scale
     beyond = (scaled < 0) | (scaled > MAX_INTENSITY * (1 + 1e-6))
     top = float(np.max(scaled, initial=0))
     if (share := float(np.mean(beyond))) > _MAX_SHARE:
-        return f"{_percent(share)} of its intensities lie outside 0 to 255 ({scaled[beyond][0]:g})"
+        return f"intensities outside 0 to {MAX_INTENSITY:g}{_of(scaled[beyond], share)}"
     if len(raw) >= _MIN_FOR_RANGE and 0 < top <= 1 and points.intensity_scale == 1:
-        return f"no intensity exceeds {top:g}, and the network expects 0 to 255"
+        return f"no intensity above {top:g} where the network expects 0 to 255"
     return None
 
 

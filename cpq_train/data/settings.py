@@ -15,7 +15,7 @@ from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
 
 DATA_KEY = "data"
 
-_OF_POINTS: Final = {"point_columns", "intensity_scale"}
+OF_POINTS: Final = {"point_columns", "intensity_scale"}
 """Settings that files of earlier releases do not hold: their points are nuScenes' own."""
 
 
@@ -68,9 +68,9 @@ class DataSettings:
             return None
         names = {field.name for field in fields(cls)}
         where = f"checkpoint {str(path)!r}, {DATA_KEY}"
-        if not isinstance(stated, Mapping) or not names - _OF_POINTS <= stated.keys():
+        if not isinstance(stated, Mapping) or not names - OF_POINTS <= stated.keys():
             have = sorted(stated) if isinstance(stated, Mapping) else repr(stated)
-            raise UserError(f"{where}: {have}; expected {', '.join(sorted(names))}")
+            raise UserError(f"{where}: {have}; expected {', '.join(sorted(names - OF_POINTS))}")
         held = {name: as_tuple(stated[name]) for name in names if name in stated}
         for name, value in held.items():
             if not _is_alike(value, getattr(cls, name)):

@@ -14,7 +14,7 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.point_format import PointFormat
-from cpq_train.data.settings import DATA_KEY, DataSettings, as_tuple
+from cpq_train.data.settings import DATA_KEY, OF_POINTS, DataSettings, as_tuple
 from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
@@ -150,7 +150,10 @@ def _take_grid(config: Namespace, path: Path) -> None:
 
 
 def _assumed(path: Path, config: Namespace, given: Given) -> list[str]:
-    names = [name for name in DataSettings().to_dict() if name not in GRID and f"data.{name}" not in given]
+    ordinary = {*GRID, *OF_POINTS}
+    names = [
+        name for name in DataSettings().to_dict() if name not in ordinary and f"data.{name}" not in given
+    ]
     taken = ", ".join(f"data.{name} {config.data[name]}" for name in names)
     said = f"checkpoint {str(path)!r} does not say with what data settings it was made: taking {taken}"
     return [said] if names else []

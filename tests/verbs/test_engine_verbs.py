@@ -473,7 +473,7 @@ def test_a_cloud_without_a_voxel(
     checkpoint: Path, engine: Path, simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Beside one that has some; alone it proves nothing of sparse layers, but the engine runs it."""
-    np.full((7, 5), 500, np.float32).tofile(tmp_path / "far.bin")
+    np.full((7, 5), [500, 500, 500, 0, 0], np.float32).tofile(tmp_path / "far.bin")
     clouds = ["--cloud", str(tmp_path / "far.bin")]
     full = str(next(iter((simulated_root / "samples/LIDAR_TOP").iterdir())))
     verify = _verify(checkpoint, engine, tmp_path / "verify.json", *clouds)

@@ -35,6 +35,7 @@ TINY = NetworkConfig(
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     points = rng.uniform([-50, -50, -3, 0, 0], [50, 50, 1, 255, 31], (20000, 5)).astype(np.float32)
+    points[:, 4] = points[:, 4].round()
     path = tmp_path_factory.mktemp("cloud") / "cloud.bin"
     points.tofile(path)
     return path
