@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, override
+from typing_extensions import override
 
 from cpq_train.callbacks.evaluation import (
     Evaluation,
@@ -22,12 +22,13 @@ from cpq_train.callbacks.evaluation import (
     postprocessing_sha256,
 )
 from cpq_train.callbacks.validations import has_validation
+from cpq_train.common.detection_task import DetectionTask
 from cpq_train.common.documents import SEAL, read_json, sealed, unsealed
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
 from cpq_train.common.schema import accepts, keys, validated
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.evaluation.gaps import share_won_back
+from cpq_train.evaluation.gaps import compared_metrics, share_won_back
 from cpq_train.quantization.switches import quantizers_off
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.scoring import score_detector
@@ -35,7 +36,6 @@ from cpq_train.training.scoring import score_detector
 Score = dict[str, float]
 
 _SHARE = Annotated[float, Field(strict=True, ge=0, le=1), accepts("a number from 0 to 1")]
-_SCORE: TypeAdapter[Score] = TypeAdapter(keys({"mAP": _SHARE, "NDS": NotRequired[_SHARE]}))
 
 BASELINES = {"qat": ("float", "ptq"), "float_tuned": ("float",)}
 """Arm -> what it is compared with while it trains."""
@@ -82,7 +82,7 @@ class Baselines(Callback):
         data = datamodule_of(trainer)
         file = self.cache_dir / f"{baseline_key(arm, module, data)}.json"
         # Rank 0 decides for all: other nodes may not see its cache, and scoring needs every rank.
-        found = _read(file) if trainer.is_global_zero and file.is_file() else None
+        found = _read(file, data.task) if trainer.is_global_zero and file.is_file() else None
         cached: Score | None = trainer.strategy.broadcast(found)
         if cached is not None:
             return cached
@@ -143,11 +143,12 @@ def _evaluate(arm: str, trainer: Trainer, module: CenterPointDetector, data: NuS
         return score_detector(module, data, title, trainer.global_rank, trainer.world_size)
 
 
-def _read(file: Path) -> Score | None:
+def _read(file: Path, task: DetectionTask) -> Score | None:
     """A score that was kept; None, with a line that says so, where its file is damaged."""
     try:
         kept = read_json(file, "baseline")
-        score = validated(_SCORE, kept, f"baseline {str(file)!r}")
+        kind: TypeAdapter[Score] = TypeAdapter(keys(dict.fromkeys(compared_metrics(task), _SHARE)))
+        score = validated(kind, kept, f"baseline {str(file)!r}")
         unsealed(kept, f"baseline {str(file)!r}")
     except UserError as error:
         rank_zero_warn(f"{error}; it is scored again")

@@ -10,10 +10,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +32,75 @@ from cpq_train.data.gt_database_parts import COLUMNS, build_parts, layout, merge
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.point_checks import check_files
 from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
+from cpq_train.data.selection import Limits, MissingScenes, Selection, SplitNames
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS
 
 _SCHEMA = 2
 """Counted up when content or columns change, so that older databases are not used."""
+
+
+class GtKind(NamedTuple):
+    """What is known of a database before it is opened.
+
+    Attributes:
+        num_samples: of the index that `sample_rows` are rows of.
+        command: what builds it.
+        task: whose ids its classes are.
+        num_features: F of its points.
+    """
+
+    num_samples: int
+    command: str = ""
+    task: DetectionTask = NUSCENES
+    num_features: int = len(NUSCENES_POINTS.features)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a database is made of; `skipped` are names of scenes that are left out."""
+
+    index: NuScenesIndex
+    split: str
+    num_sweeps: int
+    points: PointFormat
+    skipped: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """Of the folder of the database: only what is not usual counts beside the first four."""
+        index, points = self.index, self.points
+        source: list[Any] = [_SCHEMA, index.fingerprint, self.split, self.num_sweeps]
+        if not points.is_nuscenes:
+            source += [points.columns, points.intensity_scale]
+        if index.splits.is_own(self.split):
+            source.append({"scenes": index.splits.scenes_of(self.split)})
+        if index.lidar_channel != LIDAR_TOP or index.task != NUSCENES:
+            source.append({index.lidar_channel: index.task.to_dict()})
+        if self.skipped:
+            source.append({"skipped": list(self.skipped)})
+        return f"gt-{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]}"
+
+    def kind(self, cache_dir: str | Path | None) -> GtKind:
+        """What is known of it."""
+        return GtKind(len(self.index), self._command(cache_dir), self.index.task, len(self.points.features))
+
+    def _command(self, cache_dir: str | Path | None) -> str:
+        index, points = self.index, self.points
+        options = {
+            "root": str(index.root),
+            "version": index.version,
+            "split": self.split,
+            "num_sweeps": str(self.num_sweeps),
+            "cache_dir": None if cache_dir is None else str(cache_dir),
+            "point_columns": None if points.columns == NUSCENES_COLUMNS else str(points),
+            "intensity_scale": None if points.intensity_scale == 1 else repr(points.intensity_scale),
+            "drop_nonfinite_points": "true" if points.drop_nonfinite else None,
+            "classes": None if index.task == NUSCENES else json.dumps(index.task.to_dict()),
+            "lidar_channel": None if index.lidar_channel == LIDAR_TOP else index.lidar_channel,
+            "missing_scenes": "skip" if self.skipped else None,
+        }
+        said = (f"--{name} {quote(value)}" for name, value in options.items() if value is not None)
+        return f"python -m cpq_train build-gt-database {' '.join(said)}"
 
 
 @dataclass(frozen=True)
@@ -62,24 +128,24 @@ class GtDatabase(CheckedColumns):
     """(N,) CRC-32 of the points of each object."""
     points: NDArray[np.float32] = field(repr=False)
     """(P, F) x, y, z in metres from the centre of the box, not rotated; further features; time lag in s."""
-    num_samples: int = 0
-    """Of the index that `sample_rows` are rows of."""
-    command: str = field(default="", repr=False)
-    """What builds it."""
-    task: DetectionTask = field(default=NUSCENES, repr=False)
-    num_features: int = len(NUSCENES_POINTS.features)
-    """F of its points."""
+    kind: GtKind = field(default=GtKind(0), repr=False)
+    """What was known of it before it was opened."""
 
     @property
     def _remedy(self) -> str:  # type: ignore[override]
-        return f"build the GT database anew with\n  {self.command}"
+        return f"build the GT database anew with\n  {self.kind.command}"
+
+    @property
+    def task(self) -> DetectionTask:
+        """Whose classes these are."""
+        return self.kind.task
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, int, str, DetectionTask, int]]:
+    def __reduce__(self) -> tuple[Callable[..., GtDatabase], tuple[Path, GtKind]]:
         """Pickles as a path: another process maps the same files."""
-        return _load, (self.folder, self.num_samples, self.command, self.task, self.num_features)
+        return _load, (self.folder, self.kind)
 
     def points_of(self, row: int) -> NDArray[np.float32]:
         """A copy of the points (P, F) of the object at a row, moved to where they were seen.
@@ -110,6 +176,7 @@ def build_gt_database(
     point_columns: tuple[str, ...] = NUSCENES_COLUMNS,
     intensity_scale: float = 1.0,
     drop_nonfinite_points: bool = False,
+    missing_scenes: MissingScenes = "error",
 ) -> None:
     """Collects the points of every annotated object of a split, for `data.gt_sampling`.
 
@@ -129,6 +196,7 @@ def build_gt_database(
         point_columns: Of the cloud files, as `data.point_columns` of the training.
         intensity_scale: As `data.intensity_scale` of the training.
         drop_nonfinite_points: As `data.drop_nonfinite_points` of the training.
+        missing_scenes: As `data.missing_scenes` of the training.
 
     Raises:
         UserError: The root, the version or the split is missing, there is no object or no place to write,
@@ -142,38 +210,30 @@ def build_gt_database(
         raise UserError(f"num_workers is {num_workers}: expected 0 or more")
     index = open_index(root, version, cache_dir, DetectionTask.of(classes), lidar_channel)
     check_files(index, points)
-    rows = index.sample_rows(split)
+    selection = Selection(index, SplitNames.only(split), Limits(missing_scenes=missing_scenes), num_sweeps)
+    rows = selection.train_rows
     if not any(len(object_annotations(index, row)) for row in rows):
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
-    name = _name(index, split, num_sweeps, points)
-    places = derived.homes(index.root, version, cache_dir)
-    command = _command(index, split, num_sweeps, cache_dir, points)
-    found = (_whole(folder, index, command, len(points.features)) for folder in derived.find(places, name))
+    source = _Source(index, split, num_sweeps, points, selection.skipped(split))
+    places, kind = derived.homes(index.root, version, cache_dir), source.kind(cache_dir)
+    found = (_whole(folder, kind) for folder in derived.find(places, source.name))
     database = next(filter(None, found), None)
     if database is None:
-        parts = derived.parts_folder(places, name)
-        folder = parts.with_name(name)
-        _build(index, rows, parts, folder, num_sweeps, num_workers, points)
-        database = _load(folder, len(index), command, index.task, len(points.features))
+        parts = derived.parts_folder(places, source.name)
+        folder = parts.with_name(source.name)
+        _build(source, rows, parts, folder, num_workers)
+        database = _load(folder, kind)
     _print_counts(database)
 
 
-def _build(
-    index: NuScenesIndex,
-    rows: NDArray[np.int64],
-    parts: Path,
-    folder: Path,
-    num_sweeps: int,
-    num_workers: int,
-    points: PointFormat,
-) -> None:
+def _build(source: _Source, rows: NDArray[np.int64], parts: Path, folder: Path, num_workers: int) -> None:
     """Makes a database from the parts of its scenes, which are removed behind it."""
     merged = parts / uuid.uuid4().hex
     try:
-        files = build_parts(index, rows, parts, num_sweeps, num_workers, points)
+        files = build_parts(source.index, rows, parts, source.num_sweeps, num_workers, source.points)
         num_bytes = sum(file.stat().st_size for file in files)
         with naming_full_disks("the GT database", folder.parent, num_bytes, merged, "what its scenes gave"):
-            merge_parts(files, merged, len(points.features))
+            merge_parts(files, merged, len(source.points.features))
             derived.publish(merged, folder)
     except OSError:
         if not folder.is_dir():  # made by another process, which has removed the parts
@@ -189,53 +249,41 @@ def open_gt_database(
     num_sweeps: int,
     cache_dir: str | Path | None = None,
     points: PointFormat = NUSCENES_POINTS,
+    skipped: Sequence[str] = (),
 ) -> GtDatabase:
     """Opens the database of a split, which `build_gt_database` has made.
+
+    Args:
+        index: the data set.
+        split: the split.
+        num_sweeps: of each sample.
+        cache_dir: where it is kept, as `build_gt_database` has it.
+        points: how points lie in cloud files.
+        skipped: names of the scenes of the split that are left out.
 
     Raises:
         UserError: there is none of the present tables; the message is the command that builds it.
     """
-    places = derived.homes(index.root, index.version, cache_dir)
-    command = _command(index, split, num_sweeps, cache_dir, points)
-    reasons = []
-    for folder in derived.find(places, _name(index, split, num_sweeps, points)):
+    source = _Source(index, split, num_sweeps, points, skipped)
+    kind, reasons = source.kind(cache_dir), []
+    for folder in derived.find(derived.homes(index.root, index.version, cache_dir), source.name):
         try:
-            return _load(folder, len(index), command, index.task, len(points.features))
+            return _load(folder, kind)
         except UserError as error:
             reasons.append(str(error))
     if reasons:
-        raise UserError(f"{'; '.join(reasons)}; build the GT database anew with\n  {command}")
+        raise UserError(f"{'; '.join(reasons)}; build the GT database anew with\n  {kind.command}")
+    columns = "" if points.is_nuscenes else f" and data.point_columns {points}"
     raise UserError(
         f"data.gt_sampling needs the GT database of split {split!r} with {num_sweeps} sweeps"
-        f"{_named(points)}, and {index.root} has none of its present tables; build it with\n  {command}"
+        f"{columns}, and {index.root} has none of its present tables; build it with\n  {kind.command}"
     )
 
 
-def _named(points: PointFormat) -> str:
-    return "" if points.is_nuscenes else f" and data.point_columns {points}"
-
-
-def _command(
-    index: NuScenesIndex, split: str, num_sweeps: int, cache_dir: str | Path | None, points: PointFormat
-) -> str:
-    place = "" if cache_dir is None else f" --cache_dir {cache_dir}"
-    if index.lidar_channel != LIDAR_TOP:
-        place += f" --lidar_channel {quote(index.lidar_channel)}"
-    if index.task != NUSCENES:
-        place += f" --classes {quote(json.dumps(index.task.to_dict()))}"
-    place += "" if points.columns == NUSCENES_COLUMNS else f" --point_columns '{points}'"
-    place += "" if points.intensity_scale == 1 else f" --intensity_scale {points.intensity_scale!r}"
-    place += " --drop_nonfinite_points true" if points.drop_nonfinite else ""
-    return (
-        f"python -m cpq_train build-gt-database --root {index.root} --version {index.version} "
-        f"--split {split} --num_sweeps {num_sweeps}{place}"
-    )
-
-
-def _whole(folder: Path, index: NuScenesIndex, command: str, num_features: int) -> GtDatabase | None:
+def _whole(folder: Path, kind: GtKind) -> GtDatabase | None:
     """A database that is what was written; a damaged one is removed, and said."""
     try:
-        database = _load(folder, len(index), command, index.task, num_features)
+        database = _load(folder, kind)
         for row in range(len(database)):
             database.points_of(row)
         for name in COLUMNS:
@@ -247,28 +295,16 @@ def _whole(folder: Path, index: NuScenesIndex, command: str, num_features: int) 
     return database
 
 
-def _name(index: NuScenesIndex, split: str, num_sweeps: int, points: PointFormat) -> str:
-    source = [_SCHEMA, index.fingerprint, split, num_sweeps]
-    if index.splits.is_own(split):
-        source.append(index.splits.scenes_of(split))
-    if index.lidar_channel != LIDAR_TOP or index.task != NUSCENES:
-        source += [index.lidar_channel, index.task.to_dict()]
-    if not points.is_nuscenes:
-        source += [points.columns, points.intensity_scale]
-    return f"gt-{hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]}"
-
-
-def _load(folder: Path, num_samples: int, command: str, task: DetectionTask, num_features: int) -> GtDatabase:
+def _load(folder: Path, kind: GtKind) -> GtDatabase:
     """Maps a database.
 
     Raises:
         UserError: it is damaged.
     """
-    lengths = {"S": num_samples, "K": len(task.names)}
-    unchecked = open_columns(folder, layout(num_features), lengths)[1]
+    lengths = {"S": kind.num_samples, "K": len(kind.task.names)}
+    unchecked = open_columns(folder, layout(kind.num_features), lengths)[1]
     database = object.__new__(GtDatabase)
-    known = {"folder": folder, "num_samples": num_samples, "command": command, "task": task}
-    database.__dict__.update(known, num_features=num_features, _unchecked=unchecked)
+    database.__dict__.update(folder=folder, kind=kind, _unchecked=unchecked)
     return database
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
 from cpq_train.data.cloud_files import CloudFiles
@@ -56,32 +53,6 @@ class EvaluationSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self._first, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
-def stratified_choice(
-    rows: NDArray[np.int64], strata: NDArray[np.int32], number: int, seed: int
-) -> NDArray[np.int64]:
-    """Draws samples evenly over strata.
-
-    Every stratum gives equally many, up to one; the seed says which, and which strata give one more. A
-    stratum that has too few gives all it has, and the others make up for it.
-
-    Args:
-        rows: (S,) what to draw from.
-        strata: (S,) the stratum of each, such as its scene.
-        number: how many to draw, at most S.
-        seed: of the draw.
-
-    Returns:
-        (number,) some of `rows`, ascending.
-    """
-    order = np.random.default_rng(seed).permutation(len(rows))
-    drawn: Counter[int] = Counter()
-    rounds = []  # in which round each sample is drawn, one of every stratum in a round
-    for stratum in strata[order].tolist():
-        rounds.append(drawn[stratum])
-        drawn[stratum] += 1
-    return np.sort(rows[order[np.argsort(rounds, kind="stable")[:number]]])
 
 
 def dealt_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:

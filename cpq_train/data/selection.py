@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.progress import say
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.presence import scenes_without_files
-from cpq_train.data.samplers import stratified_choice
 from cpq_train.data.splits import UNION
 
 Rows = NDArray[np.int64]
+
+MissingScenes = Literal["error", "skip"]
+"""What becomes of scenes of which clouds are missing."""
 
 
 class SplitNames(NamedTuple):
@@ -26,12 +30,17 @@ class SplitNames(NamedTuple):
     test: str
     calibration: str
 
+    @classmethod
+    def only(cls, split: str) -> Self:
+        """One split for everything."""
+        return cls(split, split, split, split)
+
 
 class Limits(NamedTuple):
     """What of the splits is taken; `NuScenesDataModule` documents each."""
 
     sample_tokens: list[str] | None = None
-    missing_scenes: Literal["error", "skip"] = "error"
+    missing_scenes: MissingScenes = "error"
     force_calibration_on_val: bool = False
     force_score_on_train: bool = False
 
@@ -108,11 +117,10 @@ class Selection:
             )
         return chosen
 
-    @property
-    def skipped_scenes(self) -> list[str]:
-        """Scenes of the validation split that are left out, because files of theirs are missing."""
-        self._of(self._names.val)
-        return self._skipped.get(self._names.val, [])
+    def skipped(self, split: str) -> list[str]:
+        """Names of the scenes of a split that are left out, because files of theirs are missing."""
+        self._of(split)
+        return self._skipped.get(split, [])
 
     def _of(self, split: str, tokens: list[str] | None = None) -> Rows:
         rows = self._index.sample_rows(split, tokens)
@@ -145,3 +153,29 @@ class Selection:
                 f"missing, such as {file} of {name}"
             )
         return list(missing)
+
+
+def stratified_choice(
+    rows: NDArray[np.int64], strata: NDArray[np.int32], number: int, seed: int
+) -> NDArray[np.int64]:
+    """Draws samples evenly over strata.
+
+    Every stratum gives equally many, up to one; the seed says which, and which strata give one more. A
+    stratum that has too few gives all it has, and the others make up for it.
+
+    Args:
+        rows: (S,) what to draw from.
+        strata: (S,) the stratum of each, such as its scene.
+        number: how many to draw, at most S.
+        seed: of the draw.
+
+    Returns:
+        (number,) some of `rows`, ascending.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    drawn: Counter[int] = Counter()
+    rounds = []  # in which round each sample is drawn, one of every stratum in a round
+    for stratum in strata[order].tolist():
+        rounds.append(drawn[stratum])
+        drawn[stratum] += 1
+    return np.sort(rows[order[np.argsort(rounds, kind="stable")[:number]]])

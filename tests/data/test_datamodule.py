@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from cpq_train.common.errors import UserError
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch
-from cpq_train.data.samplers import stratified_choice
+from cpq_train.data.selection import stratified_choice
 from cpq_train.data.sweeps import CloudError
 
 
