@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
@@ -19,20 +17,19 @@ from cpq_train.common.detection_task import DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES, LIDAR_TOP
 from cpq_train.data.augmentation import Augmentation
-from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.census import check_targets
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
-from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig, collate
+from cpq_train.data.dataset import DetectionDataset, Item, SampleConfig
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler, GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.point_checks import check_files
 from cpq_train.data.position import EpochPosition
+from cpq_train.data.sample_loader import sample_loader
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches
 from cpq_train.data.selection import Limits, Selection, SplitNames
-from cpq_train.data.settings import DataSettings
+from cpq_train.data.settings import DataSettings, as_tuple
 from cpq_train.data.splits import UNION
 
 Rows = NDArray[np.int64]
@@ -119,12 +116,11 @@ class NuScenesDataModule(LightningDataModule):
         force_score_on_train: bool = False,
         cache_dir: str | None = None,
     ) -> None:
+        options = dict(locals())
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"data.{name} is {value}: expected {least} or more")
-        if not 0 <= max_bad_sweeps < 1:
-            raise UserError(f"data.max_bad_sweeps is {max_bad_sweeps}: expected 0 to less than 1")
         self.task, self.lidar_channel = DetectionTask.of(classes), lidar_channel
         self.task.ids(class_names)  # refuses foreign ones
         self.class_names = tuple(class_names)
@@ -135,20 +131,10 @@ class NuScenesDataModule(LightningDataModule):
         )
         self._limits = Limits(sample_tokens, missing_scenes, force_calibration_on_val, force_score_on_train)
         self.num_calibration_samples = num_calibration_samples
-        self.settings = DataSettings(
-            num_sweeps,
-            voxel_size,
-            point_cloud_range,
-            max_points_per_voxel,
-            max_num_voxels_train,
-            max_num_voxels_eval,
-            tuple(point_columns),
-            intensity_scale,
-        )
+        self.settings = DataSettings(**{name: as_tuple(options[name]) for name in DataSettings().to_dict()})
         config = SampleConfig.of_evaluation(self.settings, self.class_names, seed, drop_nonfinite_points)
-        self.evaluation_config = dataclasses.replace(config, skips_bad_sweeps=max_bad_sweeps > 0)
+        self.evaluation_config = dataclasses.replace(config, max_bad_sweeps=max_bad_sweeps)
         self._augmentation, self.gt_sampling, self.class_balanced = augmentation, gt_sampling, class_balanced
-        self.max_bad_sweeps = max_bad_sweeps
         self._index: NuScenesIndex | None = None
         self.clouds: list[Path] | None = None
         """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
@@ -219,7 +205,7 @@ class NuScenesDataModule(LightningDataModule):
             self._resumed = None
         elif self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, self._limit(len(sampler)), batch_size=self.batch_size, sampler=sampler)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     @cached_property
     def _train_rows(self) -> Rows:
@@ -316,7 +302,7 @@ class NuScenesDataModule(LightningDataModule):
         rows = self.calibration_rows
         dataset = DetectionDataset(self.index, rows, self.evaluation_config)
         batches = dealt_batches(len(rows), self.batch_size, *self._place())
-        return self._loader(dataset, self._limit(sum(map(len, batches))), batch_sampler=batches)
+        return self._loader(dataset, batch_sampler=batches)
 
     def calibration_info(self) -> dict[str, Any]:
         """What a checkpoint says of the samples it was calibrated with."""
@@ -342,24 +328,8 @@ class NuScenesDataModule(LightningDataModule):
         self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int
     ) -> DataLoader[Item]:
         sampler = EvaluationSampler(dataset, rank, world_size)
-        limit = self._limit(len(sampler), partial(setattr, self, "num_bad_sweeps"))
-        return self._loader(dataset, limit, batch_size=self.batch_size, sampler=sampler)
+        report = partial(setattr, self, "num_bad_sweeps")
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler, report=report)
 
-    def _limit(self, num_samples: int, report: Callable[[int], None] | None = None) -> BadSweepLimit | None:
-        """What a loader of so many samples may leave out; None where nothing."""
-        num_sweeps = num_samples * (1 if self.clouds is not None else self.evaluation_config.num_sweeps)
-        return BadSweepLimit(self.max_bad_sweeps, num_sweeps, report) if self.max_bad_sweeps else None
-
-    def _loader(
-        self, dataset: DetectionDataset | CloudFiles, limit: BadSweepLimit | None = None, **order: Any
-    ) -> DataLoader[Item]:
-        return FollowingLoader(
-            dataset,
-            **order,
-            limit=limit,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=start_worker,
-        )
+    def _loader(self, dataset: DetectionDataset | CloudFiles, **order: Any) -> DataLoader[Item]:
+        return sample_loader(dataset, self.num_workers, **order)
