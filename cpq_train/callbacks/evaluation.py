@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -53,7 +54,7 @@ class Evaluation(Callback):
         self.engine: MetricEngine = engine
         self.scored: ScoredSplit | None = None
         self._metric: NuScenesDetectionMetric | None = None
-        self._is_whole = False
+        self._is_whole, self._num_bad_sweeps = False, 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,6 +93,7 @@ class Evaluation(Callback):
         if trainer.sanity_checking:
             return
         self.scored = self._metric.compute()
+        self._num_bad_sweeps = _over_ranks(trainer, datamodule_of(trainer).num_bad_sweeps)
         num_scored, num_all = len(self.scored.sample_tokens), len(datamodule_of(trainer).eval_rows)
         self._is_whole = num_scored == num_all
         if not self._is_whole and trainer.is_global_zero:
@@ -116,7 +118,7 @@ class Evaluation(Callback):
         assert isinstance(module, CenterPointDetector)
         assert self.scored is not None
         data = datamodule_of(trainer)
-        run = run_info(module, data, checkpoint)
+        run = run_info(module, data, checkpoint, self._num_bad_sweeps)
         run_dir = Path(trainer.default_root_dir)
         write_run(run_dir, self.scored, run, data.index, self.engine)
         write_bev_sample(run_dir / BEV_FILE, self._busiest_sample(data))
@@ -130,6 +132,14 @@ class Evaluation(Callback):
         (row,) = data.index.sample_rows(tokens=[busiest_sample(self.scored.evaluation.matches)]).tolist()
         points = points_of(data.index, row, data.evaluation_config)
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
+
+
+def _over_ranks(trainer: Trainer, number: int) -> int:
+    """A count of all ranks; floats hold those of sweeps exactly."""
+    total = trainer.strategy.reduce(
+        torch.tensor(float(number), device=trainer.strategy.root_device), reduce_op="sum"
+    )
+    return int(total)
 
 
 def _logged(scores: Scores, data: NuScenesDataModule) -> dict[str, float]:
@@ -155,11 +165,13 @@ def checkpoint_of(trainer: Trainer, module: LightningModule) -> Path:
     return Path(path)
 
 
-def run_info(module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path) -> RunInfo:
-    """What `metrics.json` says of a run beside its scores."""
+def run_info(
+    module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path, num_bad_sweeps: int = 0
+) -> RunInfo:
+    """What `metrics.json` says of a run beside its scores; sweeps that all ranks left out among it."""
     return RunInfo(
         arm=module.row,
-        dataset=data.scored_info(),
+        dataset=data.scored_info(num_bad_sweeps),
         split=data.splits.val,
         trained_classes=data.class_names,
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),

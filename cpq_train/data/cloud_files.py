@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ class CloudFiles(Dataset[Item]):
 
     def __init__(self, paths: Sequence[Path], config: SampleConfig) -> None:
         self.paths = list(paths)
-        self._voxelizer, self._config = voxelizer_of(config), config
+        self.config = replace(config, num_sweeps=1)
+        self._voxelizer = voxelizer_of(config)
         for path in self.paths:
             if not path.is_file():
                 raise CloudError(f"cloud {path} cannot be read: no such file")
@@ -46,8 +48,8 @@ class CloudFiles(Dataset[Item]):
                 read by.
         """
         path, notes = self.paths[position], list[str]()
-        check_cloud(path, self._config.points, self._config.skips_bad_sweeps)
-        points = points_of_file(path, self._config, notes)
+        check_cloud(path, self.config.points, self.config.skips_bad_sweeps)
+        points = points_of_file(path, self.config, notes)
         item = cloud_item(points, self._voxelizer, position, str(path))
         if notes:
             item["bad_sweeps"] = notes

@@ -112,8 +112,6 @@ class NuScenesDataSet(LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"data.{name} is {value}: expected {least} or more")
-        if not 0 <= max_bad_sweeps < 1:
-            raise UserError(f"data.max_bad_sweeps is {max_bad_sweeps}: expected 0 to less than 1")
         self.task, self.lidar_channel = DetectionTask.of(classes), lidar_channel
         self.task.ids(class_names)  # refuses foreign ones
         self.class_names = tuple(class_names)
@@ -135,9 +133,8 @@ class NuScenesDataSet(LightningDataModule):
             intensity_scale,
         )
         config = SampleConfig.of_evaluation(self.settings, self.class_names, seed, drop_nonfinite_points)
-        self.evaluation_config = dataclasses.replace(config, skips_bad_sweeps=max_bad_sweeps > 0)
+        self.evaluation_config = dataclasses.replace(config, max_bad_sweeps=max_bad_sweeps)
         self._augmentation, self.gt_sampling, self.class_balanced = augmentation, gt_sampling, class_balanced
-        self.max_bad_sweeps = max_bad_sweeps
         self._index: NuScenesIndex | None = None
         self.clouds: list[Path] | None = None
         """Files to predict on instead of samples, set by whoever predicts; see `CloudFiles`."""
@@ -213,10 +210,8 @@ class NuScenesDataSet(LightningDataModule):
             "tokens_sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
         }
 
-    def scored_info(self) -> dict[str, Any]:
+    def scored_info(self, num_bad_sweeps: int) -> dict[str, Any]:
         """What `metrics.json` says of the data set: which, and what of the scored split was left out."""
-        left_out = {
-            "skipped_scenes": self.selection.skipped(self.splits.val),
-            "num_bad_sweeps": self.num_bad_sweeps,
-        }
+        skipped = self.selection.skipped(self.splits.val)
+        left_out = {"skipped_scenes": skipped, "num_bad_sweeps": num_bad_sweeps}
         return {**self.index.dataset_info(), **{name: value for name, value in left_out.items() if value}}

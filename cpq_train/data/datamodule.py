@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
-from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.census import check_targets
 from cpq_train.data.class_balance import class_balanced_rows
 from cpq_train.data.cloud_files import CloudFiles
 from cpq_train.data.data_set import NuScenesDataSet, Rows
-from cpq_train.data.dataset import DetectionDataset, Item, collate
+from cpq_train.data.dataset import DetectionDataset, Item
 from cpq_train.data.gt_database import open_gt_database
 from cpq_train.data.gt_sampling import GtSampler
-from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.position import EpochPosition
+from cpq_train.data.sample_loader import sample_loader
 from cpq_train.data.samplers import EvaluationSampler, TrainingSampler, dealt_batches
 
 
@@ -57,7 +54,7 @@ class NuScenesDataModule(NuScenesDataSet):
             self._resumed = None
         elif self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(dataset, self._limit(len(sampler)), batch_size=self.batch_size, sampler=sampler)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
 
     @cached_property
     def _train_rows(self) -> Rows:
@@ -133,7 +130,7 @@ class NuScenesDataModule(NuScenesDataSet):
         rows = self.calibration_rows
         dataset = DetectionDataset(self.index, rows, self.evaluation_config)
         batches = dealt_batches(len(rows), self.batch_size, *self._place())
-        return self._loader(dataset, self._limit(sum(map(len, batches))), batch_sampler=batches)
+        return self._loader(dataset, batch_sampler=batches)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks; without a trainer there is one."""
@@ -143,24 +140,8 @@ class NuScenesDataModule(NuScenesDataSet):
         self, dataset: DetectionDataset | CloudFiles, rank: int, world_size: int
     ) -> DataLoader[Item]:
         sampler = EvaluationSampler(dataset, rank, world_size)
-        limit = self._limit(len(sampler), partial(setattr, self, "num_bad_sweeps"))
-        return self._loader(dataset, limit, batch_size=self.batch_size, sampler=sampler)
+        report = partial(setattr, self, "num_bad_sweeps")
+        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler, report=report)
 
-    def _limit(self, num_samples: int, report: Callable[[int], None] | None = None) -> BadSweepLimit | None:
-        """What a loader of so many samples may leave out; None where nothing."""
-        num_sweeps = num_samples * (1 if self.clouds is not None else self.evaluation_config.num_sweeps)
-        return BadSweepLimit(self.max_bad_sweeps, num_sweeps, report) if self.max_bad_sweeps else None
-
-    def _loader(
-        self, dataset: DetectionDataset | CloudFiles, limit: BadSweepLimit | None = None, **order: Any
-    ) -> DataLoader[Item]:
-        return FollowingLoader(
-            dataset,
-            **order,
-            limit=limit,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=start_worker,
-        )
+    def _loader(self, dataset: DetectionDataset | CloudFiles, **order: Any) -> DataLoader[Item]:
+        return sample_loader(dataset, self.num_workers, **order)

@@ -88,7 +88,7 @@ class SampleConfig:
         augmentation: None for evaluation.
         is_training: drop boxes outside the range, and replace samples without boxes.
         points: how they lie in the cloud files.
-        skips_bad_sweeps: leave clouds that cannot be used out, instead of failing.
+        max_bad_sweeps: share of an epoch's clouds that may be left out because they cannot be used.
     """
 
     num_sweeps: int
@@ -101,9 +101,11 @@ class SampleConfig:
     augmentation: Augmentation | None = None
     is_training: bool = False
     points: PointFormat = NUSCENES_POINTS
-    skips_bad_sweeps: bool = False
+    max_bad_sweeps: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_sweeps < 1:
+            raise UserError(f"data.max_bad_sweeps is {self.max_bad_sweeps}: expected 0 to less than 1")
         if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
             raise UserError(f"num_sweeps is {self.num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
         grid_cells(self.voxel_size, self.point_cloud_range)
@@ -128,9 +130,14 @@ class SampleConfig:
             points=replace(settings.points, drop_nonfinite=drop_nonfinite_points),
         )
 
+    @property
+    def skips_bad_sweeps(self) -> bool:
+        """Whether a cloud that cannot be used is left out, and no error."""
+        return self.max_bad_sweeps > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to hash: without settings of points that are nuScenes', as ever."""
-        ordinary = {"points": NUSCENES_POINTS, "skips_bad_sweeps": False}
+        ordinary = {"points": NUSCENES_POINTS, "max_bad_sweeps": 0.0}
         usual = {name for name, value in ordinary.items() if getattr(self, name) == value}
         return {name: value for name, value in asdict(self).items() if name not in usual}
 

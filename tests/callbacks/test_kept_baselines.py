@@ -9,6 +9,7 @@ import pytest
 from limits import files_of_at_most
 
 from cpq_train.callbacks.baselines import _read, _write
+from cpq_train.common.detection_task import NUSCENES
 
 SCORE = {"mAP": 0.25, "NDS": 0.5}
 
@@ -20,14 +21,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_score_is_read_back(file: Path, recwarn: pytest.WarningsRecorder) -> None:
-    assert _read(file) == SCORE
+    assert _read(file, NUSCENES) == SCORE
     assert not recwarn.list
 
 
 def test_a_score_of_an_earlier_release(tmp_path: Path) -> None:
     (tmp_path / "score.json").write_text(json.dumps(SCORE))
     with pytest.warns(UserWarning, match="has no checksum: it is taken as it is"):
-        assert _read(tmp_path / "score.json") == SCORE
+        assert _read(tmp_path / "score.json", NUSCENES) == SCORE
 
 
 DAMAGE: dict[str, Callable[[str], bytes]] = {
@@ -49,7 +50,7 @@ DAMAGE: dict[str, Callable[[str], bytes]] = {
 def test_a_damaged_score_is_scored_again(file: Path, way: str) -> None:
     file.write_bytes(DAMAGE[way](file.read_text()))
     with pytest.warns(UserWarning, match="it is scored again"):
-        assert _read(file) is None
+        assert _read(file, NUSCENES) is None
 
 
 def test_a_full_disk_costs_no_more_than_the_score(tmp_path: Path) -> None:
