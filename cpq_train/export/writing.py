@@ -166,7 +166,7 @@ def _sidecar(
         head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
         network=asdict(config),
         data=data.to_dict(),
-        post_processing=asdict(post_processing),
+        post_processing=asdict(post_processing.reaching(config.point_cloud_range)),
     )
 
 

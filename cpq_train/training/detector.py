@@ -89,6 +89,7 @@ class CenterPointDetector(ArmModule):
         distillation: DistillationConfig | None = None,
         engine_file: str | None = None,
     ) -> None:
+        post_processing = post_processing.reaching(network.point_cloud_range)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if test_time_flip:
