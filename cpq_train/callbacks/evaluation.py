@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.sweeps import load_sweeps
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
