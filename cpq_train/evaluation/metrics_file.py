@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter
@@ -24,6 +24,9 @@ from cpq_train.evaluation.protocol import CLASS_RANGE_M, RANGE_BINS_M, THRESHOLD
 from cpq_train.evaluation.ranges import errors_per_range, scores_per_range
 
 SCHEMA = 1
+UNKNOWN: Final = "unknown"
+"""In the place of the hash of the post-processing, where a submission was scored."""
+
 METRICS = ("mAP", "NDS", *(f"m{error}" for error in TP_ERRORS))
 
 Document = dict[str, Any]
@@ -34,12 +37,14 @@ class RunInfo:
     """What `metrics.json` says beside the scores.
 
     Attributes:
-        arm: "float", "float_tuned", "ptq", "qat", or "deployed" for an exported file that an engine runs.
-        checkpoint_path: the checkpoint scored, or the one that the file was made of.
+        arm: "float", "float_tuned", "ptq", "qat", "deployed" for an exported file that an engine runs, or
+            "submission" for detections of whatever detector.
+        checkpoint_path: the checkpoint scored, or the one that the file was made of; or the submission.
         checkpoint_sha256: its hash.
         dataset: "root_name", "version" and "fingerprint", as the index gives them.
         split: name of the split scored.
         postprocessing_sha256: hash of the post-processing settings; runs that differ in it are not compared.
+            `UNKNOWN` for a submission, which is compared with any.
         parents: arm to sha256 of the checkpoints this one came from.
         coverage: kind of layer to [quantized, all].
         profile: measurements of size, latency and memory.

@@ -18,14 +18,14 @@ from cpq_train.evaluation.gaps import COMPARED_METRICS, share_won_back
 from cpq_train.evaluation.lost_objects import Changes, changes, counts, write_changes
 from cpq_train.evaluation.metrics_file import Document
 from cpq_train.evaluation.ranges import errors_per_range
-from cpq_train.evaluation.reliability import reliability
+from cpq_train.evaluation.reliability import reliability, scores_are_chances
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.report.amax_history import AMAX_DRIFT_FILE, last_of_most_moved, read_amax_history
 from cpq_train.report.costs import describe_costs
 from cpq_train.report.deployed import describe_engine
 from cpq_train.report.figures import draw_figures
 from cpq_train.report.page import write_page
-from cpq_train.report.runs import Run, load_runs, relative
+from cpq_train.report.runs import Run, load_runs, postprocessing_of, relative
 from cpq_train.report.text import print_report, write_markdown
 from cpq_train.report.training_costs import describe_training_cost
 from cpq_train.report.wandb_report import log_report
@@ -33,6 +33,12 @@ from cpq_train.report.wandb_report import log_report
 SCHEMA = 1
 LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
+
+_KEPT = (
+    *("arm", "checkpoint", "postprocessing_sha256", "metrics", "confidence"),
+    *("per_class", "per_range", "coverage"),
+)
+"""What a report says of a run as its `metrics.json` does."""
 
 
 def compare(
@@ -69,7 +75,7 @@ def compare(
     report: Document = {
         "schema": SCHEMA,
         "dataset": runs[0].metrics["dataset"],
-        "postprocessing_sha256": runs[0].metrics["postprocessing_sha256"],
+        "postprocessing_sha256": postprocessing_of(runs),
         "interval_method": runs[0].metrics["confidence"]["method"],
         "latency": times,
         "runs": [_describe(run, runs, changed.get(run.name), times) for run in runs],
@@ -109,23 +115,28 @@ def _write_lost_objects(path: Path, changed: dict[str, Changes]) -> None:
 
 
 def _describe(run: Run, runs: Sequence[Run], changed: Changes | None, latency: Document | None) -> Document:
-    kept = ("arm", "checkpoint", "metrics", "confidence", "per_class", "per_range", "coverage")
     baseline, no_baseline = relative(run, runs, "float")
     return {
         "name": run.name,
         "title": run.title,
         "folder": str(run.folder),
-        **{key: run.metrics[key] for key in kept},
+        **{key: run.metrics[key] for key in _KEPT},
         **describe_costs(run, baseline, latency),
         "engine": describe_engine(run, runs),
         "errors_per_range": None if run.matches is None else errors_per_range(run.matches),
-        "reliability": None if run.matches is None else reliability(run.matches).to_document(),
+        "reliability": _reliability(run),
         "lost_objects": None if changed is None else counts(changed),
         "amax_drift": _amax_drift(run.folder / AMAX_DRIFT_FILE),
         "training_cost": describe_training_cost(run.folder),
         "gap_to_float": {metric: _gap(run, baseline, no_baseline, metric) for metric in COMPARED_METRICS},
         "ptq_loss_won_back": {metric: _won_back(run, runs, metric) for metric in COMPARED_METRICS},
     }
+
+
+def _reliability(run: Run) -> Document | None:
+    if run.matches is None or not scores_are_chances(run.matches):
+        return None
+    return reliability(run.matches).to_document()
 
 
 def _amax_drift(path: Path) -> Document | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.lost_objects import Counts
-from cpq_train.evaluation.metrics_file import Document
+from cpq_train.evaluation.metrics_file import UNKNOWN, Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
@@ -42,10 +42,11 @@ class Section:
 
 def subtitle(report: Document) -> str:
     """What was compared, in a sentence or two."""
-    dataset = report["dataset"]
+    dataset, unknown = report["dataset"], _of_unknown_postprocessing(report)
+    but = f" but {', '.join(unknown)}, of which it is unknown" if unknown else ""
     return (
         f"{dataset['root_name']} {dataset['version']}, split {dataset['split']}, "
-        f"{dataset['num_samples']} samples, the same post-processing for all arms. "
+        f"{dataset['num_samples']} samples, the same post-processing for all arms{but}. "
         f"Intervals: {report['interval_method']}; differences are paired."
     )
 
@@ -53,7 +54,9 @@ def subtitle(report: Document) -> str:
 def sections(report: Document) -> list[Section]:
     """The sections of a report that have something to say."""
     parts = [
-        Section("scores", "Scores", "", [_scores(report)], is_headline=True),
+        Section(
+            "scores", "Scores", "", [scores_table(report)], _postprocessing_notes(report), is_headline=True
+        ),
         Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
         Section(
             "cost",
@@ -107,7 +110,19 @@ def _with_contents(part: Section, report: Document) -> Section:
     return Section(part.name, part.title, part.text, tables, part.notes, pictures, part.is_headline)
 
 
-def _scores(report: Document) -> Table:
+def _of_unknown_postprocessing(report: Document) -> list[str]:
+    return [run["title"] for run in report["runs"] if run["postprocessing_sha256"] == UNKNOWN]
+
+
+def _postprocessing_notes(report: Document) -> list[str]:
+    return [
+        f"{title}: its post-processing is unknown, and may be part of what tells it from the others."
+        for title in _of_unknown_postprocessing(report)
+    ]
+
+
+def scores_table(report: Document) -> Table:
+    """MAP, NDS and the five errors of each run, from its "title", "metrics" and "confidence"."""
     errors = [f"m{error}" for error in TP_ERRORS]
     rows = [
         [

@@ -36,6 +36,7 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivi
 PLAIN_VERBS: Final = {
     "simulate": Verb("cpq_train.simulator", "simulate"),
     "build-gt-database": Verb("cpq_train.data.gt_database", "build_gt_database"),
+    "score": Verb("cpq_train.verbs.score", "score", "submission"),
     "compare": Verb("cpq_train.report.compare", "compare", "run_dirs"),
     "describe": Verb("cpq_train.verbs.describe", "describe", "checkpoint"),
     "verify": Verb("cpq_train.verbs.verify", "verify", "checkpoint"),
@@ -92,7 +93,8 @@ def _dispatch(args: list[str]) -> None:
 def _run_plain(name: str, args: list[str]) -> None:
     verb = PLAIN_VERBS[name]
     function = getattr(import_module(verb.module), verb.function)
-    given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
+    parser = _parser(f"cpq_train {name}", function, verb.positional)
+    given = parser.instantiate_classes(parser.parse_args(args))  # a dataclass of its options
     arguments = {parameter: given[parameter] for parameter in inspect.signature(function).parameters}
     with raising_signals(), plain_messages():
         function(**arguments)
@@ -112,6 +114,8 @@ def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> 
         # By itself jsonargparse would take a list in brackets only.
         item = _item_type(types[name])
         how: dict[str, Any] = {"type": types[name]} if item is None else {"type": item, "nargs": "+"}
+        if item is not None and name != positional:
+            how["action"] = "extend"  # given twice, the first would be lost
         if types[name] is bool:
             how = {"action": ActionYesNo, "nargs": "?"}  # the name alone, or with true or false
         if parameter.default is not inspect.Parameter.empty:
