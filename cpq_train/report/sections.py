@@ -11,6 +11,7 @@ from cpq_train.evaluation.metrics_file import UNKNOWN, Document
 from cpq_train.evaluation.protocol import RANGE_BINS_M, THRESHOLDS_M, TP_ERRORS
 from cpq_train.evaluation.ranges import bin_name
 from cpq_train.evaluation.reliability import NUM_BINS
+from cpq_train.report.checks import check_table
 from cpq_train.report.costs import cost_notes, cost_tables
 from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
 from cpq_train.report.tables import NONE, Table, code, number
@@ -67,6 +68,7 @@ def sections(report: Document) -> list[Section]:
             is_headline=True,
         ),
         Section("deployed", "Deployed", WHAT_IT_SHOWS, [engine_table(report)], is_headline=True),
+        Section("checks", "Checks", _CHECKS, [check_table(report)], is_headline=True),
         Section("bev", "From above", _BEV),
         Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
         Section(
@@ -86,6 +88,7 @@ _GAPS = (
     "What an arm scores more than the float run it came from, and the share of the loss of PTQ that QAT wins "
     "back: 100 % is float, 0 % is PTQ."
 )
+_CHECKS = "What `--fail_if` says that no score may be."
 _BEV = (
     "The sample with the most annotated objects; forward is up. Detections are shown from the score on at "
     "which float's F1 is largest for their class. A ring marks an object that only float, or only this arm, "

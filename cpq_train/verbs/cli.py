@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 from cpq_train.common.console import plain_messages, print_plain
-from cpq_train.common.errors import ForeignCheckpointError, OptionError, UserError
+from cpq_train.common.errors import CheckFailed, ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
 from cpq_train.verbs.mistakes import naming_mistakes
@@ -49,6 +49,8 @@ DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 def main(args: list[str] | None = None) -> None:
     """Run a verb; a user's mistake ends with its message and exit code 2, a signal with what is saved.
 
+    A check that failed ends with exit code 1.
+
     Args:
         args: Command-line arguments; None takes those of the process.
     """
@@ -58,6 +60,9 @@ def main(args: list[str] | None = None) -> None:
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))
+    except CheckFailed as failed:
+        print_plain(str(failed), style="red", stderr=True)
+        sys.exit(1)
     except UserError as error:
         print_plain(f"error: {_said(error)}", style="red", stderr=True)
         if isinstance(error, OptionError):
