@@ -42,6 +42,7 @@ from cpq_train.training.settings import HYPER_PARAMETERS, hyper_parameters, sett
 from cpq_train.verbs.checkpoint_settings import (
     find_scheme,
     keep_what_was_asked,
+    leave_out_parts,
     leave_to_engine,
     take_data_settings,
 )
@@ -211,7 +212,7 @@ class QuantCLI(HookedCLI):
         if verb in VERBS_OF_ENGINES:
             leave_to_engine(config, self.given)
         find_scheme(config, self.given)
-        for sentence in take_data_settings(config, self.given):
+        for sentence in (*leave_out_parts(config, self.given), *take_data_settings(config, self.given)):
             rank_zero_warn(sentence)
 
     def _take_hyper_parameters(self, verb: str, path: str) -> None:
