@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.files import sha256_of
 
 KEPT = (
     *("state_dict", "hyper_parameters", "quantization", "data"),

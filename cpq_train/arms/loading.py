@@ -20,9 +20,9 @@ from cpq_train.common.checkpoint import (
     NETWORK_PREFIX,
     network_state,
     read_checkpoint,
-    sha256_of,
     write_checkpoint,
 )
+from cpq_train.common.files import sha256_of
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy
 from cpq_train.quantization.ranges.bias_steps import check_biases

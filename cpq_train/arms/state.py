@@ -40,6 +40,24 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     check_finite(state, where)
 
 
+def check_part(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compare the tensors of a part of a float network, see `check_state`.
+
+    Args:
+        own: Those of the network.
+        state: Those of the checkpoint.
+        path: For messages.
+
+    Raises:
+        UserError: They differ, or hold NaN or infinite numbers.
+    """
+    where = f"checkpoint {str(path)!r}"
+    _check_kinds(own, state, where)
+    if differences := _differences(own, state):
+        raise UserError(f"{where} differs from model.network in model.weights_parts: {differences}")
+    check_finite(state, where)
+
+
 def _check_kinds(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
     kinds = [
         f"{name} {state[name].dtype} instead of {own[name].dtype}"

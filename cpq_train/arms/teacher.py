@@ -12,8 +12,9 @@ from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import FLOAT_ARMS, TUNED_ARMS
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.models.distillation import DistillationConfig, distillation_loss, run_observed

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import points_of
 from cpq_train.evaluation.countable import check_countable

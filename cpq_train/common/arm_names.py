@@ -9,10 +9,13 @@ Arm = Literal["float", "float_tuned", "ptq", "qat"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 """In the order in which they are compared."""
 
-Row = Literal[Arm, "deployed"]
+Row = Literal[Arm, "deployed", "submission"]
 
 DEPLOYED: Final = "deployed"
 """The row of an exported file that an engine runs."""
+
+SUBMISSION: Final = "submission"
+"""The row of detections that `score` took from a file, whatever made them."""
 
 ROWS: tuple[Row, ...] = get_args(Row)
 """What a comparison has rows for, in its order."""

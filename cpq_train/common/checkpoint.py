@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import re
@@ -195,12 +194,3 @@ def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The network's part of the state dict, under the network's own names."""
     state = checkpoint["state_dict"]
     return {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

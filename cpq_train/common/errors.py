@@ -35,6 +35,10 @@ class ForeignCheckpointError(UserError):
         self.path = path
 
 
+class CheckFailed(Exception):
+    """A score is not as `compare --fail_if` was told that it has to be; what it is was printed."""
+
+
 def shown(value: object) -> str:
     """A value in a message; what is long or nested deep is cut."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -58,6 +59,21 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with replacing(path, len(data)) as partial, partial.open("wb") as file:
         file.write(data)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Write a file that is the same as another, byte for byte; see `replacing`."""
+    with replacing(path, source.stat().st_size) as partial:
+        shutil.copyfile(source, partial)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def append_whole(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ reference. Quaternions are `w x y z`. Shape letters: N boxes or poses, P points.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,3 +151,10 @@ def lidar_to_global(
     rotations = multiply_quaternions(lidar_rotation, yaw_quaternions(boxes[:, YAW]))
     rotations = multiply_quaternions(ego_rotation, rotations)
     return GlobalBoxes(centres, boxes[:, [4, 3, 5]], rotations, velocities[:, :2])
+
+
+def is_inside(boxes: Float64, point_cloud_range: Sequence[float]) -> NDArray[np.bool_]:
+    """Whether each box centre (N,) lies in the range, its faces included."""
+    low, high = np.asarray(point_cloud_range[:3]), np.asarray(point_cloud_range[3:])
+    inside: NDArray[np.bool_] = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(axis=1)
+    return inside

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError, shown
-from cpq_train.data.dataset import MIN_LIDAR_POINTS, is_inside
+from cpq_train.data.boxes import is_inside
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.labels import labels_of_ids
+
+MIN_LIDAR_POINTS = 1
+"""Objects with fewer points are no targets (OpenPCDet's FILTER_MIN_POINTS_IN_GT)."""
 
 _NUM_NAMED = 5
 """Categories that a message names."""

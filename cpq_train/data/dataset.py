@@ -21,7 +21,8 @@ from typing_extensions import NotRequired, Self
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
-from cpq_train.data.boxes import Float64
+from cpq_train.data.boxes import Float64, is_inside
+from cpq_train.data.census import MIN_LIDAR_POINTS
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.labels import labels_of_ids
@@ -30,9 +31,6 @@ from cpq_train.data.point_format import PointFormat
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS, BadSweeps, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells
-
-MIN_LIDAR_POINTS = 1
-"""Objects with fewer points are no targets (OpenPCDet's FILTER_MIN_POINTS_IN_GT)."""
 
 _EVALUATION_SEED = 0
 """Evaluation shuffles like training does, always in the same way."""
@@ -267,13 +265,6 @@ def _visible(index: NuScenesIndex, row: int) -> NDArray[np.int64]:
     """Annotation rows of a sample with LiDAR points."""
     where = index.annotations(row)
     return np.flatnonzero(index.annotation_num_lidar_pts[where] >= MIN_LIDAR_POINTS) + np.int64(where.start)
-
-
-def is_inside(boxes: Float64, point_cloud_range: Sequence[float]) -> NDArray[np.bool_]:
-    """Whether each box centre (N,) lies in the range, its faces included."""
-    low, high = np.asarray(point_cloud_range[:3]), np.asarray(point_cloud_range[3:])
-    inside: NDArray[np.bool_] = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(axis=1)
-    return inside
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Final, TextIO
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from cpq_train.evaluation.ranges import bin_name
 
 POINT_BINS = ((1, 5), (6, 20), (21, 100), (101, None))
 """Bins of the number of points inside an object, both ends included."""
+
+UNMATCHED: Final = float("-inf")
+"""In the place of a score: those of other detectors may be 0, or below."""
 
 COLUMNS = (
     "run",
@@ -50,7 +53,7 @@ class Changes:
         labels: (G,) class ids.
         range_m: (G,) distance from the vehicle.
         num_points: (G,) LiDAR and radar points inside.
-        float_score: (G,) score of float's match within 2 m, 0 for none.
+        float_score: (G,) score of float's match within 2 m, `UNMATCHED` for none.
         score: (G,) likewise of the other arm.
         is_found_by_float: (G,) whether float's score reaches the operating score.
         is_found: (G,) likewise of the other arm.
@@ -93,8 +96,8 @@ def operating_scores(matches: Matches) -> Floats:
 
 
 def match_scores(matches: Matches) -> Floats:
-    """(G,) score of the detection that matches each annotation within 2 m, 0 for none."""
-    found = np.zeros(len(matches.gt_label))
+    """(G,) score of the detection that matches each annotation within 2 m, `UNMATCHED` for none."""
+    found = np.full(len(matches.gt_label), UNMATCHED)
     matched = matches.pred_match[TP_THRESHOLD_INDEX]
     is_hit = matched >= 0
     found[matched[is_hit]] = matches.pred_score[is_hit]
@@ -179,5 +182,5 @@ def _record(found: Changes, row: int) -> list[str]:
         found.task.names[found.labels[row]],
         f"{found.range_m[row]:.2f}",
         str(found.num_points[row]),
-        *("" if score == 0 else f"{score:.4f}" for score in scores),
+        *("" if score == UNMATCHED else f"{score:.4f}" for score in scores),
     ]

@@ -5,6 +5,7 @@ Letters in shapes: N detections, G annotations, T thresholds, M matches, S sampl
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -141,16 +142,20 @@ _COLUMNS: Final = {
 }
 _THRESHOLDS: Final = {"thresholds_m": Column("f", (len(THRESHOLDS_M),))}
 _MOST: Final = 2**31 - 1
+_LARGEST: Final = sys.float_info.max
+"""Of scores: those of other detectors may be logits."""
+
 _LEAST_ERROR: Final = -1e-6
 """An error of 0 may come out less by rounding."""
 
 
-def read_matches(path: Path, task: DetectionTask = NUSCENES) -> Matches:
+def read_matches(path: Path, task: DetectionTask = NUSCENES, is_ours: bool = True) -> Matches:
     """Read and check `matches.npz`.
 
     Args:
         path: the file.
         task: classes and rules of the run.
+        is_ours: whether the detections are a network's of this project, whose scores lie between 0 and 1.
 
     Raises:
         UserError: The file is absent, no such file, of another schema, or damaged: an array of another kind
@@ -167,7 +172,7 @@ def read_matches(path: Path, task: DetectionTask = NUSCENES) -> Matches:
     for name in _COMPACT:
         columns[name] = columns[name].astype(np.int64)
     found = Matches(**columns, task=task)
-    _check_bounds(found, path)
+    _check_bounds(found, path, is_ours)
     _check_rows(found, path)
     return found
 
@@ -176,13 +181,13 @@ def _single(array: NDArray[Any] | None) -> Any:
     return array.item() if array is not None and array.size == 1 else None
 
 
-def _check_bounds(found: Matches, path: Path) -> None:
+def _check_bounds(found: Matches, path: Path, is_ours: bool) -> None:
     last_sample, last_label = len(found.sample_token) - 1, len(found.task.names) - 1
     bounds: dict[str, tuple[float, float]] = {
         "sample_scene": (0, len(found.scene_name) - 1),
         "pred_sample": (0, last_sample),
         "pred_label": (0, last_label),
-        "pred_score": (0, 1),
+        "pred_score": (0, 1) if is_ours else (-_LARGEST, _LARGEST),
         "pred_range_m": (0, _MOST),
         "pred_row": (0, _MOST),
         "pred_match": (-1, len(found.gt_token) - 1),

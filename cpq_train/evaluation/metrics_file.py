@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter
@@ -26,6 +26,9 @@ from cpq_train.evaluation.protocol import THRESHOLDS_M
 from cpq_train.evaluation.ranges import bin_name, classes_that_reach, errors_per_range, scores_per_range
 
 SCHEMA = 1
+UNKNOWN: Final = "unknown"
+"""In the place of the hash of the post-processing, where a submission was scored."""
+
 METRICS = ("mAP", "NDS", *(f"m{error}" for error in TP_ERRORS))
 
 Document = dict[str, Any]
@@ -36,13 +39,15 @@ class RunInfo:
     """What `metrics.json` says beside the scores.
 
     Attributes:
-        arm: "float", "float_tuned", "ptq", "qat", or "deployed" for an exported file that an engine runs.
-        checkpoint_path: the checkpoint scored, or the one that the file was made of.
+        arm: "float", "float_tuned", "ptq", "qat", "deployed" for an exported file that an engine runs, or
+            "submission" for detections of whatever detector.
+        checkpoint_path: the checkpoint scored, or the one that the file was made of; or the submission.
         checkpoint_sha256: its hash.
         dataset: "root_name", "version" and "fingerprint", as the index gives them; where it is so, another
             "lidar_channel", "skipped_scenes" and "num_bad_sweeps".
         split: name of the split scored.
         postprocessing_sha256: hash of the post-processing settings; runs that differ in it are not compared.
+            `UNKNOWN` for a submission, which is compared with any.
         parents: arm to sha256 of the checkpoints this one came from.
         coverage: kind of layer to [quantized, all].
         profile: measurements of size, latency and memory.

@@ -55,8 +55,13 @@ def _plain(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
+def scores_are_chances(matches: Matches | None) -> bool:
+    """Whether all scores lie between 0 and 1: those of other detectors may be logits."""
+    return matches is not None and bool(((matches.pred_score >= 0) & (matches.pred_score <= 1)).all())
+
+
 def reliability(matches: Matches) -> Reliability:
-    """Reliability of the detections that count, all classes together."""
+    """Reliability of the detections that count, all classes together; see `scores_are_chances`."""
     score, is_hit = matches.pred_score, matches.is_match[TP_THRESHOLD_INDEX]
     bins = np.minimum((score * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     count = np.bincount(bins, minlength=NUM_BINS)

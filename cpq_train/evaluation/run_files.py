@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from cpq_train.common.files import copy_whole
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Predictions, Strings
 from cpq_train.evaluation.devkit import evaluate_with_devkit
@@ -49,6 +50,7 @@ def write_run(
     run: RunInfo,
     index: NuScenesIndex,
     engine: MetricEngine = "vectorised",
+    submission: Path | None = None,
 ) -> Document:
     """Write the files of a scored run; call it on one rank.
 
@@ -58,6 +60,7 @@ def write_run(
         run: what else `metrics.json` says.
         index: the data set that was scored; the devkit reads its tables.
         engine: who computes AP, errors and NDS of `metrics.json`.
+        submission: the file that the detections come from, which is copied; null writes them.
 
     Returns:
         The contents of `metrics.json`.
@@ -66,12 +69,15 @@ def write_run(
         UserError: The detections make no valid submission.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    submission = run_dir / SUBMISSION_FILE
-    write_submission(submission, scored.predictions, scored.sample_tokens)
+    written = run_dir / SUBMISSION_FILE
+    if submission is None:
+        write_submission(written, scored.predictions, scored.sample_tokens)
+    else:
+        copy_whole(submission, written)
     write_matches(run_dir / MATCHES_FILE, scored.evaluation.matches)
     scores = scored.scores
     if engine == "devkit":
-        scores = evaluate_with_devkit(index.root, index.version, submission, scored.sample_tokens, index.task)
+        scores = evaluate_with_devkit(index.root, index.version, written, scored.sample_tokens, index.task)
     document = build_metrics(run, scores, scored.evaluation.matches)
     write_metrics(run_dir / METRICS_FILE, document)
     return document

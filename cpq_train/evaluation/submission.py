@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,9 @@ LIDAR_ONLY = {
 """The sensors a submission says it uses."""
 
 _NUMBERS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
+
+_DEFAULTS = {"detection_score": -1.0, "num_pts": -1.0}
+"""What nuscenes-devkit takes for keys that a box does not have; it passes over any others."""
 
 _LARGEST = sys.float_info.max
 
@@ -97,24 +100,38 @@ def check_predictions(predictions: Predictions, sample_tokens: Strings) -> None:
         UserError: A sample with more than 500 boxes, a number that is not finite, a size that is not above 0,
             or a class id that does not exist.
     """
-    boxes, counts = predictions.boxes, np.bincount(predictions.boxes.sample, minlength=len(sample_tokens))
-    if len(boxes) and counts.max() > MAX_BOXES_PER_SAMPLE:
-        token = sample_tokens[counts.argmax()]
-        raise UserError(
-            f"sample {token}: {counts.max()} detections; at most {MAX_BOXES_PER_SAMPLE} are accepted"
-        )
-    columns = {name: getattr(boxes, name) for name in _NUMBERS} | {
-        "detection_score": predictions.score[:, None]
-    }
-    for name, column in columns.items():
-        _check_column(
-            name, "finite numbers", column, np.isfinite(column).all(axis=1), boxes.sample, sample_tokens
-        )
+    boxes = predictions.boxes
+    _check_counts(boxes, sample_tokens)
+    _check_numbers(predictions, sample_tokens)
     positive = (boxes.size > 0).all(axis=1)
     _check_column("size", "numbers above 0", boxes.size, positive, boxes.sample, sample_tokens)
     last = len(predictions.task.names) - 1
     known = (boxes.label >= 0) & (boxes.label <= last)
     _check_column("class id", f"0 to {last}", boxes.label, known, boxes.sample, sample_tokens)
+
+
+def _check_counts(boxes: Boxes, sample_tokens: Strings) -> None:
+    counts = np.bincount(boxes.sample, minlength=len(sample_tokens))
+    if len(boxes) and counts.max() > MAX_BOXES_PER_SAMPLE:
+        token = sample_tokens[counts.argmax()]
+        raise UserError(
+            f"sample {token}: {counts.max()} detections; at most {MAX_BOXES_PER_SAMPLE} are accepted"
+        )
+
+
+def _check_numbers(
+    predictions: Predictions, sample_tokens: Strings, may_be_unknown: Collection[str] = ()
+) -> None:
+    """See that all numbers are finite, those that may be unknown apart, which may be NaN."""
+    boxes = predictions.boxes
+    columns = {name: getattr(boxes, name) for name in _NUMBERS} | {
+        "detection_score": predictions.score[:, None]
+    }
+    for name, column in columns.items():
+        good, accepted = np.isfinite(column), "finite numbers"
+        if name in may_be_unknown:
+            good, accepted = good | np.isnan(column), "finite numbers, or NaN"
+        _check_column(name, accepted, column, good.all(axis=1), boxes.sample, sample_tokens)
 
 
 def _check_column(
@@ -149,7 +166,11 @@ def check_sample_tokens(found: Iterable[str], expected: Strings) -> None:
 
 
 def read_submission(path: Path, sample_tokens: Strings, task: DetectionTask = NUSCENES) -> Predictions:
-    """Read and check a submission; rows are in the file's order.
+    """Read and check a submission of any detector; rows are in the file's order.
+
+    What nuscenes-devkit's `load_prediction` takes is taken as it takes it: velocities may be NaN, scores are
+    any numbers (-1 where a box has none), boxes of `num_pts` 0 do not count, keys that it does not know are
+    passed over. Refused beyond it: infinite numbers, texts for numbers, and boxes of another sample.
 
     Args:
         path: the submission.
@@ -162,18 +183,19 @@ def read_submission(path: Path, sample_tokens: Strings, task: DetectionTask = NU
     results = _load(path)
     try:
         check_sample_tokens(results, sample_tokens)
-        predictions = _predictions(results, sample_tokens, task)
-        check_predictions(predictions, sample_tokens)
+        predictions, num_points = _predictions(results, sample_tokens, task)
+        _check_counts(predictions.boxes, sample_tokens)
+        _check_numbers(predictions, sample_tokens, may_be_unknown=("velocity",))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return predictions
+    return predictions[np.trunc(num_points) != 0]
 
 
 def _load(path: Path) -> dict[str, list[Record]]:
     with _paused_garbage_collection():
         document = read_json(path, "submission")
     results = document.get("results") if isinstance(document, dict) else None
-    if not isinstance(results, dict) or not isinstance(document.get("meta"), dict):
+    if not isinstance(results, dict) or "meta" not in document:
         raise UserError(
             f'{path}: no submission; accepted: {{"meta": {{…}}, "results": {{sample token: [box, …]}}}}'
         )
@@ -194,7 +216,8 @@ def _paused_garbage_collection() -> Iterator[None]:
 
 def _predictions(
     results: dict[str, list[Record]], sample_tokens: Strings, task: DetectionTask
-) -> Predictions:
+) -> tuple[Predictions, Floats]:
+    """Detections, and (N,) the points that each says it holds."""
     row_of = {token: row for row, token in enumerate(sample_tokens.tolist())}
     for token, found in results.items():
         if not isinstance(found, list):
@@ -208,11 +231,12 @@ def _predictions(
         attribute=_ids(records, "attribute_name", task.attributes, none=""),
         **{name: _numbers(records, name, width) for name, width in _NUMBERS.items()},
     )
-    return Predictions(boxes, _numbers(records, "detection_score", 0)[:, 0], task)
+    score, num_points = (_numbers(records, name, 0)[:, 0] for name in _DEFAULTS)
+    return Predictions(boxes, score, task), num_points
 
 
 def _check_records(records: list[Record], results: dict[str, list[Record]]) -> None:
-    wanted = {"sample_token", "detection_name", "detection_score", "attribute_name", *_NUMBERS}
+    wanted = {"sample_token", "detection_name", "attribute_name", *_NUMBERS}
     for token, record in zip(_token_of_each(results), records, strict=True):
         if not isinstance(record, dict) or not wanted <= record.keys():
             raise UserError(
@@ -242,7 +266,10 @@ def _numbers(records: list[Record], key: str, width: int) -> Floats:
         key: What the numbers are.
         width: How many of them are in a list; 0 for a number that stands alone.
     """
-    lists = [record[key] for record in records] if width else [[record[key]] for record in records]
+    if width:
+        lists = [record[key] for record in records]
+    else:
+        lists = [[record.get(key, _DEFAULTS[key])] for record in records]
     lengths, kinds = {width or 1}, {int, float}
     if not (set(map(type, lists)) <= {list} and set(map(len, lists)) <= lengths):
         bad = next(i for i, one in enumerate(lists) if type(one) is not list or {len(one)} != lengths)

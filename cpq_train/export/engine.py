@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.export.packages import require
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import COORDS, FEATURES

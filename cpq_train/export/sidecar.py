@@ -14,10 +14,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import write_whole
+from cpq_train.common.files import sha256_of, write_whole
 from cpq_train.common.schema import Count, check_document, keys, list_of, validated
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from cpq_train.arms.subject import Subject
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, replacing
+from cpq_train.common.files import check_output, replacing, sha256_of
 from cpq_train.data.settings import DataSettings
 from cpq_train.export.graph import onnx
 from cpq_train.export.parts import MAP
@@ -166,7 +165,7 @@ def _sidecar(
         head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
         network=asdict(config),
         data=data.to_dict(),
-        post_processing=asdict(post_processing),
+        post_processing=asdict(post_processing.reaching(config.point_cloud_range)),
     )
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.files import sha256_of
 from cpq_train.common.wandb_private import use_offline
 from cpq_train.training.detector import FOLDED_FILE, CenterPointDetector
 

@@ -9,7 +9,8 @@ alike; a map with fewer than K cells is fine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
 from cpq_train.models.config import BevGeometry, NetworkConfig
 from cpq_train.models.nms import rank_in_group, rotated_nms
 
+CENTER_RANGE: Final = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+"""Of box centres, as published for nuScenes: x, y, z minimum, then maximum, metres."""
+
 
 @dataclass(frozen=True)
 class PostProcessing:
@@ -27,7 +31,8 @@ class PostProcessing:
     Attributes:
         max_objects_per_head: cells taken from each head and sample, the best ones (K).
         score_threshold: a box needs a greater score than this.
-        center_range: x, y, z minimum, then maximum, of a box centre in the LiDAR frame, metres, inclusive.
+        center_range: x, y, z minimum, then maximum, of a box centre in the LiDAR frame, metres, inclusive;
+            null is +-61.2 m (z: +-10 m), and as far as the point cloud range where that reaches further.
         nms_iou: boxes with a greater IoU (bird's-eye view) than this suppress each other.
         nms_pre: boxes of each head and sample that enter the NMS.
         nms_post: boxes of each head and sample that leave it.
@@ -35,21 +40,35 @@ class PostProcessing:
 
     max_objects_per_head: int = 500
     score_threshold: float = 0.1
-    center_range: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+    center_range: tuple[float, float, float, float, float, float] | None = None
     nms_iou: float = 0.2
     nms_pre: int = 1000
     nms_post: int = 83
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "center_range", tuple(self.center_range))
+        if self.center_range is not None:
+            object.__setattr__(self, "center_range", tuple(self.center_range))
         for name in ("max_objects_per_head", "nms_pre", "nms_post"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected 1 or more")
         for name in ("score_threshold", "nms_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected a number between 0 and 1")
-        if len(self.center_range) != 6:
+        if self.center_range is not None and len(self.center_range) != 6:
             raise UserError(f"center_range is {self.center_range}: expected 6 values")
+
+    def reaching(self, point_cloud_range: Sequence[float]) -> PostProcessing:
+        """With the center range that null stands for; a set one is taken as it is.
+
+        Args:
+            point_cloud_range: x, y, z minimum, then maximum, of the network, metres.
+        """
+        if self.center_range is not None:
+            return self
+        ends = list(zip(CENTER_RANGE, map(float, point_cloud_range), strict=True))
+        x, y, z = (min(pair) for pair in ends[:3])
+        far_x, far_y, far_z = (max(pair) for pair in ends[3:])
+        return replace(self, center_range=(x, y, z, far_x, far_y, far_z))
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,7 @@ def decode(heads: Sequence[HeadOutput], config: NetworkConfig, post: PostProcess
     Returns:
         Detections by sample, on the device of the outputs.
     """
+    post = post.reaching(config.point_cloud_range)
     pairs = zip(heads, config.class_ids, strict=True)
     found = [_candidates(head, ids, config.geometry, post) for head, ids in pairs]
     batch_size = heads[0]["hm"].shape[0]

@@ -13,11 +13,11 @@ from cpq_train.common.file_names import file_name
 from cpq_train.common.files import check_regular, write_whole
 from cpq_train.evaluation.boxes import Bools
 from cpq_train.evaluation.gaps import compared_metrics
-from cpq_train.evaluation.lost_objects import Changes, operating_scores
+from cpq_train.evaluation.lost_objects import UNMATCHED, Changes, operating_scores
 from cpq_train.evaluation.metric import curves
 from cpq_train.evaluation.protocol import RECALL_GRID, TP_THRESHOLD_INDEX
 from cpq_train.evaluation.ranges import bin_names
-from cpq_train.evaluation.reliability import reliability
+from cpq_train.evaluation.reliability import reliability, scores_are_chances
 from cpq_train.report import charts
 from cpq_train.report.amax_history import (
     AMAX_DRIFT_FILE,
@@ -95,13 +95,13 @@ def _charts(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str]]:
     per_range = {run.title: [run.metrics["per_range"][name]["mAP"] for name in bins] for run in runs}
     names = [f"{name} m" for name in bins]
     yield "range", "per_range", "mAP per distance from the vehicle.", charts.bars(names, per_range, "mAP")
-    if curves_of:
+    if rated := [run for run in curves_of if scores_are_chances(run.matches)]:
         caption = (
             "Left: share of detections that match within 2 m, over their score. On the diagonal a score is "
             "the chance of a match; above it the network is too modest, below it too sure. "
             "Right: how many detections stand behind each point."
         )
-        yield "confidence", "reliability", caption, _reliability_chart(curves_of)
+        yield "confidence", "reliability", caption, _reliability_chart(rated)
 
 
 def _score_chart(runs: Sequence[Run]) -> str:
@@ -189,7 +189,8 @@ def _close_ups(
 
 def _object_title(changed: Changes, row: int, arm: str) -> str:
     name = changed.task.names[changed.labels[row]].replace("_", " ")
-    scores = [f"{score:.2f}" if score else "none" for score in (changed.float_score[row], changed.score[row])]
+    of_both = (changed.float_score[row], changed.score[row])
+    scores = ["none" if score == UNMATCHED else f"{score:.2f}" for score in of_both]
     where = f"{changed.range_m[row]:.0f} m, {changed.num_points[row]} points"
     return f"{name}, {where}\nscore: float {scores[0]}, {arm} {scores[1]}"
 

@@ -18,7 +18,7 @@ from cpq_train.common.file_names import file_name
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import Floats
 from cpq_train.evaluation.matches import Matches, read_matches
-from cpq_train.evaluation.metrics_file import Document, read_metrics, task_of
+from cpq_train.evaluation.metrics_file import UNKNOWN, Document, read_metrics, task_of
 from cpq_train.evaluation.run_files import MATCHES_FILE, METRICS_FILE
 
 _MUST_AGREE = (
@@ -27,8 +27,8 @@ _MUST_AGREE = (
     ("dataset", "split"),
     ("dataset", "num_samples"),
     ("classes",),
-    ("postprocessing_sha256",),
 )
+_POSTPROCESSING = ("postprocessing_sha256",)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """float, float_tuned, ptq, qat or deployed."""
+        """float, float_tuned, ptq, qat, deployed or submission."""
         return str(self.metrics["arm"])
 
     @property
@@ -97,6 +97,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, document in zip(folders, documents, strict=True):
         for key in _MUST_AGREE:
             _check_agreement(key, (folders[0], documents[0]), (folder, document))
+    _check_postprocessing(folders, documents)
     matches = [_matches(folder, document) for folder, document in zip(folders, documents, strict=True)]
     for folder, document, found in zip(folders, documents, matches, strict=True):
         _check_count(folder, document, found)
@@ -112,7 +113,8 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _matches(folder: Path, document: Document) -> Matches | None:
     path = folder / MATCHES_FILE
-    return read_matches(path, task_of(document, str(folder))) if lexists(path) else None
+    task = task_of(document, str(folder))
+    return read_matches(path, task, _knows_postprocessing(document)) if lexists(path) else None
 
 
 def relative(run: Run, runs: Sequence[Run], arm: str) -> tuple[Run | None, str]:
@@ -127,6 +129,24 @@ def relative(run: Run, runs: Sequence[Run], arm: str) -> tuple[Run | None, str]:
     if not candidates:
         return None, f"no {arm} run among those compared"
     return None, f"{len(candidates)} {arm} runs, and none or several of them are the parent of {run.name}"
+
+
+def postprocessing_of(runs: Sequence[Run]) -> str:
+    """The hash of the post-processing that runs have in common, or that none of them knows it."""
+    known = (run.metrics["postprocessing_sha256"] for run in runs if _knows_postprocessing(run.metrics))
+    return next(known, UNKNOWN)
+
+
+def _knows_postprocessing(document: Document) -> bool:
+    return bool(document["postprocessing_sha256"] != UNKNOWN)
+
+
+def _check_postprocessing(folders: Sequence[Path], documents: Sequence[Document]) -> None:
+    """What is known of it must agree; what made a submission is not."""
+    pairs = zip(folders, documents, strict=True)
+    known = [(folder, document) for folder, document in pairs if _knows_postprocessing(document)]
+    for pair in known[1:]:
+        _check_agreement(_POSTPROCESSING, known[0], pair)
 
 
 def _check_agreement(key: tuple[str, ...], one: tuple[Path, Document], other: tuple[Path, Document]) -> None:

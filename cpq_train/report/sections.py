@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpq_train.common.nuscenes import TP_ERRORS
-from cpq_train.evaluation.gaps import NO_NDS
+from cpq_train.evaluation.gaps import HEADLINE, NO_NDS
 from cpq_train.evaluation.lost_objects import Counts
-from cpq_train.evaluation.metrics_file import Document
+from cpq_train.evaluation.metrics_file import UNKNOWN, Document
 from cpq_train.evaluation.protocol import THRESHOLDS_M
 from cpq_train.evaluation.reliability import NUM_BINS
+from cpq_train.report.checks import check_table
 from cpq_train.report.costs import cost_notes, cost_tables
 from cpq_train.report.deployed import WHAT_IT_SHOWS, engine_table
 from cpq_train.report.tables import NONE, Table, code, number
@@ -42,10 +43,11 @@ class Section:
 
 def subtitle(report: Document) -> str:
     """What was compared, in a sentence or two."""
-    dataset = report["dataset"]
+    dataset, unknown = report["dataset"], _of_unknown_postprocessing(report)
+    but = f" but {', '.join(unknown)}, of which it is unknown" if unknown else ""
     return (
         f"{dataset['root_name']} {dataset['version']}, split {dataset['split']}, "
-        f"{dataset['num_samples']} samples, the same post-processing for all arms. "
+        f"{dataset['num_samples']} samples, the same post-processing for all arms{but}. "
         f"Intervals: {report['interval_method']}; differences are paired."
     )
 
@@ -53,7 +55,7 @@ def subtitle(report: Document) -> str:
 def sections(report: Document) -> list[Section]:
     """The sections of a report that have something to say."""
     parts = [
-        Section("scores", "Scores", "", [_scores(report)], _about_scores(report), is_headline=True),
+        Section("scores", "Scores", "", [scores_table(report)], _about_scores(report), is_headline=True),
         Section("gaps", "Against float", _GAPS, [_gaps(report)], _notes(report), is_headline=True),
         Section(
             "cost",
@@ -64,6 +66,7 @@ def sections(report: Document) -> list[Section]:
             is_headline=True,
         ),
         Section("deployed", "Deployed", WHAT_IT_SHOWS, [engine_table(report)], is_headline=True),
+        Section("checks", "Checks", _CHECKS, [check_table(report)], is_headline=True),
         Section("bev", "From above", _BEV),
         Section("classes", "Classes", "", [_per_class(report), *_errors_per_class(report)]),
         Section(
@@ -83,6 +86,7 @@ _GAPS = (
     "What an arm scores more than the float run it came from, and the share of the loss of PTQ that QAT wins "
     "back: 100 % is float, 0 % is PTQ."
 )
+_CHECKS = "What `--fail_if` says that no score may be."
 _BEV = (
     "The sample with the most annotated objects; forward is up. Detections are shown from the score on at "
     "which float's F1 is largest for their class. A ring marks an object that only float, or only this arm, "
@@ -107,10 +111,22 @@ def _with_contents(part: Section, report: Document) -> Section:
     return Section(part.name, part.title, part.text, tables, part.notes, pictures, part.is_headline)
 
 
-def _scores(report: Document) -> Table:
+def _of_unknown_postprocessing(report: Document) -> list[str]:
+    return [run["title"] for run in report["runs"] if run["postprocessing_sha256"] == UNKNOWN]
+
+
+def _postprocessing_notes(report: Document) -> list[str]:
+    return [
+        f"{title}: its post-processing is unknown, and may be part of what tells it from the others."
+        for title in _of_unknown_postprocessing(report)
+    ]
+
+
+def scores_table(report: Document) -> Table:
+    """MAP, NDS and the five errors of each run, from its "title", "metrics" and "confidence"."""
     errors = [f"m{error}" for error in TP_ERRORS]
-    metrics = list(report["runs"][0]["gap_to_float"])
-    has_trained = any(run["trained"] for run in report["runs"])
+    metrics = [name for name in HEADLINE if report["runs"][0]["metrics"][name] is not None]
+    has_trained = any(run.get("trained") for run in report["runs"])
     rows = [
         [
             run["title"],
@@ -128,14 +144,15 @@ def _about_scores(report: Document) -> list[str]:
     """What of the scores is not as nuScenes has it."""
     skipped = report["dataset"].get("skipped_scenes", [])
     return [
-        *([] if "NDS" in report["runs"][0]["gap_to_float"] else [NO_NDS]),
+        *([NO_NDS] if report["runs"][0]["metrics"]["NDS"] is None else []),
         *([f"{len(skipped)} scenes were skipped, for files of theirs are missing."] if skipped else []),
+        *_postprocessing_notes(report),
     ]
 
 
 def _trained(run: Document) -> str:
     """MAP over the classes that a network was made for: all, unless `metrics.json` says otherwise."""
-    if run["trained"] is None:
+    if not run.get("trained"):
         return _with_interval(run["metrics"]["mAP"], run["confidence"]["mAP"])
     scored = _with_interval(run["trained"]["mAP"], run["trained"]["confidence"])
     return f"{scored} ({len(run['trained']['classes'])} of {len(run['per_class'])})"

@@ -21,12 +21,13 @@ def print_report(report: Document) -> None:
     for section in sections(report):
         if section.is_headline:
             for table in section.tables:
-                print_plain(_rich(table))
+                print_plain(as_rich(table))
             for note in section.notes:
                 print_plain(f"  {note}")
 
 
-def _rich(table: Table) -> RichTable:
+def as_rich(table: Table) -> RichTable:
+    """A table for the console."""
     rich_table = RichTable(title=table.title, title_justify="left")
     for column, name in enumerate(table.header):
         rich_table.add_column(

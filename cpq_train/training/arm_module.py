@@ -11,10 +11,12 @@ from typing_extensions import Self, override
 
 from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_content, from_weights, load
+from cpq_train.arms.partial_start import start_with_parts
 from cpq_train.arms.structure import build, set_range_policy
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import DEPLOYED, Arm, Row
 from cpq_train.common.checkpoint import read_checkpoint
+from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -36,6 +38,7 @@ class ArmModule(LightningModule):
         network: The network, that of `subject`.
         network_config: Its sizes.
         weights: Checkpoint to start from.
+        weights_parts: Modules of it that are taken, into an otherwise fresh network; None is all.
         arm: What to become; None is what `weights` is.
         scheme_file: What to quantize how; None is as `weights` has it.
         batchnorm: What becomes of BatchNorm; None is as `weights` has it.
@@ -47,6 +50,7 @@ class ArmModule(LightningModule):
     network: CenterPoint
     network_config: NetworkConfig
     weights: str | None
+    weights_parts: list[str] | None
     arm: Arm | None
     scheme_file: str | None
     batchnorm: BatchNormPolicy | None
@@ -107,6 +111,18 @@ class ArmModule(LightningModule):
                 "accepted with validate, test and predict (profile has an --engine_file of its own)"
             )
 
+    def refuse_parts(self) -> None:
+        """Refuse parts of weights where a whole network is needed.
+
+        Raises:
+            UserError: There are some.
+        """
+        if self.weights_parts is not None:
+            raise UserError(
+                f"model.weights_parts {self.weights_parts} begins a fit, and this is none: give the "
+                "checkpoint that it wrote as model.weights, without model.weights_parts"
+            )
+
     def start_as(self, arm: Arm | None) -> None:
         """Build an arm from `weights`.
 
@@ -117,7 +133,9 @@ class ArmModule(LightningModule):
             UserError: The weights are unfit for it, or there are none to start it from.
         """
         self.refuse_engine()
-        if self.weights is not None:
+        if self.weights_parts is not None:
+            self._start_with_parts(self.weights_parts, arm)
+        elif self.weights is not None:
             self._adopt(from_weights(self.network_config, self.weights, arm, self._scheme(), self.batchnorm))
         elif arm in (None, "float"):
             self.start_untrained()
@@ -126,6 +144,27 @@ class ArmModule(LightningModule):
         # Here and not when fitting starts: the optimizer and DDP are set up in between.
         if self.subject.arm == "qat":
             set_range_policy(self.subject, self.ranges.amax)
+
+    def _start_with_parts(self, parts: list[str], arm: Arm | None) -> None:
+        """Build a float arm that has parts of `weights`.
+
+        Raises:
+            UserError: See `start_with_parts`; there are no weights, or what starts is no fit of a float arm.
+        """
+        given, trainer = f"model.weights_parts {parts}", trainer_of(self)
+        if trainer is not None and trainer.state.fn != "fit":
+            self.refuse_parts()
+        if self.weights is None:
+            raise UserError(f"{given} without model.weights: expected the checkpoint that they are parts of")
+        if arm not in (None, "float"):
+            raise UserError(
+                f"{given} with arm {arm!r}: accepted: float, for what is fresh has yet to be trained; {arm} "
+                "starts from the checkpoint of that, as model.weights without model.weights_parts"
+            )
+        start = start_with_parts(self.network_config, self.weights, parts, self.batchnorm)
+        self._adopt(start.subject)
+        if self.is_global_zero:
+            print_plain(start.summary(self.weights))
 
     def start_untrained(self) -> None:
         """Build the arm with fresh weights and without ranges, to train a float one or to be measured."""

@@ -70,6 +70,9 @@ class CenterPointDetector(ArmModule):
         distillation: What a qat or float_tuned network also learns from a float one; null is nothing.
         engine_file: Deployment file of `export` that validate, test and predict run in the network's place;
             `weights` may name the checkpoint that it has to come from.
+        weights_parts: Modules of `weights` that a float network starts its training with, such as
+            [backbone_3d, backbone_2d, dense_head.shared_conv]; the rest is fresh, and its classes may be
+            others. Null is all of it.
     """
 
     def __init__(
@@ -88,7 +91,9 @@ class CenterPointDetector(ArmModule):
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008
         distillation: DistillationConfig | None = None,
         engine_file: str | None = None,
+        weights_parts: list[str] | None = None,
     ) -> None:
+        post_processing = post_processing.reaching(network.point_cloud_range)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if test_time_flip:
@@ -96,7 +101,8 @@ class CenterPointDetector(ArmModule):
         self.code_weights, self.loc_weight = resolve_code_weights(code_weights), loc_weight
         self.save_hyperparameters({**plain(settings), "code_weights": list(self.code_weights)}, logger=False)
         self.network_config = network
-        self.weights, self.arm, self.scheme_file = weights, arm, scheme
+        self.weights, self.weights_parts = weights, weights_parts
+        self.arm, self.scheme_file = arm, scheme
         self.batchnorm, self.ranges = batchnorm, ranges
         self.engine_file, self.engine = engine_file, None
         self.post_processing, self.test_time_flip = post_processing, test_time_flip

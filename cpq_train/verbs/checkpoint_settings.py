@@ -69,6 +69,22 @@ def leave_to_engine(config: Namespace, given: Given) -> None:
         model.weights = None
 
 
+def leave_out_parts(config: Namespace, given: Given) -> list[str]:
+    """Let parts go with the weights that they were said of: those of a fit are none of what it made.
+
+    Returns:
+        A sentence, where the configuration of such a fit meets other weights.
+    """
+    parts = config.model.weights_parts
+    if parts is None or given.place_of("model.weights_parts") >= given.place_of("model.weights"):
+        return []
+    config.model.weights_parts = None
+    return [
+        f"model.weights_parts {parts} is left out: it was said of other weights than "
+        f"{config.model.weights!r}, which are taken whole; to take parts of them, say so where they are named"
+    ]
+
+
 def find_scheme(config: Namespace, given: Given) -> None:
     """Look for a scheme file that is not there beside the configuration that names it, too."""
     scheme = config.model.scheme

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 from cpq_train.common.console import plain_messages, print_plain
-from cpq_train.common.errors import ForeignCheckpointError, OptionError, UserError
+from cpq_train.common.errors import CheckFailed, ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
 from cpq_train.resilience.lost_processes import naming_lost_processes
 from cpq_train.verbs.mistakes import naming_mistakes
@@ -36,6 +36,7 @@ LIGHTNING_VERBS = ("fit", "validate", "test", "predict", "calibrate", "sensitivi
 PLAIN_VERBS: Final = {
     "simulate": Verb("cpq_train.simulator", "simulate"),
     "build-gt-database": Verb("cpq_train.data.gt_database", "build_gt_database"),
+    "score": Verb("cpq_train.verbs.score", "score", "submission"),
     "compare": Verb("cpq_train.report.compare", "compare", "run_dirs"),
     "describe": Verb("cpq_train.verbs.describe", "describe", "checkpoint"),
     "verify": Verb("cpq_train.verbs.verify", "verify", "checkpoint"),
@@ -48,6 +49,8 @@ DESCRIPTION = "Quantization-aware fine-tuning of CenterPoint-Voxel."
 def main(args: list[str] | None = None) -> None:
     """Run a verb; a user's mistake ends with its message and exit code 2, a signal with what is saved.
 
+    A check that failed ends with exit code 1.
+
     Args:
         args: Command-line arguments; None takes those of the process.
     """
@@ -57,6 +60,9 @@ def main(args: list[str] | None = None) -> None:
             _dispatch(args)
     except Stopped as stop:
         sys.exit(exit_code(stop))
+    except CheckFailed as failed:
+        print_plain(str(failed), style="red", stderr=True)
+        sys.exit(1)
     except UserError as error:
         print_plain(f"error: {_said(error)}", style="red", stderr=True)
         if isinstance(error, OptionError):
@@ -92,7 +98,8 @@ def _dispatch(args: list[str]) -> None:
 def _run_plain(name: str, args: list[str]) -> None:
     verb = PLAIN_VERBS[name]
     function = getattr(import_module(verb.module), verb.function)
-    given = _parser(f"cpq_train {name}", function, verb.positional).parse_args(args)
+    parser = _parser(f"cpq_train {name}", function, verb.positional)
+    given = parser.instantiate_classes(parser.parse_args(args))  # a dataclass of its options
     arguments = {parameter: given[parameter] for parameter in inspect.signature(function).parameters}
     with raising_signals(), plain_messages():
         function(**arguments)
@@ -112,6 +119,8 @@ def _parser(prog: str, function: Callable[..., Any], positional: str | None) -> 
         # By itself jsonargparse would take a list in brackets only.
         item = _item_type(types[name])
         how: dict[str, Any] = {"type": types[name]} if item is None else {"type": item, "nargs": "+"}
+        if item is not None and name != positional:
+            how["action"] = "extend"  # given twice, the first would be lost
         if types[name] is bool:
             how = {"action": ActionYesNo, "nargs": "?"}  # the name alone, or with true or false
         if parameter.default is not inspect.Parameter.empty:

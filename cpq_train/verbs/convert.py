@@ -16,11 +16,11 @@ from torch import Tensor
 from cpq_train.arms.loading import from_content, load
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
-from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, serialized, sha256_of
+from cpq_train.common.checkpoint import NETWORK_PREFIX, NOT_TRAINED, read_checkpoint, serialized
 from cpq_train.common.console import print_plain
 from cpq_train.common.documents import read_yaml
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, replacing, write_whole
+from cpq_train.common.files import check_output, replacing, sha256_of, write_whole
 from cpq_train.interop.conventions import MMDET3D_0, MMDET3D_1, OPENPCDET, TIANWEIY, Convention
 from cpq_train.interop.conversion import DROPPED, FILLED, Converted, to_ours
 from cpq_train.interop.foreign_file import read_foreign, stated_mmdet3d_version

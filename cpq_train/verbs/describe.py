@@ -9,8 +9,9 @@ from rich.table import Table
 
 from cpq_train.arms.description import Description
 from cpq_train.arms.state import not_finite
-from cpq_train.common.checkpoint import network_state, read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import network_state, read_checkpoint
 from cpq_train.common.console import print_plain
+from cpq_train.common.files import sha256_of
 from cpq_train.data.settings import DataSettings
 
 

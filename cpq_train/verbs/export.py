@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import cpq_train.export
 from cpq_train.arms.loading import write_subject
 from cpq_train.arms.snapped_biases import Moved, snap_biases
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, write_whole
+from cpq_train.common.files import check_output, sha256_of, write_whole
 from cpq_train.export.engine import WHOLE_TARGETS
 from cpq_train.export.planning import plan_of
 from cpq_train.export.sidecar import sidecar_path

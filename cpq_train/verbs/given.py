@@ -29,20 +29,22 @@ class Given:
         self._options = dict(_options(args))
         self._names: set[str] = set()
         self._said: list[tuple[Path, str, Any]] = []
-        for file in files:
-            self._take("", _content(str(file)), file)
+        self._places: dict[str, int] = {}
+        for place, file in enumerate(files):
+            self._take("", _content(str(file)), file, place)
         for name, value in self._options.items():
-            self._take(name, value, Path())
+            self._take(name, value, Path(), len(files))
 
-    def _take(self, name: str, value: Any, file: Path) -> None:
+    def _take(self, name: str, value: Any, file: Path, place: int) -> None:
         """Note single options: a group of which one is set is not set as a whole."""
         content = value if isinstance(value, Mapping) else _content(value)
         if isinstance(content, Mapping):
             inner = file if isinstance(value, Mapping) or not _is_file(value) else Path(value)
             for key, one in content.items():
-                self._take(f"{name}.{key}".lstrip("."), one, inner)
+                self._take(f"{name}.{key}".lstrip("."), one, inner, place)
         else:
             self._names.add(name)
+            self._places[name.removesuffix("+")] = place
         self._said.append((file, name, value))
 
     def __contains__(self, name: str) -> bool:
@@ -53,6 +55,13 @@ class Given:
     def on_command_line(self, name: str) -> bool:
         """Whether the command line itself sets an option."""
         return any(name.startswith(option) for option in self._options)
+
+    def place_of(self, name: str) -> int:
+        """The last place that sets an option by its full name: a file by its number, then the command line.
+
+        It is -1 where none does.
+        """
+        return self._places.get(name, -1)
 
     def file_that_says(self, name: str, value: Any) -> Path | None:
         """The last configuration file in which an option has a value."""

@@ -43,6 +43,7 @@ from cpq_train.verbs.checkpoint_settings import (
     find_scheme,
     follow_features,
     keep_what_was_asked,
+    leave_out_parts,
     leave_to_engine,
     take_data_settings,
 )
@@ -215,7 +216,7 @@ class QuantCLI(HookedCLI):
             leave_to_engine(config, self.given)
         find_scheme(config, self.given)
         follow_classes(config, self.given)
-        for sentence in take_data_settings(config, self.given):
+        for sentence in (*leave_out_parts(config, self.given), *take_data_settings(config, self.given)):
             rank_zero_warn(sentence)
         follow_features(config, self.given)
 

@@ -34,6 +34,8 @@ class VerbParser(ArgumentParser):
             super().error(message, ex)
         names = re.match(r"unrecognized arguments: (--[\w.-]+)", message)
         near = _near(names[1], self._option_string_actions) if names else ""
+        if self._subcommands_action is not None:  # whose names stand before those of their options
+            message = re.sub(r"required: \S.*", lambda named: re.sub(r"\b\w+\.", "", named[0]), message)
         raise OptionError(_in_short(message) + near) from ex
 
     @override
@@ -111,7 +113,6 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 def _in_short(message: str) -> str:
     """What jsonargparse says of a value, which may be a page on the members of a union, in a line."""
-    message = re.sub(r"required: \S.*", lambda names: re.sub(r"\b\w+\.(?=\w)", "", names[0]), message)
     message = re.sub(r"^Subcommand '\w+' does not accept option", "unknown option", message)
     option = re.match(r'Parser key "([^"]+)":\s*', message)
     if option is None:

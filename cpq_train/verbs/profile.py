@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import points_of, voxelizer_of

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from cpq_train.common.arm_names import DEPLOYED
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DataSettings, as_tuple
 from cpq_train.profiling.interleaved import time_in_turn

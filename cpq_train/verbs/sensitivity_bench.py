@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from cpq_train.common.arm_names import Arm
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.models import CenterPoint, HeadOutput
 from cpq_train.models.divergence import output_distance

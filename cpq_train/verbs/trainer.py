@@ -107,6 +107,7 @@ class QuantTrainer(ResilientTrainer):
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
         model.refuse_engine()
+        model.refuse_parts()
         if model.weights is None:
             raise UserError("calibrate starts from model.weights, a float checkpoint, not from --ckpt_path")
         check_output(output)
@@ -200,6 +201,7 @@ class QuantTrainer(ResilientTrainer):
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
         model.refuse_engine()
+        model.refuse_parts()
         if self.world_size != 1:
             raise UserError(f"sensitivity runs on one device, not {self.world_size}: set --trainer.devices 1")
         settings = SensitivitySettings(
@@ -247,6 +249,7 @@ class QuantTrainer(ResilientTrainer):
         assert isinstance(model, CenterPointDetector)
         assert isinstance(datamodule, NuScenesDataModule)
         model.refuse_engine()
+        model.refuse_parts()
         if self.world_size != 1:
             raise UserError(f"profile runs on one device, not {self.world_size}: set --trainer.devices 1")
         if checkpoints and model.weights is not None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 
 from cpq_train.arms.description import Description
-from cpq_train.common.checkpoint import read_checkpoint, sha256_of
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, write_whole
+from cpq_train.common.files import check_output, sha256_of, write_whole
 from cpq_train.common.progress import track
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule

@@ -149,6 +149,7 @@ RESUME = Reader(
     ["fit", *TUNED, "--model.weights", "ptq/ptq.ckpt", *qat_run(), "--ckpt_path", "last"],
     _weights("qat/checkpoints/last.ckpt"),
 )
+SCORE = Reader(["score", "float/results_nusc.json", "--data.root", "data", "--output", "out"], _nothing)
 FIT = Reader(["fit", *NETWORK, *OUT], _weights("out/checkpoints/last.ckpt"))
 TABLES = _validated("--model.weights", FLOAT)
 
@@ -212,6 +213,8 @@ SUBJECTS: Mapping[str, Subject] = {
     "GT database": Subject(_cache_files("gt-*"), (FIT,), {**BYTES, **IRREGULAR, **PLANTED}),
     "metrics": Subject(("*/metrics.json",), (COMPARE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
     "matches": Subject(("*/matches.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),
+    # Its numbers may be any, and no checksum tells: what they become is not compared.
+    "submission": Subject(("float/results_nusc.json",), (SCORE,), {**BYTES, **DOCUMENT, **IRREGULAR}),
     "picture's sample": Subject(("*/bev_sample.npz",), (COMPARE,), {**BYTES, **ARRAYS, **IRREGULAR_IF_THERE}),
     "table of a run": Subject(
         (

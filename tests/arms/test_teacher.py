@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.structure import build
 from cpq_train.arms.teacher import Teacher, find_teacher
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.models import CODE_WEIGHTS, CenterPoint, NetworkConfig
 from cpq_train.models.distillation import DistillationConfig, run_observed
 from cpq_train.training.detector import CenterPointDetector

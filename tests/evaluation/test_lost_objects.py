@@ -11,6 +11,7 @@ from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.evaluation.boxes import Boxes, GroundTruth, Predictions
 from cpq_train.evaluation.lost_objects import (
     COLUMNS,
+    UNMATCHED,
     changes,
     counts,
     match_scores,
@@ -69,6 +70,18 @@ def test_list() -> None:
     ]
 
 
+def test_scores_below_0_are_scores() -> None:
+    """Logits: what float misses at -3 it does not find, and a match of score 0 is one."""
+    baseline, other = found_at([-0.5, -1.0, -3.0, 0.0]), found_at([-0.2, 0.0, -0.1, -4.0])
+    assert operating_scores(baseline)[0] == -3.0
+    found = changes(baseline, other)
+    assert found.is_found_by_float.tolist() == [True, True, True, False]
+    assert found.is_found.tolist() == [True, False, True, False]
+    file = io.StringIO()
+    write_changes(file, {"other": found})
+    assert file.getvalue().splitlines()[1:] == ["other,lost,sample0,car1,car,25.00,11,-1.0000,"]
+
+
 def test_the_same_result_changes_nothing() -> None:
     found = find_matches(*random_problem(3, 200, 400))
     same = changes(found, found)
@@ -86,9 +99,9 @@ def test_operating_score_is_the_best_of_all() -> None:
         rows = found.pred_label == label
 
         def f1(score: float) -> float:
-            hits = np.count_nonzero(of_class[of_class > 0] >= score)  # noqa: B023
+            hits = np.count_nonzero(of_class >= score)  # noqa: B023
             return float(2 * hits / (np.count_nonzero(found.pred_score[rows] >= score) + len(of_class)))  # noqa: B023
 
         scores = np.unique(found.pred_score[rows])
-        if of_class.any():
+        if (of_class > UNMATCHED).any():
             assert f1(best[label]) == pytest.approx(max(map(f1, scores)), abs=0.05), DETECTION_CLASSES[label]

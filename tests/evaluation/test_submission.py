@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_problems import random_problem
+from nuscenes.eval.common.loaders import load_prediction
+from nuscenes.eval.detection.data_classes import DetectionBox
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
@@ -151,7 +153,6 @@ def _add_boxes(document: dict[str, Any]) -> None:
         ),
         (_set("velocity", [float("inf"), 0.0]), "velocity of a detection is .*inf.*finite numbers"),
         (_set("detection_score", float("nan")), "detection_score of a detection is .nan."),
-        (_set("size", [1.0, 0.0, 1.0]), "size of a detection is .*accepted: numbers above 0"),
         (_set("size", [1.0, 1.0]), "size of a detection is no list of 3 numbers"),
         (_set("size", ["1.0", "1.0", "1.0"]), r"size of a detection is no list of 3 numbers: \['1.0'"),
         (_set("size", [[1.0], [1.0], [1.0]]), r"size of a detection is no list of 3 numbers: \[\[1.0"),
@@ -186,6 +187,91 @@ def test_bad_submissions(change: Callable[[dict[str, Any]], None], message: str,
     assert str(path) in str(error.value)
 
 
+def _drop(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda document: next(boxes for boxes in document["results"].values() if boxes)[0].pop(key)
+
+
+def _of_devkit(path: Path) -> list[DetectionBox]:
+    boxes: list[DetectionBox] = load_prediction(str(path), 500, DetectionBox)[0].all
+    return boxes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("velocity", [float("nan"), float("nan")]),
+        _set("velocity", [float("nan"), 1.0]),
+        _set("size", [0.0, 0.0, 0.0]),
+        _set("size", [1, 2, 3]),
+        _set("translation", [1, 2, 3]),
+        _set("detection_score", 1),
+        _set("detection_score", -1.0),
+        _set("detection_score", 17.5),
+        _drop("detection_score"),
+        _set("num_pts", 3),
+        _set("ego_translation", [1.0, 2.0, 0.0]),
+        _set("instance", {"any": "thing"}),
+        lambda document: document.update(meta={}),
+        lambda document: document.update(meta=None, more=1),
+    ],
+)
+def test_what_the_devkit_takes_is_taken_as_it_is(
+    change: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    write_submission(path, finite_predictions(), TOKENS)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    ours, theirs = read_submission(path, TOKENS), _of_devkit(path)
+    for name in ("translation", "size", "rotation", "velocity"):
+        np.testing.assert_array_equal(getattr(ours.boxes, name), [getattr(box, name) for box in theirs])
+    assert ours.score.tolist() == [box.detection_score for box in theirs]
+
+
+def test_boxes_that_say_they_hold_no_points_do_not_count(tmp_path: Path) -> None:
+    """nuscenes-devkit filters detections by `num_pts` as it does annotations."""
+    path = tmp_path / "results.json"
+    write_submission(path, finite_predictions(), TOKENS)
+    whole, document = read_submission(path, TOKENS), json.loads(path.read_text())
+    boxes = [box for boxes in document["results"].values() for box in boxes]
+    for box, num_points in zip(boxes, (0, 1, 0, -1), strict=False):
+        box["num_pts"] = num_points
+    path.write_text(json.dumps(document))
+    left = read_submission(path, TOKENS)
+    assert left.score.tolist() == [whole.score[1], *whole.score[3:]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _add_boxes,
+        _set("detection_name", "tram"),
+        _set("attribute_name", "flying"),
+        _set("translation", [0.0, float("nan"), 0.0]),
+        _set("size", [float("nan"), 1.0, 1.0]),
+        _set("rotation", [1.0, 0.0, float("nan"), 0.0]),
+        _set("detection_score", float("nan")),
+        _set("detection_score", None),
+        _set("velocity", [1.0]),
+        _drop("velocity"),
+        _drop("attribute_name"),
+        lambda document: document.pop("meta"),
+        lambda document: document.pop("results"),
+    ],
+)
+def test_what_the_devkit_refuses_is_refused(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_submission(path, finite_predictions(), TOKENS)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises((AssertionError, KeyError, TypeError)):
+        _of_devkit(path)
+    with pytest.raises(UserError, match=r"accepted|is no list of 2 numbers|is no number: None"):
+        read_submission(path, TOKENS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -206,9 +292,11 @@ def test_absent_file(tmp_path: Path) -> None:
         read_submission(tmp_path / "absent.json", TOKENS)
 
 
-def test_bad_predictions_are_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("velocity", np.nan), ("size", 0.0)])
+def test_bad_predictions_are_not_written(name: str, value: float, tmp_path: Path) -> None:
+    """Though they are read in those of others."""
     predictions = finite_predictions()
-    predictions.boxes.velocity[5] = np.nan
-    with pytest.raises(UserError, match="velocity of a detection"):
+    getattr(predictions.boxes, name)[5] = value
+    with pytest.raises(UserError, match=f"{name} of a detection"):
         write_submission(tmp_path / "results.json", predictions, TOKENS)
     assert not list(tmp_path.iterdir())

@@ -117,7 +117,7 @@ def export(
         head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
         network=asdict(NETWORK),
         data=data.to_dict(),
-        post_processing=asdict(post),
+        post_processing=asdict(post.reaching(NETWORK.point_cloud_range)),
     ).write(sidecar_path(path))
     return path
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from cpq_train.arms.loading import from_weights
 from cpq_train.arms.structure import build
-from cpq_train.common.checkpoint import NOT_TRAINED, sha256_of
+from cpq_train.common.checkpoint import NOT_TRAINED
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.interop import conventions
 from cpq_train.interop.conversion import DROPPED, FILLED, to_ours
 from cpq_train.models import CenterPoint, NetworkConfig

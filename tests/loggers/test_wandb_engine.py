@@ -7,7 +7,7 @@ from exported_files import exported, stating
 from offline_run import offline_runs
 from old_files import small_options
 
-from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.files import sha256_of
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.export.sidecar import read_sidecar
 from cpq_train.verbs.cli import main

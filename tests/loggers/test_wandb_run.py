@@ -15,7 +15,7 @@ import wandb
 from offline_run import OfflineRun, offline_runs
 from tiny_model import BASE, OVERLAY, tiny_options
 
-from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.files import sha256_of
 from cpq_train.verbs.cli import main
 
 WANDB = ("--trainer.logger", "WandbRunLogger")

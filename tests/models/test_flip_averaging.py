@@ -191,6 +191,7 @@ def test_settings() -> None:
 
 def test_hash_of_post_processing() -> None:
     """Off it is the hash that runs have always had."""
-    plain = postprocessing_sha256(PostProcessing())
+    post = CenterPointDetector(SMALL).post_processing
+    plain = postprocessing_sha256(post)
     assert plain == "ab1a91ad0a2b57da97b72466ce0925f216ada059697281d8387257a9e66691f5"
-    assert postprocessing_sha256(PostProcessing(), True) != plain
+    assert postprocessing_sha256(post, True) != plain

@@ -176,6 +176,42 @@ def test_the_score_threshold_is_strict_and_the_range_inclusive() -> None:
     assert len(decode(flat_heads(0.0), SMALL_MAP, narrow)[0].scores) == 2
 
 
+def found_at_90_m(config: NetworkConfig, post: PostProcessing) -> list[float]:
+    """Where a car 90 m ahead, and 4 m to the side, is found."""
+    box = torch.tensor([[[4.0, 90.0, -1.0, 4.5, 1.9, 1.6, 0.5, 3.0, 0.0, 1.0]]])
+    (found,) = decode(perfect_heads(assign_targets(box, config)), config, post)
+    return [round(number, 3) for number in found.boxes[:, :2].flatten().tolist()]
+
+
+WIDE = NetworkConfig(point_cloud_range=(-12.8, -102.4, -5, 12.8, 102.4, 3), class_groups=(("car",),))
+
+
+def test_a_box_as_far_as_the_range_reaches_is_kept() -> None:
+    assert found_at_90_m(WIDE, PostProcessing()) == [4.0, 90.0]
+
+
+def test_a_center_range_that_is_set_is_taken_as_it_is() -> None:
+    published = PostProcessing(center_range=(-61.2, -61.2, -10.0, 61.2, 61.2, 10.0))
+    assert found_at_90_m(WIDE, published) == []
+    assert published.reaching(WIDE.point_cloud_range) is published
+
+
+@pytest.mark.parametrize(
+    ("reach", "expected"),
+    [
+        (NetworkConfig().point_cloud_range, (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)),
+        ((-54, -54, -5, 54, 54, 3), (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)),
+        ((-100, 0, -12, 50, 200, 3), (-100.0, -61.2, -12.0, 61.2, 200.0, 10.0)),
+    ],
+)
+def test_the_center_range_follows_the_point_cloud_range(
+    reach: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    found = PostProcessing().reaching(reach).center_range
+    assert found == expected
+    assert set(map(type, found or ())) == {float}  # whole numbers would have another hash
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -176,6 +176,8 @@ def test_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert name not in given, name
     assert given.on_command_line("ckpt_path")
     assert not given.on_command_line("seed_everything")
+    places = ("data.num_sweeps", "model.scheme", "model.ranges.amax", "model.arm", "model.network")
+    assert [given.place_of(name) for name in places] == [0, 1, 1, -1, -1]
     assert given.file_that_says("model.scheme", "s.yaml") == Path("model.yaml")
     assert given.file_that_says("data.num_sweeps", 5) == Path("c.yaml")
     assert given.file_that_says("data.num_sweeps", 6) is None

@@ -16,7 +16,7 @@ from command_line import fails
 from exported_files import exported, forge, stating, take_away
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
-from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.files import sha256_of
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.export.comparison import Probe
 from cpq_train.profiling.latency_file import read_latency

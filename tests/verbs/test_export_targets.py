@@ -16,7 +16,7 @@ from command_line import fails
 from exported_files import NEED_ONNX, forge, stating
 from old_files import CHECKPOINTS, small_options
 
-from cpq_train.common.checkpoint import sha256_of
+from cpq_train.common.files import sha256_of
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.export import comparison, engine
 from cpq_train.export.deployed_detector import DeployedDetector, DeploymentError

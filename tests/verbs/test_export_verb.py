@@ -17,8 +17,8 @@ from old_files import CHECKPOINTS
 
 import cpq_train.export
 from cpq_train.arms.structure import build
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.export import writing
 from cpq_train.export.sidecar import read_sidecar

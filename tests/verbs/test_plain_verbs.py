@@ -33,7 +33,7 @@ def test_help_lists_every_option(name: str, capsys: pytest.CaptureFixture[str]) 
     assert ("YAML file with these options" in texts) == ("config" not in parameters)
 
 
-@pytest.mark.parametrize("name", ["compare", "simulate"])
+@pytest.mark.parametrize("name", ["compare", "score", "simulate"])
 def test_starts_without_torch(name: str) -> None:
     code = (
         "import sys, contextlib\nfrom cpq_train.verbs.cli import main\n"
@@ -73,9 +73,11 @@ def _a_verb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lists_without_brackets() -> None:
     main(["record", "1", "b c", "--output", "2", "--cloud", "x", "3", "--number", "4", "--name", "5"])
+    main(["record", "--output=o", "a", "--cloud", "x", "--cloud", "y", "z"])
     main(["record", "--output=o", "a"])
     assert given == [
         ([Path("1"), Path("b c")], Path("2"), [Path("x"), Path("3")], 4, "5"),
+        ([Path("a")], Path("o"), [Path("x"), Path("y"), Path("z")], 1, None),
         ([Path("a")], Path("o"), None, 1, None),
     ]
 

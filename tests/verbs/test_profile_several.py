@@ -11,8 +11,8 @@ from command_line import fails
 from exported_files import DATA
 from old_files import CHECKPOINTS, SCHEMA_1, small_options
 
-from cpq_train.common.checkpoint import sha256_of
 from cpq_train.common.errors import UserError
+from cpq_train.common.files import sha256_of
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.verbs.cli import main
