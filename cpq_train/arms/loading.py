@@ -81,10 +81,10 @@ def from_weights(
         UserError: See `load` and `become`.
     """
     source = load(config, path)
-    source_arm, parents = source.arm, source.parents
+    source_arm, parents, trained_on = source.arm, source.parents, source.trained_on
     subject = become(source, arm or source_arm, scheme, batchnorm, path)
     descent: dict[str, str] = {} if subject.arm == source_arm else {source_arm: sha256_of(path)}
-    subject.parents = {**parents, **descent}
+    subject.parents, subject.trained_on = {**parents, **descent}, trained_on
     return subject
 
 

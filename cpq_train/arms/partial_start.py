@@ -67,7 +67,8 @@ def start_with_parts(
             tensors have other names or shapes.
     """
     checkpoint = read_checkpoint(path)
-    _check_source(Description.of(checkpoint, path), path)
+    said = Description.of(checkpoint, path)
+    _check_source(said, path)
     subject = build(config, "float", None, batchnorm)
     own = subject.network.state_dict()
     _check_parts(parts, own)
@@ -77,7 +78,7 @@ def start_with_parts(
     )
     check_part(mine, theirs, path)
     subject.network.load_state_dict(theirs, strict=False)
-    subject.parents = {PRETRAINED: sha256_of(path)}
+    subject.parents, subject.trained_on = {PRETRAINED: sha256_of(path)}, said.trained_on
     taken, fresh = (dict(_whole(subject.network, names)) for names in (mine, own.keys() - mine.keys()))
     return PartialStart(subject, taken, fresh)
 

@@ -32,6 +32,7 @@ def build_described(config: NetworkConfig, said: Description) -> Subject:
     subject = build(config, said.arm, said.scheme, said.batchnorm)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
+    subject.trained_on = said.trained_on
     subject.is_tuned = said.arm in TUNED_ARMS
     return subject
 

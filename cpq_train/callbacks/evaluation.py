@@ -57,18 +57,21 @@ class Evaluation(Callback):
         self._is_whole, self._num_bad_sweeps = False, 0
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a fit that validates, see that there is something to score, and that it may be."""
-        if stage == "fit" and trainer.enable_validation:
+        if trainer.enable_validation:
             data = datamodule_of(trainer)
-            annotations = ground_truth(data.index, data.eval_rows)
-            check_countable(data.index, data.eval_rows, annotations, data.splits.val)
+            check_countable(
+                data.index, data.eval_rows, ground_truth(data.index, data.eval_rows), data.splits.val
+            )
+            _check_unseen(data, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
         data = datamodule_of(trainer)
+        _check_unseen(data, pl_module)
         metric = NuScenesDetectionMetric(
             data.index, data.eval_rows, data.class_names, bool(left_out_by(trainer)), data.splits.val
         )
@@ -134,6 +137,11 @@ class Evaluation(Callback):
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 
+def _check_unseen(data: NuScenesDataModule, module: LightningModule) -> None:
+    assert isinstance(module, CenterPointDetector)
+    data.selection.check_unseen(module.trained_on, "the network")
+
+
 def _over_ranks(trainer: Trainer, number: int) -> int:
     """A count of all ranks; floats hold those of sweeps exactly."""
     total = trainer.strategy.reduce(
@@ -169,9 +177,10 @@ def run_info(
     module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path, num_bad_sweeps: int = 0
 ) -> RunInfo:
     """What `metrics.json` says of a run beside its scores; sweeps that all ranks left out among it."""
+    trained_on = module.trained_on
     return RunInfo(
         arm=module.row,
-        dataset=data.scored_info(num_bad_sweeps),
+        dataset={**data.scored_info(num_bad_sweeps), **({"trained_on": trained_on} if trained_on else {})},
         split=data.splits.val,
         trained_classes=data.class_names,
         postprocessing_sha256=postprocessing_sha256(module.post_processing, module.test_time_flip),

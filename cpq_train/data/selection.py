@@ -30,6 +30,11 @@ class SplitNames(NamedTuple):
     test: str
     calibration: str
 
+    @property
+    def trained_union(self) -> str | None:
+        """The training split, where it is several."""
+        return self.train if UNION in self.train else None
+
     @classmethod
     def only(cls, split: str) -> Self:
         """One split for everything."""
@@ -71,17 +76,32 @@ class Selection:
         Raises:
             UserError: training has some of them, and nobody forces it.
         """
-        rows, names = self._of(self._names.val, self._limits.sample_tokens), self._names
-        if UNION in names.train and not self._limits.force_score_on_train:
-            num_trained = int(self._index.is_in_split(rows, names.train).sum())
-            if num_trained:
-                raise UserError(
-                    f"data.train_splits [{names.train.replace(UNION, ', ')}] hold {num_trained} of the "
-                    f"{len(rows)} samples of data.val_split {names.val!r}, whose scores would be too good; "
-                    "choose another split, set data.force_score_on_train to true, or, in a fit, "
-                    "trainer.limit_val_batches to 0"
-                )
+        rows = self._of(self._names.val, self._limits.sample_tokens)
+        if (trained := self._names.trained_union) is not None:
+            self._check_unseen(rows, trained, "data.train_splits hold")
         return rows
+
+    def check_unseen(self, trained_on: str | None, what: str) -> None:
+        """See that a network was not trained on what it is scored on.
+
+        Args:
+            trained_on: the splits of its training, joined by "+"; None where nobody says.
+            what: whose training, for the message.
+
+        Raises:
+            UserError: it was, and nobody forces the score.
+        """
+        if trained_on is not None:
+            self._check_unseen(self.val_rows, trained_on, f"{what} was trained on {trained_on}, which holds")
+
+    def _check_unseen(self, rows: Rows, trained: str, words: str) -> None:
+        num_seen = int(self._index.is_in_split(rows, trained).sum())
+        if num_seen and not self._limits.force_score_on_train:
+            raise UserError(
+                f"{words} {num_seen} of the {len(rows)} samples of data.val_split {self._names.val!r}, whose "
+                "scores would be too good; choose another split, set data.force_score_on_train to true, or, "
+                "in a fit, trainer.limit_val_batches to 0"
+            )
 
     @property
     def test_rows(self) -> Rows:

@@ -23,6 +23,12 @@ UNION = "+"
 _KIND: TypeAdapter[dict[str, list[str]]] = TypeAdapter(mapping_to(list_of(str)))
 
 
+def union(*splits: str | None) -> str | None:
+    """Splits, each of which may be a union itself, as one; None where there is none."""
+    names = [name for split in splits if split for name in split.split(UNION)]
+    return UNION.join(dict.fromkeys(names)) or None
+
+
 def official_splits(scene_names: Iterable[str]) -> dict[str, list[str]]:
     """The official splits, each with those of its scene names that are among these."""
     from nuscenes.utils.splits import create_splits_scenes

@@ -44,7 +44,8 @@ class RunInfo:
         checkpoint_path: the checkpoint scored, or the one that the file was made of; or the submission.
         checkpoint_sha256: its hash.
         dataset: "root_name", "version" and "fingerprint", as the index gives them; where it is so, another
-            "lidar_channel", "skipped_scenes" and "num_bad_sweeps".
+            "lidar_channel", "skipped_scenes", "num_bad_sweeps", and the splits of a training on several,
+            "trained_on".
         split: name of the split scored.
         postprocessing_sha256: hash of the post-processing settings; runs that differ in it are not compared.
             `UNKNOWN` for a submission, which is compared with any.
@@ -196,6 +197,7 @@ _BASE: dict[str, Any] = {
             "lidar_channel": NotRequired[str],
             "skipped_scenes": NotRequired[list[str]],
             "num_bad_sweeps": NotRequired[Count],
+            "trained_on": NotRequired[str],
         }
     ),
     "confidence": keys({"mAP": _Interval, "NDS": _Interval, "method": str}),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from typing_extensions import NotRequired
 
 from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
@@ -29,7 +30,13 @@ _KIND = TypeAdapter(
         {
             "target": str,
             "file": keys({"name": str, "sha256": str, "num_bytes": Count}),
-            "checkpoint": keys({**dict.fromkeys(("path", "sha256", "arm"), str), "parents": dict[str, Any]}),
+            "checkpoint": keys(
+                {
+                    **dict.fromkeys(("path", "sha256", "arm"), str),
+                    "parents": dict[str, Any],
+                    "trained_on": NotRequired[str],
+                }
+            ),
             "inputs": list_of(keys({"name": str})),
             "outputs": list_of(keys({"name": str})),
             "class_names": list[Any],
@@ -52,7 +59,7 @@ class Sidecar:
     Attributes:
         target: One of `targets.TARGETS`.
         file: "name", "sha256", "num_bytes" of the deployment file.
-        checkpoint: "path", "sha256", "arm", "parents" of what was exported.
+        checkpoint: "path", "sha256", "arm", "parents", "trained_on" of what was exported.
         scheme: How it is quantized, whole.
         coverage: Kind of layer -> [quantized, all].
         versions: Package -> version, and "opset".

@@ -37,7 +37,7 @@ LOST_OBJECTS_FILE = "lost_objects.csv"
 NUM_LISTED_QUANTIZERS = 10
 
 _KEPT = (
-    *("arm", "checkpoint", "postprocessing_sha256", "metrics", "confidence"),
+    *("arm", "checkpoint", "dataset", "postprocessing_sha256", "metrics", "confidence"),
     *("per_class", "per_range", "coverage"),
 )
 """What a report says of a run as its `metrics.json` does."""

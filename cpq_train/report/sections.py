@@ -142,10 +142,21 @@ def scores_table(report: Document) -> Table:
 
 def _about_scores(report: Document) -> list[str]:
     """What of the scores is not as nuScenes has it."""
+    of_runs = [(run["title"], run["dataset"]) for run in report["runs"]]
     skipped = report["dataset"].get("skipped_scenes", [])
     return [
         *([NO_NDS] if report["runs"][0]["metrics"]["NDS"] is None else []),
         *([f"{len(skipped)} scenes were skipped, for files of theirs are missing."] if skipped else []),
+        *(
+            f"{title}: trained on {said['trained_on']}; scores on what it was trained on are too good."
+            for title, said in of_runs
+            if "trained_on" in said
+        ),
+        *(
+            f"{title}: {n} sweeps were left out."
+            for title, said in of_runs
+            if (n := said.get("num_bad_sweeps"))
+        ),
         *_postprocessing_notes(report),
     ]
 

@@ -21,6 +21,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.lightning_private import trainer_of
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.settings import DATA_KEY
+from cpq_train.data.splits import union
 from cpq_train.export.engine import Engine
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, freeze_batchnorm
@@ -65,6 +66,13 @@ class ArmModule(LightningModule):
         if self._subject is None:
             raise RuntimeError("the network is built by configure_model, or by loading a checkpoint")
         return self._subject
+
+    @property
+    def trained_on(self) -> str | None:
+        """The splits, joined by "+", where the network, or one that it came from, was trained on several."""
+        if self.engine is None:
+            return self.subject.trained_on
+        return self.engine.sidecar.checkpoint.get("trained_on")
 
     @property
     def row(self) -> Row:
@@ -223,8 +231,10 @@ class ArmModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what it is, and with what data settings it was made."""
-        checkpoint["quantization"] = self.subject.describe()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, NuScenesDataModule) and self.trainer.state.fn == "fit":
+            self.subject.trained_on = union(self.subject.trained_on, data.splits.trained_union)
+        checkpoint["quantization"] = self.subject.describe()
         if isinstance(data, NuScenesDataModule):
             checkpoint[DATA_KEY] = data.settings.to_dict()
 

@@ -29,6 +29,7 @@ def score_detector(
     Returns:
         mAP, and NDS where there is one, over the samples of all ranks.
     """
+    data.selection.check_unseen(detector.trained_on, "the network")
     metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names).to(detector.device)
     loader = data.evaluation_dataloader(rank, world_size)
     was_training = detector.training
