@@ -210,7 +210,7 @@ class NuScenesDataSet(LightningDataModule):
             "tokens_sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
         }
 
-    def scored_info(self, num_bad_sweeps: int) -> dict[str, Any]:
+    def scored_info(self, num_bad_sweeps: int = 0) -> dict[str, Any]:
         """What `metrics.json` says of the data set: which, and what of the scored split was left out."""
         skipped = self.selection.skipped(self.splits.val)
         left_out = {"skipped_scenes": skipped, "num_bad_sweeps": num_bad_sweeps}
