@@ -81,7 +81,10 @@ def _say_counts(annotations: GroundTruth, predictions: Predictions, matches: Mat
         f"{len(predictions.boxes):,} detections in {len(annotations.samples):,} samples, of which "
         f"{len(matches.pred_row):,} count: inside their class range, outside bicycle racks{unknown}"
     )
-    say(f"{len(annotations.boxes):,} annotations, of which {len(matches.gt_token):,} count: with points, too")
+    say(
+        f"{len(annotations.boxes):,} annotations, of which {len(matches.gt_token):,} count: the same, and "
+        "with points inside"
+    )
 
 
 def _check_matched_sizes(submission: Path, predictions: Predictions, matches: Matches) -> None:

@@ -6,6 +6,7 @@ left it is of every run but those of the row on the right.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def read_expression(text: str) -> Expression:
         UserError: It is none, or names a row or a metric that does not exist.
     """
     found = _FORM.fullmatch(text)
-    if found is None:
+    said = "" if found is None else re.sub(r"\s", "", found["number"] or found["offset"] or "0")
+    if found is None or not math.isfinite(float(said)):
         raise UserError(
             f"fail_if {text!r} is not readable; accepted: [ROW.]METRIC[:CLASS], < or >, and NUMBER, ROW, "
             "ROW+NUMBER or ROW-NUMBER, such as 'mAP<float-0.01', 'qat.NDS<0.6', 'AP:car<float-0.02'"
@@ -71,7 +73,6 @@ def read_expression(text: str) -> Expression:
     if row is not None and row == found["against"]:
         raise UserError(f"fail_if {text!r} measures {row} against itself; accepted: two rows")
     _check_metric(text, metric, of_class)
-    said = re.sub(r"\s", "", found["number"] or found["offset"] or "0")
     return Expression(text, row, metric, of_class, found["sign"], found["against"], float(said))
 
 
@@ -136,10 +137,10 @@ def _classes(expression: Expression, run: Run, other: Run | None) -> list[str | 
         name for name in run.metrics["per_class"] if all(name in one.metrics["per_class"] for one in both)
     ]
     defined = [name for name in known if all(_of_class(expression, one, name) is not None for one in both)]
-    if of_class == ALL_CLASSES:
+    if of_class == ALL_CLASSES and defined:
         return list(defined)
     if of_class not in defined:
-        why = f"class {of_class!r}" if of_class not in known else f"{expression.metric} of {of_class!r}"
+        why = f"{expression.metric} of {of_class!r}" if of_class in known else f"class {of_class!r}"
         raise UserError(f"fail_if {expression.text!r}: there is no {why}; accepted: {', '.join(defined)}")
     return [of_class]
 

@@ -84,6 +84,7 @@ def test_expressions_are_read(text: str, expected: tuple[Any, ...]) -> None:
         ("mAP<0.5-float", "is not readable"),
         ("mAP<nan", "names row 'nan'; accepted: float, float_tuned, ptq, qat, deployed, submission"),
         ("mAP<0.5 and NDS<0.5", "is not readable"),
+        ("mAP<1e999", "is not readable"),
         ("int8.mAP<0.5", "names row 'int8'; accepted: float, float_tuned"),
         ("mAP<flaot-0.01", "names row 'flaot'; accepted: float, float_tuned"),
         ("map<0.5", "names metric 'map'; accepted: mAP, NDS, mATE"),
