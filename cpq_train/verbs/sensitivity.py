@@ -89,6 +89,8 @@ def analyse(
     """
     if model.weights is None or model.scheme_file is None:
         raise UserError("sensitivity needs model.weights, a float checkpoint, and model.scheme")
+    if settings.metric == "nds" and not data.task.is_nuscenes:
+        raise UserError("--metric is nds, which data.classes have not; accepted with them: proxy")
     folder = settings.output / "schemes"
     bench = SensitivityBench(model, data, settings.num_samples, settings.metric == "nds", folder, device)
     if settings.num_samples < ADVISED_NUM_SAMPLES:
