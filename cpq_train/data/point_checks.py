@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.point_files import CloudError, Columns, read_columns
-from cpq_train.data.point_format import DEFAULT_DTYPE, PointFormat
+from cpq_train.data.point_format import DEFAULT_DTYPE, WIDTHS, PointFormat
 from cpq_train.data.point_layout import better_size
 
 MAX_COORDINATE_M: Final = 1000.0
@@ -36,7 +36,6 @@ _MIN_FOR_RANGE: Final = 100
 _SCALES: Final = (1.0, 255.0, *(MAX_INTENSITY / top for top in (4095.0, 65535.0)))
 """Of intensities from 0 to 255, 1, and what 12 and 16 bits hold."""
 
-_WIDTHS: Final = (5, 4, 6, 7, 8, 3)
 NUM_FILES: Final = 3
 _NUM_TRIED: Final = 64
 
@@ -53,8 +52,7 @@ def check_files(index: NuScenesIndex, points: PointFormat, skips_bad: bool = Fal
         CloudError: see `check_cloud`.
     """
     frames = np.linspace(0, len(index.frame_times_us) - 1, _NUM_TRIED).astype(np.int64)
-    there = (path for path in map(index.frame_path, np.unique(frames).tolist()) if path.is_file())
-    paths = list(there)
+    paths = [path for path in map(index.frame_path, np.unique(frames).tolist()) if path.is_file()]
     for place in np.unique(np.linspace(0, len(paths) - 1, NUM_FILES).astype(np.int64)) if paths else ():
         check_cloud(paths[place], points, skips_bad)
 
@@ -90,11 +88,7 @@ def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> Non
 
 def _better_size(columns: Columns, points: PointFormat) -> int | None:
     """Bytes of a point that a raw file clearly has, if they are others."""
-    if columns.layout is None:
-        return None
-    offsets = {name: points.record.fields[name][:2] for name in ("x", "y")}  # type: ignore[index]
-    places = [start + i for dtype, start in offsets.values() for i in range(dtype.itemsize)]
-    return better_size(columns.layout, points.record.itemsize, places)
+    return None if columns.layout is None else better_size(columns.layout, points.record)
 
 
 def _oddity(columns: Columns, points: PointFormat, skips_bad: bool = False) -> str | None:
@@ -190,7 +184,7 @@ def _usual_formats(points: PointFormat, size: int) -> list[PointFormat]:
     """What files may be whose points have a multiple of so many bytes: the smallest and most usual first."""
     heads = (("x", "y", "z", "intensity", "ring"), ("x", "y", "z", "intensity"), ("x", "y", "z"))
     found = []
-    for head, dtype, width in product(heads, ("float32", "float64"), _WIDTHS):
+    for head, dtype, width in product(heads, ("float32", "float64"), WIDTHS):
         names = (*head, *(f"_{place + 1}" for place in range(len(head), width)))
         ending = "" if dtype == DEFAULT_DTYPE else f":{dtype}"
         other = replace(points, columns=tuple(f"{name}{ending}" for name in names), intensity_scale=1.0)

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from cpq_train.common.arrays import parse_npy
 from cpq_train.common.errors import LoadingError, UserError
 from cpq_train.data.pcd import PcdError, parse_pcd
-from cpq_train.data.point_format import DTYPES, PointFormat
+from cpq_train.data.point_format import DTYPES, WIDTHS, PointFormat
 
 Points = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-_WIDTHS: Final = range(3, 9)
 _NUMBER_BYTES: Final = 8
 
 
@@ -89,7 +88,7 @@ def _check_length(content: Bytes, points: PointFormat, name: str) -> None:
     size, number = points.record.itemsize, len(content)
     if number % size:
         widths = fitting_widths(number)
-        fit = f"; {', '.join(widths)} would divide it" if widths else ""
+        fit = f"; {' or '.join(widths)} would divide it" if widths else ""
         raise CloudError(
             f"{name} is truncated: {number} bytes, expected a multiple of {size}, or has other columns than "
             f"data.point_columns {points}{fit}"
@@ -98,13 +97,11 @@ def _check_length(content: Bytes, points: PointFormat, name: str) -> None:
 
 def fitting_widths(num_bytes: int) -> list[str]:
     """The usual columns that a number of bytes is a multiple of, in words."""
-    kinds = ((dtype, DTYPES[dtype].itemsize) for dtype in ("float32", "float64"))
-    return [
-        f"{width} columns of {dtype}"
-        for dtype, size in kinds
-        for width in _WIDTHS
-        if not num_bytes % (width * size)
-    ]
+    words = []
+    for dtype in ("float32", "float64"):
+        fits = [str(width) for width in WIDTHS if not num_bytes % (width * DTYPES[dtype].itemsize)]
+        words += [f"{', '.join(fits)} columns of {dtype}"] if fits else []
+    return words
 
 
 def read_columns(path: Path, points: PointFormat, name: str) -> Columns:

@@ -24,6 +24,9 @@ DTYPES: Final = {
 """Of a column of a .bin file, by name; little-endian."""
 
 MAX_COLUMNS: Final = 64
+WIDTHS: Final = range(3, 9)
+"""Numbers of columns that are looked for where those that are given do not fit."""
+
 _POSITION: Final = ("x", "y", "z")
 _NAME: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 

@@ -11,7 +11,7 @@ the key frame's), "time_lag_s"}; the key frame has "file" alone. Paths are relat
 The rules are those of `cpq_train predict`, and voxels have the same bits. Boxes and scores may differ by
 rounding, so that scores which are that close may change places.
 
-Letters: P points, V voxels, T points per voxel, C columns or classes, H W map, N boxes, Q pairs of boxes.
+Letters: P points, F features, V voxels, T points per voxel, C columns or classes, H W map, N Q boxes, pairs.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ from numpy.typing import NDArray
 
 SCHEMA, TARGETS = 1, ("portable", "portable-fast")
 BRANCHES = ("center", "center_z", "dim", "rot", "vel", "hm")
-MAX_BOXES = 500
-"""Boxes of a cloud, the best ones: the official nuScenes server takes no more."""
-_NUM_COLUMNS, _POINT_BYTES, _EGO_HALF_WIDTH_M, _TINY_M = 5, 20, 1.0, 1e-9
+MAX_BOXES = 500  # of a cloud, the best ones: the official nuScenes server takes no more
+NUSCENES = ("x", "y", "z", "intensity", "ring")
+_EGO_HALF_WIDTH_M, _TINY_M = 1.0, 1e-9
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Head = Mapping[str, Float32]
-"""Raw outputs of a class group by branch, each (1, channels, H, W)."""
-Sweep = tuple[Float32, Float64, float]
-"""Points (P, 5) as in a file, (4, 4) matrix to the key frame's LiDAR frame, seconds to the key frame."""
+Head = Mapping[str, Float32]  # raw outputs of a class group by branch, each (1, channels, H, W)
+Sweep = tuple[Float32, Float64, float]  # points of `read_cloud`, 4x4 matrix and seconds to the key frame
 _float32 = partial(np.asarray, dtype=np.float32)
 
 
@@ -92,35 +90,37 @@ class DeployedDetector:
         low, high = np.reshape(data["point_cloud_range"], (2, 3))
         self._num_cells = np.round((high - low) / data["voxel_size"]).astype(np.int64)
         self._low, self._size = _float32(low), _float32(data["voxel_size"])
+        self.how = data.get("point_columns", NUSCENES), data.get("intensity_scale", 1.0)  # for `read_cloud`
         self._max_points, self._max_voxels = data["max_points_per_voxel"], data["max_num_voxels_eval"]
         self.class_names: list[str] = sidecar["class_names"]
         self._groups = [[self.class_names.index(name) for name in group] for group in network["class_groups"]]
-        self._stride = np.float32(sidecar["head_map"]["stride"])
-        self._origin_m = _float32(network["point_cloud_range"][:2])
-        self._cell_m = _float32(network["voxel_size"][:2])
+        self._stride, self._features = (
+            np.float32(sidecar["head_map"]["stride"]),
+            network["num_point_features"],
+        )
+        self._origin_m, self._cell_m = (_float32(network[k][:2]) for k in ("point_cloud_range", "voxel_size"))
         self._score_threshold, self._iou_threshold = np.float32(post["score_threshold"]), post["nms_iou"]
         self._center_low, self._center_high = _float32(post["center_range"]).reshape(2, 3)
         limits = ("max_objects_per_head", "nms_pre", "nms_post")
         self._max_cells, self._nms_pre, self._nms_post = (post[name] for name in limits)
 
     def __call__(self, points: Float32) -> Detections:
-        """Finds boxes in (P, 5) x, y, z (m), intensity (0 to 255), time lag (s) in the LiDAR frame.
+        """Finds boxes in (P, F) x, y, z (m), further features, time lag (s) in the LiDAR frame.
 
         Raises:
             DeploymentError: the points have another shape, or hold NaN or infinite values.
         """
-        _check_points(points, "cloud")
+        _check_points(points, "cloud", self._features)
         found = self.decode(self.heads(*self.voxelize(_float32(points))))
         return found.part(np.sort(np.argsort(-found.scores, kind="stable")[:MAX_BOXES]))
 
     def records(self, found: Detections) -> list[dict[str, Any]]:
         """Boxes as an output file has them: "box", "score" and "name" of each."""
-        names = [self.class_names[label] for label in found.labels]
-        rows = zip(found.boxes.tolist(), found.scores.tolist(), names, strict=True)
-        return [{"box": box, "score": score, "name": name} for box, score, name in rows]
+        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        return [{"box": box, "score": score, "name": self.class_names[label]} for box, score, label in rows]
 
     def voxelize(self, points: Float32) -> tuple[Float32, NDArray[np.int32]]:
-        """Means (V, 5) of the first T points (P, 5) of each voxel; cells (V, 3) z, y, x, by first point."""
+        """Means (V, F) of the first T points (P, F) of each voxel; cells (V, 3) z, y, x, by first point."""
         steps = np.floor((points[:, :3] - self._low) / self._size)
         rows = np.flatnonzero(((steps >= 0) & (steps < self._num_cells)).all(axis=1))
         xyz = steps[rows].astype(np.int64)
@@ -131,18 +131,17 @@ class DeployedDetector:
         counts = np.minimum(np.diff(starts, append=len(rows))[by_first], self._max_points)
         voxel = np.repeat(np.arange(len(counts)), counts)
         slot = np.arange(len(voxel)) - np.repeat(np.cumsum(counts) - counts, counts)
-        slots_TV5 = np.zeros((self._max_points, len(counts), _NUM_COLUMNS), dtype=np.float32)
-        slots_TV5[slot, voxel] = points[rows[by_cell[starts[by_first[voxel]] + slot]]]
-        means = _sum_like_torch(slots_TV5) / counts[:, None].astype(np.float32)
+        slots_TVF = np.zeros((self._max_points, len(counts), points.shape[1]), dtype=np.float32)
+        slots_TVF[slot, voxel] = points[rows[by_cell[starts[by_first[voxel]] + slot]]]
+        means = _sum_like_torch(slots_TVF) / counts[:, None].astype(np.float32)
         return means, xyz[by_cell[starts[by_first]], ::-1].astype(np.int32)
 
     def heads(self, features: Float32, coords: NDArray[np.int32]) -> list[Head]:
         """Runs the network on voxels as `voxelize` gives them."""
         inputs = {"voxel_features": features, "voxel_coords": coords}
-        names = (output.name for output in self._session.get_outputs())
-        outputs = dict(zip(names, self._session.run(None, inputs), strict=True))
-        heads = range(len(self._groups))
-        return [{branch: outputs[f"head{head}.{branch}"] for branch in BRANCHES} for head in heads]
+        heads = [[f"head{head}.{branch}" for branch in BRANCHES] for head in range(len(self._groups))]
+        outputs = iter(self._session.run([name for head in heads for name in head], inputs))
+        return [{branch: next(outputs) for branch in BRANCHES} for _ in heads]
 
     def decode(self, heads: Sequence[Head]) -> Detections:
         """Boxes from raw outputs: the best cells, filtered, and suppressed inside each head."""
@@ -178,44 +177,47 @@ class DeployedDetector:
         return found.part(np.flatnonzero(is_kept)[: self._nms_post])
 
 
-def read_cloud(path: Path) -> Float32:
-    """Reads a file of float32 x, y, z, intensity, ring as (P, 5) x, y, z, intensity, 0.
+def read_cloud(path: Path, columns: Sequence[str] = NUSCENES, intensity_scale: float = 1.0) -> Float32:
+    """Reads a .npy file, or raw columns, as (P, F) x, y, z, others but ring and `_...`, time lag (or 0).
 
     Raises:
-        DeploymentError: the file is missing, truncated or holds NaN or infinite values.
+        DeploymentError: the file is missing, truncated, PCD, or holds NaN or infinite values.
     """
-    with _naming(f"cloud {path}"):
-        content = path.read_bytes()
-    if len(content) == 0 or len(content) % _POINT_BYTES:
-        raise DeploymentError(f"cloud {path}", f"{len(content)} bytes", f"a multiple of {_POINT_BYTES}")
-    points = np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(-1, _NUM_COLUMNS)
-    _check_points(points, f"cloud {path}")
-    points[:, 4] = 0.0
+    what, ending, names = f"cloud {path}", path.suffix.lower(), [one.partition(":")[0] for one in columns]
+    kinds = [np.dtype(one.partition(":")[2] or "f4").newbyteorder("<") for one in columns]
+    if ending == ".pcd":
+        raise DeploymentError(what, "a PCD file", ".npy, and raw columns in files of other endings")
+    record = np.dtype(list(zip(names, kinds, strict=True)))
+    with _naming(what):
+        table = np.load(path) if ending == ".npy" else np.fromfile(path, np.uint8)
+    if ending == ".npy" and (table.ndim != 2 or table.shape[1] != len(names) or not len(table)):
+        raise DeploymentError(what, f"shape {table.shape}", f"(points, {len(names)})")
+    if ending != ".npy" and (len(table) == 0 or len(table) % record.itemsize):
+        raise DeploymentError(what, f"{len(table)} bytes", f"a multiple of {record.itemsize}")
+    found = dict(zip(names, table.T, strict=True)) if ending == ".npy" else table.view(record)
+    others = [name for name in names if name not in (*"xyz", "ring", "time_lag") and name[0] != "_"]
+    order, none = [*"xyz", *others, "time_lag"], np.zeros(len(found["x"]))
+    points: Float32 = np.stack([_float32(found[name] if name in names else none) for name in order], 1)
+    points *= _float32([intensity_scale if name == "intensity" else 1 for name in order])
+    _check_points(points, what, len(order))
     return points
 
 
-def join_sweeps(sweeps: Sequence[Sweep]) -> Float32:
-    """Points (P, 5) of all sweeps in the key frame's LiDAR frame: x, y, z, intensity, time lag.
-
-    The key frame is the first and stays as it is; the others lose the returns from the vehicle.
-    """
-    joined = [sweeps[0][0].T * _float32([[1], [1], [1], [1], [0]])]
-    for points, to_key_frame, time_lag_s in sweeps[1:]:
-        is_ego = (np.abs(points[:, :2]) < _EGO_HALF_WIDTH_M).all(axis=1)
-        columns = np.ascontiguousarray(points[~is_ego].T)
-        columns[:3] = to_key_frame[:3, :3] @ columns[:3] + to_key_frame[:3, 3:]
-        columns[4] = time_lag_s
-        joined.append(columns)
-    columns = np.concatenate(joined, axis=1)
-    return columns.T
+def join_sweeps(sweeps: Sequence[Sweep], columns: Sequence[str] = NUSCENES) -> Float32:
+    """Points (P, F) of sweeps in the frame of the first; the others lose the returns from the vehicle."""
+    joined, adds = [], "time_lag" in [one.partition(":")[0] for one in columns]
+    for number, (points, to_key_frame, time_lag_s) in enumerate(sweeps):
+        is_ego = (np.abs(points[:, :2]) < _EGO_HALF_WIDTH_M).all(axis=1) & (number > 0)
+        table = np.ascontiguousarray(points[~is_ego].T)
+        if number:
+            table[:3] = to_key_frame[:3, :3] @ table[:3] + to_key_frame[:3, 3:]
+        table[-1] = table[-1] * adds + time_lag_s
+        joined.append(table)
+    return _float32(np.concatenate(joined, axis=1).T)
 
 
-def read_sweeps(path: Path) -> list[Sweep]:
-    """Reads the sweeps that a JSON file names; the head of this module describes it.
-
-    Raises:
-        DeploymentError: the file is no such list, or a cloud cannot be used.
-    """
+def read_sweeps(path: Path, *how: Any) -> list[Sweep]:
+    """Reads the sweeps of a JSON file, see the head of this module; `how` and errors as of `read_cloud`."""
     with _naming(f"sweeps file {path}"):
         entries = json.loads(path.read_bytes())
         entries[0] = {"matrix": np.eye(4), "time_lag_s": 0, **entries[0]}
@@ -228,7 +230,7 @@ def read_sweeps(path: Path) -> list[Sweep]:
         what = f"sweeps file {path}, matrix of sweep {is_bad.argmax()}"
         accepted = "none for the key frame, which is the first; 0 0 0 1 as the last row of the others"
         raise DeploymentError(what, matrices[is_bad.argmax()].tolist(), accepted)
-    return list(zip(map(read_cloud, files), matrices, time_lags_s, strict=True))
+    return list(zip((read_cloud(file, *how) for file in files), matrices, time_lags_s, strict=True))
 
 
 @contextmanager
@@ -257,9 +259,9 @@ def _read_engine(path: Path) -> tuple[bytes, dict[str, Any]]:
     return content, sidecar
 
 
-def _check_points(points: Float32, what: str) -> None:
-    if points.ndim != 2 or points.shape[1] != _NUM_COLUMNS:
-        raise DeploymentError(what, f"shape {points.shape}", f"(points, {_NUM_COLUMNS})")
+def _check_points(points: Float32, what: str, num_features: int) -> None:
+    if points.ndim != 2 or points.shape[1] != num_features:
+        raise DeploymentError(what, f"shape {points.shape}", f"(points, {num_features})")
     is_bad = ~np.isfinite(points).all(axis=1)
     if is_bad.any():
         seen = f"NaN or infinite values in {is_bad.sum()} of {len(points)} points, first in {is_bad.argmax()}"
@@ -267,10 +269,7 @@ def _check_points(points: Float32, what: str) -> None:
 
 
 def _sum_like_torch(slots_TVC: Float32) -> Float32:
-    """Sums (V, C) with the bits of torch on x86, which adds columns four at a time, slot after slot.
-
-    Columns behind the last four it adds as four sums, of every fourth slot each.
-    """
+    """Sums (V, C) as torch on x86: fours of columns slot by slot, the rest as sums of every fourth slot."""
     num_fours, num_columns = len(slots_TVC) // 4 * 4, slots_TVC.shape[2] // 4 * 4
     rest = slots_TVC[:, :, num_columns:]
     quarters = [_add_up(rest[start:num_fours:4]) for start in range(4)]
@@ -333,8 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         detector = DeployedDetector(options.engine_file, options.num_threads)
         for path in options.clouds or [options.sweeps]:
-            found = detector(read_cloud(path) if options.clouds else join_sweeps(read_sweeps(path)))
-            results[str(path)] = detector.records(found)
+            sweeps = read_sweeps(path, *detector.how) if options.sweeps else ()
+            points = join_sweeps(sweeps, detector.how[0]) if sweeps else read_cloud(path, *detector.how)
+            results[str(path)] = detector.records(detector(points))
         if options.output is not None:
             document = {"schema": SCHEMA, "engine": detector.engine, "results": results}
             options.output.write_text(json.dumps(document, indent=1) + "\n")

@@ -33,9 +33,8 @@ BRANCH_MEANING = {
     "vel": "velocity (x, y), m/s",
     "hm": "score of each class of the group before the sigmoid",
 }
-FEATURE_MEANING = "mean of the points of each voxel: x, y, z (m), intensity (0 to 255), time lag (s)"
+FEATURE_MEANING = {"z": "z (m)", "intensity": "intensity (0 to 255)", "time_lag": "time lag (s)"}
 MEANINGS = {
-    FEATURES: FEATURE_MEANING,
     COORDS: "cell of each voxel along z, y, x; each cell once, in any order",
     MAP: "features of the voxels as a map, channel = c * depth + z, 0 where no voxel is",
 }
@@ -148,6 +147,8 @@ def _sidecar(
 ) -> Sidecar:
     config, geometry = subject.network.config, subject.network.geometry
     assert subject.scheme is not None
+    features = ", ".join(FEATURE_MEANING.get(name, name) for name in data.points.features)
+    meanings = {**MEANINGS, FEATURES: f"mean of the points of each voxel: {features}"}
     return Sidecar(
         target=target,
         file={"name": output.name, "sha256": sha256_of(output), "num_bytes": output.stat().st_size},
@@ -160,7 +161,7 @@ def _sidecar(
             "onnx": version("onnx"),
             "opset": model.opset_import[0].version,
         },
-        inputs=[_end(one, MEANINGS[one.name]) for one in model.graph.input],
+        inputs=[_end(one, meanings[one.name]) for one in model.graph.input],
         outputs=[_output(one, config) for one in model.graph.output],
         class_names=list(config.class_names),
         head_map={"stride": geometry.stride, "width": geometry.width, "height": geometry.height},
