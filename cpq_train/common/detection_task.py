@@ -54,6 +54,10 @@ class DetectionClass:
     is_symmetric: bool = False
     is_ignored_in_racks: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("categories", "attributes", "undefined_errors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class DetectionTask:

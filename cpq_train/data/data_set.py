@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from cpq_train.common.detection_task import DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES, LIDAR_TOP
+from cpq_train.common.progress import say
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import SampleConfig
 from cpq_train.data.gt_sampling import GtSampling
@@ -144,7 +146,8 @@ class NuScenesDataSet(LightningDataModule):
     @cached_property
     def selection(self) -> Selection:
         """Which samples are for what."""
-        return Selection(self.index, self.splits, self._limits, self.settings.num_sweeps)
+        num_sweeps, tell = self.settings.num_sweeps, rank_zero_only(say)
+        return Selection(self.index, self.splits, self._limits, num_sweeps, tell)
 
     def prepare_data(self) -> None:
         """Builds the index, once per node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -58,10 +59,19 @@ class Selection:
         names: of the splits.
         limits: what of them is taken.
         num_sweeps: of each sample, whose files have to be there.
+        tell: prints how many scenes are left out.
     """
 
-    def __init__(self, index: NuScenesIndex, names: SplitNames, limits: Limits, num_sweeps: int) -> None:
+    def __init__(
+        self,
+        index: NuScenesIndex,
+        names: SplitNames,
+        limits: Limits,
+        num_sweeps: int,
+        tell: Callable[[str], object] = say,
+    ) -> None:
         self._index, self._names, self._limits, self._num_sweeps = index, names, limits, num_sweeps
+        self._tell = tell
         self._skipped: dict[str, list[str]] = {}
 
     @cached_property
@@ -168,7 +178,7 @@ class Selection:
             )
         if missing:
             name, file = next(iter(missing.items()))
-            say(
+            self._tell(
                 f"split {split}: {len(missing)} of {num_scenes} scenes are skipped, for files of theirs are "
                 f"missing, such as {file} of {name}"
             )
