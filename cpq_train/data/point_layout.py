@@ -104,7 +104,7 @@ def _gain_by_phase(content: Bytes, record: np.dtype[Any], num_phases: int) -> fl
     phases = [places[start::num_phases][has_return[start::num_phases]] for start in range(num_phases)]
     if min(map(len, phases)) < _MIN_POINTS:
         return 0.0
-    together = _entropy(np.concatenate(phases)).mean()
-    weights = np.array(list(map(len, phases)))
-    apart = np.array([_entropy(phase).mean() for phase in phases])
-    return float(together - (apart * weights).sum() / weights.sum())
+    together = _entropy(np.concatenate(phases))
+    apart = np.average([_entropy(phase) for phase in phases], axis=0, weights=list(map(len, phases)))
+    says_something = together > _CLEARLY  # float32 numbers in float64 end with zeros
+    return float((together - apart)[says_something].mean()) if says_something.any() else 0.0
