@@ -21,7 +21,7 @@ class BadSweepLimit:
     def __init__(
         self, max_share: float, num_sweeps: int, report: Callable[[int], None] | None = None
     ) -> None:
-        self._num_sweeps, self._most = num_sweeps, int(max_share * num_sweeps)
+        self._num_sweeps, self._most = num_sweeps, int(max_share * num_sweeps + 1e-9)
         self._max_share, self._report = max_share, report
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
