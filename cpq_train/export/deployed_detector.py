@@ -234,8 +234,7 @@ def read_sweeps(path: Path, *how: Any) -> list[Sweep]:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Turns what goes wrong with a file into an error that names it."""
+def _naming(what: str) -> Iterator[None]:  # turns what goes wrong with a file into an error that names it
     try:
         yield
     except OSError as error:
@@ -269,8 +268,9 @@ def _check_points(points: Float32, what: str, num_features: int) -> None:
 
 
 def _sum_like_torch(slots_TVC: Float32) -> Float32:
-    """Sums (V, C) as torch on x86: fours of columns slot by slot, the rest as sums of every fourth slot."""
-    num_fours, num_columns = len(slots_TVC) // 4 * 4, slots_TVC.shape[2] // 4 * 4
+    """Sums (V, C) as torch on x86: 4 (of 8 or more, 32) columns slot by slot, others by every fourth slot."""
+    num_fours, at_once = len(slots_TVC) // 4 * 4, 4 if slots_TVC.shape[2] < 8 else 32
+    num_columns = slots_TVC.shape[2] // at_once * at_once
     rest = slots_TVC[:, :, num_columns:]
     quarters = [_add_up(rest[start:num_fours:4]) for start in range(4)]
     quarters[0] = reduce(np.add, rest[num_fours:], quarters[0])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cpq_train.data.index import open_index
+from cpq_train.data.point_format import PointFormat
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import (
     load_cloud,
@@ -191,6 +192,77 @@ def test_a_single_crowded_voxel(detector_with: Any, max_points: int) -> None:
         points = rng.uniform(0.01, 0.09, (num_points, 5)).astype(np.float32)
         assert_same_voxels(detector, points, data)
         assert len(detector.voxelize(points)[0]) == 1
+
+
+@pytest.mark.parametrize("num_features", [4, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("max_points", [3, 8, 20, 100])
+def test_voxels_of_other_features_have_the_same_bits(
+    detector_with: Any, max_points: int, num_features: int
+) -> None:
+    data = replace(DATA, max_points_per_voxel=max_points, max_num_voxels_eval=1000)
+    detector, rng = detector_with(data), np.random.default_rng(num_features)
+    for num_points, num_places in ((1, 1), (90, 1), (1500, 20), (1500, 300)):
+        five = crowded_points(rng, num_points, num_places)
+        further = rng.normal(0, 9, (num_points, num_features))
+        points = np.column_stack([five[:, :3], further[:, 3:]]).astype(np.float32)
+        assert_same_voxels(detector, points, data)
+
+
+OTHER_COLUMNS = (
+    ("x", "y", "z"),
+    ("intensity", "z", "y", "x"),
+    ("x", "y", "z", "intensity", "ring", "own"),
+    ("x:float64", "_a:uint8", "y:float16", "z", "intensity:uint16", "time_lag:float64"),
+)
+
+
+@pytest.mark.parametrize("columns", OTHER_COLUMNS)
+@pytest.mark.parametrize("ending", [".bin", ".npy"])
+def test_clouds_of_other_columns_have_the_same_bits(
+    tmp_path: Path, columns: tuple[str, ...], ending: str
+) -> None:
+    scale = 0.25 if any(one.startswith("intensity") for one in columns) else 1.0
+    points = PointFormat(columns, scale)
+    values = np.random.default_rng(0).uniform(0, 99, (41, len(columns))).astype(np.float32)
+    path = tmp_path / f"a{ending}"
+    if ending == ".npy":
+        np.save(path, values)
+    else:
+        record = np.zeros(41, points.record)
+        for name, column in zip(points.names, values.T, strict=True):
+            record[name] = column
+        record.tofile(path)
+    found = deployed_detector.read_cloud(path, columns, scale)
+    np.testing.assert_array_equal(bits(found), bits(read_cloud(path, points=points)))
+    with pytest.raises(DeploymentError, match=r"accepted: (a multiple|\(points, )"):
+        deployed_detector.read_cloud(path, (*columns, *(f"more{number}" for number in range(37))))
+
+
+def test_the_sidecar_says_how_clouds_are_read(tmp_path: Path) -> None:
+    data = replace(DATA, point_columns=("x", "y", "z", "intensity"), intensity_scale=255.0)
+    assert DeployedDetector(
+        export(tmp_path, [], data, content=model(random_heads(0)).SerializeToString())
+    ).how == (
+        ["x", "y", "z", "intensity"],
+        255.0,
+    )
+    path = tmp_path / "net.json"
+    sidecar = json.loads(path.read_text())
+    for name in ("point_columns", "intensity_scale"):  # as files of earlier releases
+        del sidecar["data"][name]
+    path.write_text(json.dumps(sidecar))
+    assert DeployedDetector(tmp_path / "net.onnx").how == (deployed_detector.NUSCENES, 1.0)
+
+
+def test_time_lags_of_points_are_added() -> None:
+    points = np.full((2, 4), 5, np.float32)
+    points[:, 3] = [0.25, 0.5]
+    sweeps = [(points, np.eye(4), 0.0), (points, np.eye(4), 0.125)]
+    for columns, expected in (
+        (("x", "y", "z", "time_lag:float16"), [0.25, 0.5, 0.375, 0.625]),
+        (("x", "y", "z", "time_lag_of_mine"), [0, 0, 0.125, 0.125]),
+    ):
+        np.testing.assert_array_equal(join_sweeps(sweeps, columns)[:, 3], np.float32(expected))
 
 
 def test_voxels_beyond_the_cap_are_dropped(detector_with: Any) -> None:
