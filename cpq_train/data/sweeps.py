@@ -156,9 +156,8 @@ def _past_columns(
     columns = np.empty((num_features, len(kept)), dtype=np.float32)
     for axis in range(num_features if has_time_lag else num_features - 1):
         cloud[:, axis].take(kept, out=columns[axis], mode="clip")  # the default mode takes a detour
-    if not has_time_lag:
-        columns[-1] = 0.0
+    lag_s = time_lag_s(index, row, frame)
+    columns[-1] = columns[-1] + np.float32(lag_s) if has_time_lag else lag_s
     if frame != index.sample_frames[row]:
         columns[:3] = to_key_frame[:3, :3] @ columns[:3] + to_key_frame[:3, 3:]
-        columns[-1] += time_lag_s(index, row, frame)
     return columns

@@ -235,7 +235,7 @@ def test_clouds_of_other_columns_have_the_same_bits(
     found = deployed_detector.read_cloud(path, columns, scale)
     np.testing.assert_array_equal(bits(found), bits(read_cloud(path, points=points)))
     with pytest.raises(DeploymentError, match=r"accepted: (a multiple|\(points, )"):
-        deployed_detector.read_cloud(path, (*columns, *(f"more{number}" for number in range(37))))
+        deployed_detector.read_cloud(path, (*columns, *(f"more{number}" for number in range(54))))
 
 
 def test_the_sidecar_says_how_clouds_are_read(tmp_path: Path) -> None:
