@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cpq_train.common.progress import say
-from cpq_train.data.point_files import CloudError
+from cpq_train.data.points.files import CloudError
 
 
 class BadSweepLimit:

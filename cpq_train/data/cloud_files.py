@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from cpq_train.data.clouds import Cloud, cloud_item
 from cpq_train.data.dataset import Item, SampleConfig, voxelizer_of
-from cpq_train.data.point_checks import check_cloud
-from cpq_train.data.point_files import CloudError
+from cpq_train.data.points.checks import check_cloud
+from cpq_train.data.points.files import CloudError
 from cpq_train.data.sweeps import read_cloud
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cpq_train.data.dataset import Batch, Item, SampleConfig, collate, voxelizer_of
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.sweeps import NUSCENES_POINTS
 from cpq_train.data.voxelization import Voxelizer
 

@@ -21,7 +21,7 @@ from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.dataset import SampleConfig
 from cpq_train.data.gt_sampling import GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.point_checks import check_files
+from cpq_train.data.points.checks import check_files
 from cpq_train.data.selection import Limits, MissingScenes, Selection, SplitNames
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.splits import UNION

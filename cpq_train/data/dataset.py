@@ -26,8 +26,8 @@ from cpq_train.data.census import MIN_LIDAR_POINTS
 from cpq_train.data.gt_sampling import GtSampler
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.labels import labels_of_ids
-from cpq_train.data.point_files import CloudError
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.files import CloudError
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS, BadSweeps, load_sweeps
 from cpq_train.data.voxelization import Voxelizer, grid_cells

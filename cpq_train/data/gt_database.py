@@ -30,8 +30,8 @@ from cpq_train.data import derived
 from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
 from cpq_train.data.gt_database_parts import COLUMNS, build_parts, layout, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.data.point_checks import check_files
-from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
+from cpq_train.data.points.checks import check_files
+from cpq_train.data.points.format import NUSCENES_COLUMNS, PointFormat
 from cpq_train.data.selection import Limits, MissingScenes, Selection, SplitNames
 from cpq_train.data.sweeps import MAX_NUM_SWEEPS, NUSCENES_POINTS
 

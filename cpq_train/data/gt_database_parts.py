@@ -26,7 +26,7 @@ from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.sweeps import NUSCENES_POINTS, load_sweeps
 
 Rows = NDArray[np.int64]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from typing_extensions import Self
 
 from cpq_train.common.errors import UserError, shown
-from cpq_train.data.point_format import NUSCENES_COLUMNS, PointFormat
+from cpq_train.data.points.format import NUSCENES_COLUMNS, PointFormat
 
 DATA_KEY = "data"
 

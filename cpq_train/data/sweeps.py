@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cpq_train.data.boxes import Float64, invert_poses, pose_matrices
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.data.point_files import CloudError, read_points
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.files import CloudError, read_points
+from cpq_train.data.points.format import PointFormat
 
 MAX_NUM_SWEEPS = 10
 """Key frames are 10 sweeps apart, so more would reach into the sample before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpq_train.common.errors import UserError
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
 from cpq_train.models import NetworkConfig
 
 OPTION = "model.network.num_point_features"

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.settings import DATA_KEY, OF_POINTS, DataSettings, as_tuple
 from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models import NetworkConfig

@@ -23,8 +23,8 @@ from cpq_train.common.files import sha256_of
 from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import points_of, voxelizer_of
-from cpq_train.data.point_checks import check_cloud
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.checks import check_cloud
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.sweeps import read_cloud
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE

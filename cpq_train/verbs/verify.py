@@ -22,7 +22,7 @@ from cpq_train.common.progress import track
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import Batch, SampleConfig
-from cpq_train.data.point_checks import check_cloud
+from cpq_train.data.points.checks import check_cloud
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import NUSCENES_POINTS, read_cloud
 from cpq_train.export.engine import Engine

@@ -11,9 +11,9 @@ from own_roots import FOUR, pcd, rewritten
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.gt_database import build_gt_database
 from cpq_train.data.index import open_index
-from cpq_train.data.point_checks import check_cloud, check_files
-from cpq_train.data.point_format import PointFormat
-from cpq_train.data.point_layout import MIN_BYTES
+from cpq_train.data.points.checks import check_cloud, check_files
+from cpq_train.data.points.format import PointFormat
+from cpq_train.data.points.layout import MIN_BYTES
 from cpq_train.data.sweeps import CloudError
 
 NAMES = ("x", "y", "z", "intensity", "ring", "f6", "f7", "f8")
@@ -216,7 +216,7 @@ def test_a_few_files_are_looked_at_and_absent_ones_passed_over(
     root = rewritten(simulated_root, tmp_path / "root", ("x", "y", "z", "intensity", "ring"))
     index = open_index(root, "v1.0-trainval")
     seen: list[Path] = []
-    monkeypatch.setattr("cpq_train.data.point_checks.check_cloud", lambda path, *_: seen.append(path))
+    monkeypatch.setattr("cpq_train.data.points.checks.check_cloud", lambda path, *_: seen.append(path))
     check_files(index, PointFormat())
     assert len(set(seen)) == 3
     for cloud in root.glob("s*/LIDAR_TOP/*"):

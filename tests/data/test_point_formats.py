@@ -16,8 +16,8 @@ from cpq_train.data.clouds import synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.gt_database import build_gt_database, open_gt_database
 from cpq_train.data.index import open_index
-from cpq_train.data.pcd import PcdError, parse_pcd, unpack_lzf
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
+from cpq_train.data.points.pcd import PcdError, parse_pcd, unpack_lzf
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import CloudError, load_sweeps, read_cloud, time_lag_s
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cpq_train.data.index import open_index
-from cpq_train.data.point_format import PointFormat
+from cpq_train.data.points.format import PointFormat
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import (
     load_cloud,

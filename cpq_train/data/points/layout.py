@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cpq_train.data.point_format import WIDTHS
+from cpq_train.data.points.format import WIDTHS
 
 Bytes = NDArray[np.uint8]
 Float64 = NDArray[np.float64]

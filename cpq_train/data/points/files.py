@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from cpq_train.common.arrays import parse_npy
 from cpq_train.common.errors import LoadingError, UserError
-from cpq_train.data.pcd import PcdError, parse_pcd
-from cpq_train.data.point_format import DTYPES, WIDTHS, PointFormat
+from cpq_train.data.points.format import DTYPES, WIDTHS, PointFormat
+from cpq_train.data.points.pcd import PcdError, parse_pcd
 
 Points = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.data.point_files import CloudError, Columns, read_columns
-from cpq_train.data.point_format import DEFAULT_DTYPE, WIDTHS, PointFormat
-from cpq_train.data.point_layout import better_size
+from cpq_train.data.points.files import CloudError, Columns, read_columns
+from cpq_train.data.points.format import DEFAULT_DTYPE, WIDTHS, PointFormat
+from cpq_train.data.points.layout import better_size
 
 MAX_COORDINATE_M: Final = 1000.0
 """Farther than any return."""
