@@ -11,6 +11,7 @@ from bare_python import BarePython
 from exported_files import DATA, stating
 from old_files import small_options
 
+from cpq_train.common.detection_task import NUSCENES
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.dataset import SampleConfig
 from cpq_train.data.index import NuScenesIndex, open_index
@@ -108,7 +109,7 @@ def test_clouds(
     expected = submitted(tmp_path / "run/predictions.json")
     found = found_by(bare, drive, tmp_path / "boxes.json", "--clouds", *clouds)
     assert list(found) == list(expected) == clouds
-    predictions = predictions_in_lidar_frame([as_detections(found[cloud]) for cloud in clouds])
+    predictions = predictions_in_lidar_frame([as_detections(found[cloud]) for cloud in clouds], NUSCENES)
     write_submission(tmp_path / "found.json", predictions, np.array(clouds), LIDAR_ONLY)
     for cloud, boxes in submitted(tmp_path / "found.json").items():
         assert_same_submissions(expected[cloud], boxes)
