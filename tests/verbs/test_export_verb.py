@@ -97,7 +97,8 @@ def test_what_the_sidecar_says(checkpoint: Path, tmp_path: Path) -> None:
         "Conv2d": [29, 29],
         "ConvTranspose2d": [2, 2],
     }
-    assert document["data"] == json.loads(json.dumps({**DATA, "max_points_per_voxel": 7}))
+    usual = {"point_columns": ["x", "y", "z", "intensity", "ring"], "intensity_scale": 1.0}
+    assert document["data"] == json.loads(json.dumps({**DATA, **usual, "max_points_per_voxel": 7}))
     network = {**settings["network"], "class_names": DETECTION_CLASSES}  # older than that setting
     assert document["network"] == json.loads(json.dumps(network))
     assert document["post_processing"] == json.loads(json.dumps(settings["post_processing"]))
