@@ -53,7 +53,8 @@ def test_real_samples_train_calibrate_score_and_compare_at_full_size(
             ptq,
         ]
     )
-    main(["validate", *config, *options("ptq"), "--model.weights", ptq])
+    forced = ["--data.force_score_on_train", "true"]
+    main(["validate", *config, *options("ptq"), *forced, "--model.weights", ptq])
     main(["compare", str(tmp_path / "ptq"), "--output", str(tmp_path / "report")])
     metrics = json.loads((tmp_path / "ptq/metrics.json").read_text())
     assert metrics["dataset"]["num_samples"] == len(TOKENS)

@@ -56,7 +56,7 @@ _ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(
             "layers": mapping_to(_Layer),
             "calibration": dict[str, Any] | None,
             "parents": dict[str, str],
-            "trained_on": NotRequired[str],
+            "trained_on": NotRequired[dict[str, str]],
         }
     )
 )
@@ -73,7 +73,8 @@ class Description:
         amax: What became of its ranges in training.
         calibration: How its ranges were found, None where none were.
         parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
-        trained_on: The splits, joined by "+", where it or one that it came from was trained on several.
+        trained_on: Fingerprint of a data set -> the splits, joined by "+", where it or one that it came from
+            was trained on samples that it was to be scored on.
     """
 
     arm: Arm
@@ -82,7 +83,7 @@ class Description:
     amax: AmaxPolicy = "frozen"
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
-    trained_on: str | None = None
+    trained_on: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(checkpoint: Mapping[str, Any], path: str | Path) -> Description:
@@ -109,7 +110,7 @@ class Description:
             amax=_amax_policy(entry["layers"]),
             calibration=entry["calibration"],
             parents=dict(entry["parents"]),
-            trained_on=entry.get("trained_on"),
+            trained_on=dict(entry.get("trained_on", {})),
         )
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class Description:
             "layers": _layers(prepared, self.amax),
             "calibration": None if self.calibration is None else dict(self.calibration),
             "parents": dict(self.parents),
-            **({} if self.trained_on is None else {"trained_on": self.trained_on}),
+            **({"trained_on": dict(self.trained_on)} if self.trained_on else {}),
         }
 
 

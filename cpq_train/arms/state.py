@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from cpq_train.common.checkpoint import is_alike
-from cpq_train.common.errors import UserError
+from cpq_train.common.errors import UserError, shown
+from cpq_train.models.config import NetworkConfig, as_tuples
 from cpq_train.quantization.health import refuse
 from cpq_train.quantization.ranges.calibration import AMAX, problems_of_state
 
@@ -38,6 +39,28 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
         raise UserError(f"{where} is of another architecture than model.network: {differences}")
     refuse(problems, f"{where}: ")
     check_finite(state, where)
+
+
+def check_classes(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Compare the classes that a checkpoint says its heads are of with those of the network.
+
+    Args:
+        config: Of the network.
+        checkpoint: Its content; files of earlier releases may not say them.
+        path: For messages.
+
+    Raises:
+        UserError: They are others, or in another order.
+    """
+    said = checkpoint.get("hyper_parameters")
+    network = said.get("network") if isinstance(said, Mapping) else None
+    for name in ("class_names", "class_groups"):
+        own, theirs = getattr(config, name), network.get(name) if isinstance(network, Mapping) else None
+        if theirs is not None and as_tuples(theirs) != own:
+            raise UserError(
+                f"checkpoint {str(path)!r} was made for {name} {shown(theirs)}; model.network.{name} is "
+                f"{shown(own)}: accepted: the same, in their order"
+            )
 
 
 def check_part(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -22,7 +22,7 @@ from cpq_train.callbacks.evaluation import (
     postprocessing_sha256,
 )
 from cpq_train.callbacks.validations import has_validation
-from cpq_train.common.detection_task import DetectionTask
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.documents import SEAL, read_json, sealed, unsealed
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import write_whole
@@ -133,6 +133,7 @@ def baseline_key(arm: str, module: CenterPointDetector, data: NuScenesDataModule
         "samples": [data.index.sample_token(row) for row in data.eval_rows.tolist()],
         "data": data.evaluation_config.to_dict(),
         "postprocessing": postprocessing_sha256(module.post_processing, module.test_time_flip),
+        **({} if data.task == NUSCENES else {"classes": data.task.to_dict()}),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 

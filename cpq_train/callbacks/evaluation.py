@@ -15,9 +15,11 @@ from typing_extensions import override
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import sha256_of
+from cpq_train.common.progress import say
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import points_of
 from cpq_train.evaluation.countable import check_countable
+from cpq_train.evaluation.devkit import check_devkit
 from cpq_train.evaluation.gaps import NO_NDS
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
@@ -31,6 +33,7 @@ from cpq_train.profiling.storage import storage_rows
 from cpq_train.quantization.prepare import coverage
 from cpq_train.report.bev import BEV_FILE, BevSample, bev_sample, busiest_sample, write_bev_sample
 from cpq_train.training.detector import CenterPointDetector
+from cpq_train.training.scoring import check_unseen
 
 TRAINED_MAP = "val/mAP_trained"
 """Logged name of the mAP over the classes that the network was made for, where these are not all."""
@@ -61,21 +64,30 @@ class Evaluation(Callback):
         """Before a fit that validates, see that there is something to score, and that it may be."""
         if trainer.enable_validation:
             data = datamodule_of(trainer)
-            check_countable(
-                data.index, data.eval_rows, ground_truth(data.index, data.eval_rows), data.splits.val
-            )
-            _check_unseen(data, pl_module)
+            self._check_data(trainer, data)
+            data.selection.check_unseen(data.selection.trained_and_scored, "data.train_split")
+            check_unseen(pl_module, data)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = datamodule_of(trainer)
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
-        data = datamodule_of(trainer)
-        _check_unseen(data, pl_module)
+            self._check_data(trainer, data)
+        check_unseen(pl_module, data)
         metric = NuScenesDetectionMetric(
             data.index, data.eval_rows, data.class_names, bool(left_out_by(trainer)), data.splits.val
         )
         self._metric = metric.to(pl_module.device)
+
+    def _check_data(self, trainer: Trainer, data: NuScenesDataModule) -> None:
+        """See that there is something to score for who scores it, and say of which classes there is not."""
+        if self.engine == "devkit":
+            check_devkit(data.index)
+        split, rows = data.splits.val, data.eval_rows
+        uncounted = check_countable(data.index, rows, ground_truth(data.index, rows), split)
+        if uncounted and trainer.is_global_zero:
+            say(f"split {split}: no annotation counts of {', '.join(uncounted)}; AP 0, and part of the mAP")
 
     @override
     def on_validation_batch_end(
@@ -137,11 +149,6 @@ class Evaluation(Callback):
         return bev_sample(data.index, row, points, self._metric.detections_of(row))
 
 
-def _check_unseen(data: NuScenesDataModule, module: LightningModule) -> None:
-    assert isinstance(module, CenterPointDetector)
-    data.selection.check_unseen(module.trained_on, "the network")
-
-
 def _over_ranks(trainer: Trainer, number: int) -> int:
     """A count of all ranks; floats hold those of sweeps exactly."""
     total = trainer.strategy.reduce(
@@ -177,7 +184,7 @@ def run_info(
     module: CenterPointDetector, data: NuScenesDataModule, checkpoint: Path, num_bad_sweeps: int = 0
 ) -> RunInfo:
     """What `metrics.json` says of a run beside its scores; sweeps that all ranks left out among it."""
-    trained_on = module.trained_on
+    trained_on = module.trained_on.get(data.index.fingerprint)
     return RunInfo(
         arm=module.row,
         dataset={**data.scored_info(num_bad_sweeps), **({"trained_on": trained_on} if trained_on else {})},

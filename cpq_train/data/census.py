@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def check_targets(
         refuse_none_left(f"training split {split!r}", len(rows), num_all, removed)
 
 
-def refuse_none_left(what: str, num_samples: int, num_all: int, removed: Mapping[str, int]) -> None:
+def refuse_none_left(what: str, num_samples: int, num_all: int, removed: Mapping[str, int]) -> NoReturn:
     """Say that no annotation is left.
 
     Args:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
-from cpq_train.common.detection_task import DetectionClass, DetectionTask
+from cpq_train.common.detection_task import NUSCENES, DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES, LIDAR_TOP
 from cpq_train.common.progress import say
@@ -22,9 +22,8 @@ from cpq_train.data.dataset import SampleConfig
 from cpq_train.data.gt_sampling import GtSampling
 from cpq_train.data.index import NuScenesIndex, open_index
 from cpq_train.data.points.checks import check_files
-from cpq_train.data.selection import Limits, MissingScenes, Selection, SplitNames
-from cpq_train.data.settings import DataSettings
-from cpq_train.data.splits import UNION
+from cpq_train.data.selection import DEFAULT_TRAIN_SPLIT, Limits, MissingScenes, Selection, SplitNames
+from cpq_train.data.settings import CLASSES_KEY, DataSettings
 
 Rows = NDArray[np.int64]
 
@@ -56,7 +55,8 @@ class NuScenesDataSet(LightningDataModule):
         seed: of the order of samples, the augmentation and the choice of calibration samples.
         train_split: split to train on, an official one ("train" is mini_train in a mini version) or one that
             `splits.json` in the folder of tables names.
-        train_splits: several splits to train on instead, such as train and val for a last training.
+        train_splits: several splits to train on, such as train and val for a last training; `train_split`
+            then has its default.
         val_split: split to validate on; "val" is mini_val in a mini version.
         test_split: split that the test and predict verbs run on.
         missing_scenes: error, or skip to leave out scenes of which clouds are missing, as in a root that is
@@ -69,9 +69,10 @@ class NuScenesDataSet(LightningDataModule):
             by the seed. An epoch is then several times as long.
         num_calibration_samples: samples that quantizers are calibrated with; each scene gives equally many,
             up to one.
-        calibration_split: split to calibrate on; null for `train_split`.
+        calibration_split: split to calibrate on; null for `train_split`, or the first of `train_splits` that
+            is not `val_split`.
         force_calibration_on_val: calibrate on samples of `val_split` too, which makes its scores too good.
-        force_score_on_train: score samples that `train_splits` hold, likewise.
+        force_score_on_train: score samples that were trained on, likewise.
         cache_dir: where the index is kept; null for the data root, or the user's cache if that is read-only.
     """
 
@@ -95,7 +96,7 @@ class NuScenesDataSet(LightningDataModule):
         batch_size: int = 4,
         num_workers: int = 4,
         seed: int = 0,
-        train_split: str = "train",
+        train_split: str = DEFAULT_TRAIN_SPLIT,
         train_splits: list[str] | None = None,
         val_split: str = "val",
         test_split: str = "test",
@@ -119,9 +120,7 @@ class NuScenesDataSet(LightningDataModule):
         self.class_names = tuple(class_names)
         self.root, self.version, self.cache_dir = root, version, cache_dir
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.splits = SplitNames(
-            UNION.join(train_splits or [train_split]), val_split, test_split, calibration_split or train_split
-        )
+        self.splits = SplitNames.of(train_split, train_splits, val_split, test_split, calibration_split)
         self._limits = Limits(sample_tokens, missing_scenes, force_calibration_on_val, force_score_on_train)
         self.num_calibration_samples = num_calibration_samples
         self.settings = DataSettings(
@@ -212,6 +211,11 @@ class NuScenesDataSet(LightningDataModule):
             "seed": self.seed,
             "tokens_sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
         }
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of the data: the settings, and own classes."""
+        own = {} if self.task == NUSCENES else {CLASSES_KEY: self.task.to_dict()}
+        return {**self.settings.to_dict(), **own}
 
     def scored_info(self, num_bad_sweeps: int = 0) -> dict[str, Any]:
         """What `metrics.json` says of the data set: which, and what of the scored split was left out."""

@@ -8,12 +8,12 @@ Shape letters: S samples, F frames, A annotations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from cpq_train.common.detection_task import DetectionTask
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError, shown
 from cpq_train.common.nuscenes import BIKE_RACK_CATEGORY
 from cpq_train.data.annotation_columns import AnnotationColumns, Columns
@@ -49,8 +49,10 @@ def read_columns(reader: TableReader, task: DetectionTask, lidar_channel: str) -
             not exist; or there is no such LiDAR.
     """
     category_names = {token: r["name"] for token, r in _by_token(reader, "category").items()}
+    attribute_names = {token: r["name"] for token, r in _by_token(reader, "attribute").items()}
+    _check_task(task, category_names.values(), attribute_names.values())
     attributes = {name: number for number, name in enumerate(task.attributes)}
-    attribute_ids = {t: attributes.get(r["name"], -1) for t, r in _by_token(reader, "attribute").items()}
+    attribute_ids = {token: attributes.get(name, -1) for token, name in attribute_names.items()}
     channels = {token: r["channel"] for token, r in _by_token(reader, "sensor").items()}
     if lidar_channel not in channels.values():
         have = ", ".join(map(shown, sorted(set(channels.values())))) or "none"
@@ -79,6 +81,26 @@ def read_columns(reader: TableReader, task: DetectionTask, lidar_channel: str) -
         check(record, row)
         annotations.add(record)
     return columns | annotations.columns(columns)
+
+
+def _check_task(task: DetectionTask, categories: Collection[str], attributes: Collection[str]) -> None:
+    """See that own classes are of this data set; nuScenes' own versions need not have all of its categories.
+
+    Raises:
+        UserError: one names a category or an attribute that the tables do not have.
+    """
+    if task == NUSCENES:
+        return
+    for name, rules in zip(task.names, task.rules, strict=True):
+        for table, named, has in (
+            ("category", rules.categories, categories),
+            ("attribute", rules.attributes, attributes),
+        ):
+            if unknown := [one for one in named if one not in has]:
+                raise UserError(
+                    f"data.classes {shown(name)} names {shown(unknown[0])}, which table {table} has not; "
+                    f"accepted: {', '.join(map(shown, sorted(has)))}"
+                )
 
 
 def _by_token(reader: TableReader, table: str) -> dict[str, Record]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from cpq_train.data.splits import UNION
 
 Rows = NDArray[np.int64]
 
+DEFAULT_TRAIN_SPLIT: Final = "train"
+
 MissingScenes = Literal["error", "skip"]
 """What becomes of scenes of which clouds are missing."""
 
@@ -31,10 +33,24 @@ class SplitNames(NamedTuple):
     test: str
     calibration: str
 
-    @property
-    def trained_union(self) -> str | None:
-        """The training split, where it is several."""
-        return self.train if UNION in self.train else None
+    @classmethod
+    def of(
+        cls, train: str, several: Sequence[str] | None, val: str, test: str, calibration: str | None
+    ) -> Self:
+        """From the options of `NuScenesDataModule`.
+
+        Raises:
+            UserError: training has no split, or `train` is set beside several.
+        """
+        if several is None:
+            return cls(train, val, test, calibration or train)
+        if not several or train != DEFAULT_TRAIN_SPLIT:
+            raise UserError(
+                f"data.train_splits is {list(several)}, data.train_split {train!r}; accepted: one split or "
+                "more, and no train_split beside them"
+            )
+        unscored = next((name for name in several if name != val), several[0])
+        return cls(UNION.join(several), val, test, calibration or unscored)
 
     @classmethod
     def only(cls, split: str) -> Self:
@@ -81,36 +97,34 @@ class Selection:
 
     @property
     def val_rows(self) -> Rows:
-        """Of the validation split (S,), or of its `sample_tokens`.
+        """Of the validation split (S,), or of its `sample_tokens`."""
+        return self._of(self._names.val, self._limits.sample_tokens)
 
-        Raises:
-            UserError: training has some of them, and nobody forces it.
-        """
-        rows = self._of(self._names.val, self._limits.sample_tokens)
-        if (trained := self._names.trained_union) is not None:
-            self._check_unseen(rows, trained, "data.train_splits hold")
-        return rows
+    @cached_property
+    def trained_and_scored(self) -> str | None:
+        """The training split, where it holds samples of the validation split."""
+        is_scored = self._index.is_in_split(self.train_rows, self._names.val)
+        return self._names.train if is_scored.any() else None
 
-    def check_unseen(self, trained_on: str | None, what: str) -> None:
-        """See that a network was not trained on what it is scored on.
+    def check_unseen(self, trained_on: str | None, words: str) -> None:
+        """See that a network is not scored on what it was trained on.
 
         Args:
             trained_on: the splits of its training, joined by "+"; None where nobody says.
-            what: whose training, for the message.
+            words: whose training, for the message.
 
         Raises:
-            UserError: it was, and nobody forces the score.
+            UserError: it is, and nobody forces the score.
         """
-        if trained_on is not None:
-            self._check_unseen(self.val_rows, trained_on, f"{what} was trained on {trained_on}, which holds")
-
-    def _check_unseen(self, rows: Rows, trained: str, words: str) -> None:
-        num_seen = int(self._index.is_in_split(rows, trained).sum())
-        if num_seen and not self._limits.force_score_on_train:
+        if trained_on is None or self._limits.force_score_on_train:
+            return
+        rows = self.val_rows
+        num_seen = int(self._index.is_in_split(rows, trained_on).sum())
+        if num_seen:
             raise UserError(
-                f"{words} {num_seen} of the {len(rows)} samples of data.val_split {self._names.val!r}, whose "
-                "scores would be too good; choose another split, set data.force_score_on_train to true, or, "
-                "in a fit, trainer.limit_val_batches to 0"
+                f"{words} {trained_on!r} holds {num_seen} of the {len(rows)} samples of data.val_split "
+                f"{self._names.val!r}, whose scores would be too good; choose another split, set "
+                "data.force_score_on_train to true, or, in a fit, trainer.limit_val_batches to 0"
             )
 
     @property

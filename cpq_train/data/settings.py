@@ -15,6 +15,9 @@ from cpq_train.data.points.format import NUSCENES_COLUMNS, PointFormat
 
 DATA_KEY = "data"
 
+CLASSES_KEY = "classes"
+"""In the data of a checkpoint: the data set's own classes, where it had them."""
+
 OF_POINTS: Final = {"point_columns", "intensity_scale"}
 """Settings that files of earlier releases do not hold: their points are nuScenes' own."""
 

@@ -105,6 +105,7 @@ class Splits:
         Raises:
             UserError: it does not.
         """
+        own = self.own  # a damaged file is told whatever is asked for
         for name in split.split(UNION):
             scenes = self.scenes_of(name)
             if not scenes:
@@ -112,7 +113,7 @@ class Splits:
                     f"split {name!r} holds no scene of {where}: "
                     f"the splits with scenes there are {self._held()}"
                 )
-            if absent := set(scenes) - set(present):
+            if absent := set(own.get(name, ())) & set(scenes) - set(present):
                 raise UserError(
                     f"splits file {str(self._file)!r}: split {shown(name)} names {len(absent)} scenes that "
                     f"table scene has not, such as {shown(min(absent))}; accepted: scenes of {where}"

@@ -10,7 +10,7 @@ from cpq_train.evaluation.boxes import GroundTruth, Ints
 from cpq_train.evaluation.filtering import counts_as_ground_truth, ego_distance
 
 
-def check_countable(index: NuScenesIndex, rows: Ints, annotations: GroundTruth, split: str) -> None:
+def check_countable(index: NuScenesIndex, rows: Ints, annotations: GroundTruth, split: str) -> list[str]:
     """See that there is something to score.
 
     Args:
@@ -19,11 +19,15 @@ def check_countable(index: NuScenesIndex, rows: Ints, annotations: GroundTruth, 
         annotations: their ground truth.
         split: name of the split, for the message.
 
+    Returns:
+        The classes of which no annotation counts: their AP is 0, and part of the mAP.
+
     Raises:
         UserError: no annotation counts; says which filter removed how many.
     """
-    if counts_as_ground_truth(annotations).any():
-        return
+    counted = set(annotations.boxes.label[counts_as_ground_truth(annotations)].tolist())
+    if counted:
+        return [name for class_id, name in enumerate(annotations.task.names) if class_id not in counted]
     num_all = len(annotation_rows(index, rows))
     has_points = annotations.num_points != 0
     far = (

@@ -11,11 +11,27 @@ import numpy as np
 
 from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError
+from cpq_train.common.nuscenes import LIDAR_TOP
+from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import Strings
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.protocol import THRESHOLDS_M
 
 CONFIG = "detection_cvpr_2019"
+
+
+def check_devkit(index: NuScenesIndex) -> None:
+    """See that nuscenes-devkit can score a data set.
+
+    Raises:
+        UserError: its classes or its LiDAR are not nuScenes' own.
+    """
+    for name, is_usual in (
+        ("data.classes", index.task.is_nuscenes),
+        (f"data.lidar_channel {index.lidar_channel!r}", index.lidar_channel == LIDAR_TOP),
+    ):
+        if not is_usual:
+            raise UserError(f"engine is 'devkit', which does not know {name}; accepted: vectorised")
 
 
 def evaluate_with_devkit(
@@ -30,16 +46,8 @@ def evaluate_with_devkit(
         version: its version, such as "v1.0-trainval".
         submission: a file that `write_submission` or another tool wrote.
         sample_tokens: (S,) the samples that the submission covers.
-        task: classes and rules; the devkit knows its own.
-
-    Raises:
-        UserError: They are others.
+        task: the devkit's own classes, in whatever order.
     """
-    if not task.is_nuscenes:
-        raise UserError(
-            "evaluation.engine is 'devkit', and nuscenes-devkit does not know data.classes; "
-            "accepted with them: vectorised"
-        )
     from nuscenes import NuScenes
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.common.loaders import (

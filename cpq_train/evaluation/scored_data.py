@@ -12,7 +12,9 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import say
 from cpq_train.data.index import NuScenesIndex, open_index
-from cpq_train.evaluation.boxes import GroundTruth, Predictions
+from cpq_train.data.selection import Limits, MissingScenes, Selection, SplitNames
+from cpq_train.data.sweeps import MAX_NUM_SWEEPS
+from cpq_train.evaluation.boxes import GroundTruth, Ints, Predictions
 from cpq_train.evaluation.countable import check_countable
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.matches import Matches
@@ -31,6 +33,9 @@ class ScoredData:
         val_split: official split ("val" is mini_val in a mini version), or one of `splits.json`.
         classes: the data set's own classes by name, with their rules; null for nuScenes' ten.
         lidar_channel: LiDAR whose key frames say where the ego vehicle was.
+        missing_scenes: error, or skip to leave out scenes of which clouds are missing, as the run did whose
+            submission this is.
+        num_sweeps: LiDAR sweeps per sample that such a run needed.
         cache_dir: where the index is kept; null for the data root, or the user's cache if that is read-only.
     """
 
@@ -39,6 +44,8 @@ class ScoredData:
     val_split: str = "val"
     classes: dict[str, DetectionClass] | None = None
     lidar_channel: str = LIDAR_TOP
+    missing_scenes: MissingScenes = "error"
+    num_sweeps: int = MAX_NUM_SWEEPS
     cache_dir: str | None = None
 
     @property
@@ -46,26 +53,31 @@ class ScoredData:
         """Classes and rules."""
         return DetectionTask.of(self.classes)
 
+    def selection(self, index: NuScenesIndex) -> Selection:
+        """Which of the index's samples are scored."""
+        limits = Limits(missing_scenes=self.missing_scenes)
+        return Selection(index, SplitNames.only(self.val_split), limits, self.num_sweeps)
+
     def open(self) -> NuScenesIndex:
         """The index of the data set."""
         return open_index(self.root, self.version, self.cache_dir, self.task, self.lidar_channel)
 
 
-def score_submission(submission: Path, data: ScoredData, index: NuScenesIndex) -> ScoredSplit:
+def score_submission(submission: Path, index: NuScenesIndex, rows: Ints, split: str) -> ScoredSplit:
     """Score a submission as nuscenes-devkit's `DetectionEval` does; says how many boxes each filter left.
 
     Args:
         submission: the file.
-        data: which samples of the index.
         index: the data set.
+        rows: (S,) its samples that are scored.
+        split: what they are called.
 
     Raises:
         UserError: The split holds no sample here or nothing of it counts, the file is no submission for it, a
             box that matches an annotation has a size that is not above 0, or scores of a class are too low.
     """
-    rows = index.sample_rows(data.val_split)
     annotations = ground_truth(index, rows)
-    check_countable(index, rows, annotations, data.val_split)
+    check_countable(index, rows, annotations, split)
     predictions = read_submission(submission, annotations.samples.tokens, index.task)
     evaluation = evaluate(annotations, predictions)
     _say_counts(annotations, predictions, evaluation.matches)

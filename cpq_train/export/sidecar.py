@@ -34,7 +34,7 @@ _KIND = TypeAdapter(
                 {
                     **dict.fromkeys(("path", "sha256", "arm"), str),
                     "parents": dict[str, Any],
-                    "trained_on": NotRequired[str],
+                    "trained_on": NotRequired[dict[str, str]],
                 }
             ),
             "inputs": list_of(keys({"name": str})),

@@ -89,7 +89,7 @@ def write_deployment(
         "sha256": sha256_of(checkpoint),
         "arm": subject.arm,
         "parents": dict(subject.parents),
-        **({} if subject.trained_on is None else {"trained_on": subject.trained_on}),
+        **({"trained_on": dict(subject.trained_on)} if subject.trained_on else {}),
     }
     about = f"CenterPoint, {subject.arm}, from the checkpoint with SHA-256 {source['sha256']}"
     model = chosen.model_of(plan, version("cpq_train"), about)

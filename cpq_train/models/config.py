@@ -78,7 +78,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
+            object.__setattr__(self, field.name, as_tuples(getattr(self, field.name)))
         _check_lengths(self)
         _check_class_names(self.class_names)
         _check_class_groups(self.class_groups, self.class_names)
@@ -104,9 +104,9 @@ class NetworkConfig:
         return BevGeometry(self.point_cloud_range, self.voxel_size, stride, x // stride, y // stride)
 
 
-def _as_tuple(value: object) -> object:
+def as_tuples(value: object) -> object:
     """Lists, as a YAML file gives them, become tuples at every depth."""
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return tuple(as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _level_strides(config: NetworkConfig) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,12 @@ class ArmModule(LightningModule):
         return self._subject
 
     @property
-    def trained_on(self) -> str | None:
-        """The splits, joined by "+", where the network, or one that it came from, was trained on several."""
+    def trained_on(self) -> Mapping[str, str]:
+        """Fingerprint of a data set -> splits of it that were to be scored, and were trained on."""
         if self.engine is None:
             return self.subject.trained_on
-        return self.engine.sidecar.checkpoint.get("trained_on")
+        found: dict[str, str] = self.engine.sidecar.checkpoint.get("trained_on", {})
+        return found
 
     @property
     def row(self) -> Row:
@@ -233,10 +235,12 @@ class ArmModule(LightningModule):
         """Let the checkpoint say what it is, and with what data settings it was made."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, NuScenesDataModule) and self.trainer.state.fn == "fit":
-            self.subject.trained_on = union(self.subject.trained_on, data.splits.trained_union)
+            known, key = self.subject.trained_on, data.index.fingerprint
+            if splits := union(known.get(key), data.selection.trained_and_scored):
+                self.subject.trained_on = {**known, key: splits}
         checkpoint["quantization"] = self.subject.describe()
         if isinstance(data, NuScenesDataModule):
-            checkpoint[DATA_KEY] = data.settings.to_dict()
+            checkpoint[DATA_KEY] = data.described()
 
     def _scheme(self) -> Scheme | None:
         """The scheme that is asked for; None where that of `weights` is meant, whose file may be gone."""

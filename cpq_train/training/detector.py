@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -46,6 +48,21 @@ Batch = dict[str, Any]
 
 FOLDED_FILE = "folded.ckpt"
 """The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
+
+
+def _reaching(post: PostProcessing, network: NetworkConfig) -> PostProcessing:
+    """With the center range that null stands for; one that is set and loses boxes is told."""
+    reaching = post.reaching(network.point_cloud_range)
+    widest = replace(post, center_range=None).reaching(network.point_cloud_range)
+    if any(
+        abs(own) < abs(least)
+        for own, least in zip(reaching.center_range or (), network.point_cloud_range, strict=False)
+    ):
+        rank_zero_warn(
+            f"model.post_processing.center_range is {reaching.center_range}, less than point_cloud_range "
+            f"{network.point_cloud_range}: boxes beyond are dropped; null is {widest.center_range}"
+        )
+    return reaching
 
 
 class CenterPointDetector(ArmModule):
@@ -93,7 +110,7 @@ class CenterPointDetector(ArmModule):
         engine_file: str | None = None,
         weights_parts: list[str] | None = None,
     ) -> None:
-        post_processing = post_processing.reaching(network.point_cloud_range)
+        post_processing = _reaching(post_processing, network)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if test_time_flip:

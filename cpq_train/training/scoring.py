@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch import LightningModule
 
 from cpq_train.common.progress import track
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.training.detector import CenterPointDetector
+
+
+def check_unseen(detector: LightningModule, data: NuScenesDataModule) -> None:
+    """See that a network is not scored on what it, or one that it came from, was trained on.
+
+    Raises:
+        UserError: It is, and `data.force_score_on_train` is false.
+    """
+    assert isinstance(detector, CenterPointDetector)
+    data.selection.check_unseen(detector.trained_on.get(data.index.fingerprint), "the network was trained on")
 
 
 def score_detector(
@@ -29,7 +40,7 @@ def score_detector(
     Returns:
         mAP, and NDS where there is one, over the samples of all ranks.
     """
-    data.selection.check_unseen(detector.trained_on, "the network")
+    check_unseen(detector, data)
     metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names).to(detector.device)
     loader = data.evaluation_dataloader(rank, world_size)
     was_training = detector.training

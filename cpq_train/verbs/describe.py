@@ -45,7 +45,7 @@ def _summary(path: Path, content: dict[str, Any]) -> Table:
         "epoch, step": f"{content['epoch']}, {content['global_step']}",
         "calibration": said.calibration or "none",
         "parents": said.parents or "none",
-        **({"trained on": said.trained_on} if said.trained_on else {}),
+        **({"trained on": ", ".join(said.trained_on.values())} if said.trained_on else {}),
         "sha256": sha256_of(path),
     }
     for key, value in rows.items():

@@ -45,7 +45,8 @@ def _check_kind(callback: Callback) -> None:
 def _check_monitor(callback: Callback, model: CenterPointDetector, data: NuScenesDataModule) -> None:
     monitor, metrics = getattr(callback, "monitor", None), compared_metrics(data.task)
     scores = [f"val/{metric}" for metric in metrics]
-    accepted = (*scores, TRAINED_MAP, *gap_names(model.arm or "qat", metrics))
+    trained = [] if set(data.class_names) == set(data.task.names) else [TRAINED_MAP]
+    accepted = (*scores, *trained, *gap_names(model.arm or "qat", metrics))
     if monitor is not None and monitor not in accepted and monitor not in losses(model):
         raise UserError(
             f"monitor of {type(callback).__name__} is {monitor!r}; accepted: {', '.join(accepted)}, and "

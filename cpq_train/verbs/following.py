@@ -2,47 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
+from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.detection_task import NUSCENES, DetectionClass, DetectionTask
 from cpq_train.common.nuscenes import CLASS_GROUPS
+from cpq_train.data.settings import CLASSES_KEY, DATA_KEY
+from cpq_train.export.sidecar import read_sidecar
+from cpq_train.models.config import as_tuples
+from cpq_train.training.settings import hyper_parameters
 from cpq_train.verbs.given import Given
 
 MONITOR_WITHOUT_NDS = "val/mAP"
 FILENAME_WITHOUT_NDS = "epoch{epoch:02d}-mAP{val/mAP:.3f}"
 
 
-def follow_classes(config: Namespace, given: Given) -> None:
-    """Let the network have the data set's own classes, heads be of its classes, and the best go by mAP.
+def follow_classes(config: Namespace, given: Given) -> list[str]:
+    """Let classes be those of the checkpoint, or of the data set, and the best one go by what there is.
 
     Args:
         config: of a verb.
         given: what a command line or a file sets.
+
+    Returns:
+        A sentence where the data set's classes are others than the checkpoint's.
     """
-    network, task = config.model.network, _task(config.data.classes)
-    has_usual_names = tuple(network.class_names) == NUSCENES.names
-    if task is not NUSCENES and has_usual_names and "model.network.class_names" not in given:
-        network.class_names = config.data.class_names = task.names
-    if _tuples(network.class_groups) == CLASS_GROUPS and "model.network.class_groups" not in given:
+    network, said = config.model.network, _said_by_checkpoint(config)
+    differences = _take_classes(config, said)
+    for name in ("class_names", "class_groups"):
+        if name in said.network and f"model.network.{name}" not in given:
+            network[name] = as_tuples(said.network[name])
+    task = _task(config.data.classes)
+    is_usual = as_tuples(network.class_names) == NUSCENES.names
+    if task is not NUSCENES and is_usual and "model.network.class_names" not in given:
+        network.class_names = task.names
+    config.data.class_names = network.class_names
+    if as_tuples(network.class_groups) == CLASS_GROUPS and "model.network.class_groups" not in given:
         network.class_groups = groups_of(network.class_names)
-    if task.is_nuscenes or config.get("checkpoint") is None:
-        return
-    for name, value in (("monitor", MONITOR_WITHOUT_NDS), ("filename", FILENAME_WITHOUT_NDS)):
-        if f"checkpoint.{name}" not in given:
-            config.checkpoint[name] = value
+    if not task.is_nuscenes and config.get("checkpoint") is not None:
+        for name, value in (("monitor", MONITOR_WITHOUT_NDS), ("filename", FILENAME_WITHOUT_NDS)):
+            if f"checkpoint.{name}" not in given:
+                config.checkpoint[name] = value
+    return differences
+
+
+class _Said(NamedTuple):
+    """What a checkpoint, or the sidecar of a deployment file, says of classes; nothing without one."""
+
+    name: str = ""
+    network: Mapping[str, Any] = MappingProxyType({})
+    classes: Mapping[str, Any] | None = None
+
+
+def _said_by_checkpoint(config: Namespace) -> _Said:
+    model = config.model
+    if model.engine_file is not None and Path(model.engine_file).is_file():
+        sidecar = read_sidecar(Path(model.engine_file))
+        return _Said(model.engine_file, sidecar.network, sidecar.data.get(CLASSES_KEY))
+    if model.weights is None or not Path(model.weights).is_file():
+        return _Said()
+    content = read_checkpoint(model.weights, mmap=True)
+    data, network = content.get(DATA_KEY) or {}, hyper_parameters(content, model.weights).get("network") or {}
+    parts = model.weights_parts is not None  # of a network that may have other classes
+    return _Said(model.weights, {} if parts else network, None if parts else data.get(CLASSES_KEY))
+
+
+def _take_classes(config: Namespace, said: _Said) -> list[str]:
+    """Let the data set's classes be those that a checkpoint was made with, where no other are given."""
+    if said.classes is None:
+        return []
+    made_with = DetectionTask.from_dict(said.classes, f"checkpoint {said.name!r}, {DATA_KEY}.{CLASSES_KEY}")
+    if config.data.classes is None:
+        config.data.classes = {name: Namespace(**rules) for name, rules in made_with.to_dict().items()}
+    elif _task(config.data.classes) != made_with:
+        return [f"data.classes are others than those that checkpoint {said.name!r} was made with"]
+    return []
 
 
 def groups_of(class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Class names by head: nuScenes' classes as its groups have them, each other one in a head of its own."""
     usual = [tuple(name for name in group if name in class_names) for group in CLASS_GROUPS]
     return (*filter(None, usual), *((name,) for name in class_names if name not in NUSCENES.names))
-
-
-def _tuples(groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(map(tuple, groups))
 
 
 def _task(classes: dict[str, Any] | None) -> DetectionTask:

@@ -215,8 +215,8 @@ class QuantCLI(HookedCLI):
         if verb in VERBS_OF_ENGINES:
             leave_to_engine(config, self.given)
         find_scheme(config, self.given)
-        follow_classes(config, self.given)
-        for sentence in (*leave_out_parts(config, self.given), *take_data_settings(config, self.given)):
+        sentences = leave_out_parts(config, self.given) + follow_classes(config, self.given)
+        for sentence in sentences + take_data_settings(config, self.given):
             rank_zero_warn(sentence)
         follow_features(config, self.given)
 

@@ -8,6 +8,7 @@ from cpq_train.common.arm_names import SUBMISSION, Row
 from cpq_train.common.console import print_plain
 from cpq_train.common.files import check_regular, check_writable, sha256_of
 from cpq_train.common.nuscenes import TP_ERRORS
+from cpq_train.evaluation.devkit import check_devkit
 from cpq_train.evaluation.gaps import NO_NDS
 from cpq_train.evaluation.metrics_file import UNKNOWN, Document, RunInfo
 from cpq_train.evaluation.run_files import MetricEngine, write_run
@@ -46,12 +47,16 @@ def score(
     check_writable(output, "output")
     check_regular(submission, "submission")
     index = data.open()
-    scored = score_submission(submission, data, index)
+    if engine == "devkit":
+        check_devkit(index)
+    selection = data.selection(index)
+    scored = score_submission(submission, index, selection.val_rows, data.val_split)
+    skipped = selection.skipped(data.val_split)
     run = RunInfo(
         arm=arm,
         checkpoint_path=str(submission),
         checkpoint_sha256=sha256_of(submission),
-        dataset=index.dataset_info(),
+        dataset={**index.dataset_info(), **({"skipped_scenes": skipped} if skipped else {})},
         split=data.val_split,
         postprocessing_sha256=UNKNOWN,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
@@ -18,6 +18,7 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, sha256_of, write_whole
+from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import track
 from cpq_train.data.clouds import batch_of_clouds
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -52,6 +53,8 @@ def verify(
     cloud: list[Path] | None = None,
     root: Path | None = None,
     version: str = "v1.0-trainval",
+    split: str = "val",
+    lidar_channel: str = LIDAR_TOP,
     num_samples: int = 1,
     num_sweeps: int | None = None,
     max_flipped_share: float = 1e-4,
@@ -70,6 +73,8 @@ def verify(
         cloud: Files of points, in the columns that the checkpoint was made with.
         root: A data root in the nuScenes format.
         version: Its folder of tables.
+        split: The split whose samples are taken, an official one or one of `splits.json`.
+        lidar_channel: Name of its LiDAR in table `sensor`.
         num_samples: Samples of the data root, or simulated.
         num_sweeps: Of each sample; null takes what the checkpoint was made with.
         max_flipped_share: Largest share of codes that may be one step apart end to end. Float operations in
@@ -95,7 +100,8 @@ def verify(
         _check_simulated(data, checkpoint)
     findings = Findings()
     probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
-    with _samples(data, cloud, root, version, num_samples) as samples:
+    of_root = {"version": version, "val_split": split, "lidar_channel": lidar_channel}
+    with _samples(data, cloud, root, of_root, num_samples) as samples:
         for batch in track(samples, "Verifying", len(cloud) if cloud else num_samples):
             _verify_one(detector, batch, findings, probe)
     failures = findings.failures(max_flipped_share)
@@ -162,7 +168,7 @@ def _samples(
     settings: DataSettings,
     clouds: list[Path] | None,
     root: Path | None,
-    version: str,
+    of_root: Mapping[str, Any],
     num_samples: int,
 ) -> Iterator[Iterator[Batch]]:
     if clouds:
@@ -171,7 +177,7 @@ def _samples(
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
             settings = replace(settings, point_columns=NUSCENES_POINTS.columns, intensity_scale=1.0)
-            root, version = Path(folder) / "simulated", SIMULATED_VERSION
+            root, of_root = Path(folder) / "simulated", {"version": SIMULATED_VERSION}
             simulate(
                 root,
                 num_scenes=1,
@@ -182,7 +188,7 @@ def _samples(
             )
         data = NuScenesDataModule(
             str(root),
-            version,
+            **of_root,
             **settings.to_dict(),
             batch_size=1,
             num_workers=0,

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_own_splits_are_those_of_the_devkit(own_root: Path) -> None:
 def test_official_names_keep_their_meaning(root: Path, index: NuScenesIndex) -> None:
     official = scenes(index, "val")
     with pytest.raises(UserError, match="split 'mini_val' is an official one with 1 scenes here"):
-        with_splits(root, {"mini_val": ["scene-0061"]}, VERSION).sample_rows("nothing")
+        with_splits(root, {"mini_val": ["scene-0061"]}, VERSION).sample_rows("val")
     assert scenes(with_splits(root, {"mini_val": sorted(official)}, VERSION), "val") == official
 
 
@@ -97,23 +98,48 @@ def make(simulated_root: Path) -> Callable[..., NuScenesDataModule]:
     return lambda **options: NuScenesDataModule(str(simulated_root), **{**GRID, **options})
 
 
-def test_a_union_trains_on_both_and_is_not_scored_without_force(
-    make: Callable[..., NuScenesDataModule],
+def test_what_is_trained_and_scored_is_found_whatever_splits_are_called(
+    make: Callable[..., NuScenesDataModule], own_root: Path, tmp_path: Path
 ) -> None:
     data = make(train_splits=["train", "val"])
     assert len(data.selection.train_rows) == 10
-    with pytest.raises(UserError, match=r"data.train_splits hold 4 of the 4 samples of data.val_split"):
-        _ = data.eval_rows
-    forced = make(train_splits=["train", "val"], force_score_on_train=True)
-    np.testing.assert_array_equal(forced.eval_rows, make().eval_rows)
+    assert data.selection.trained_and_scored == "train+val"
+    assert make().selection.trained_and_scored is None
+    assert make(train_split="val").selection.trained_and_scored == "val"
+    root = tmp_path / "copy"
+    shutil.copytree(own_root, root, ignore=shutil.ignore_patterns(".cpq_train"))
+    with_splits(root, {"everything": ["drive-0", "drive-4"], "checked": ["drive-4"]})
+    own = NuScenesDataModule(str(root), FULL, train_split="everything", val_split="checked", **GRID)
+    assert own.selection.trained_and_scored == "everything"
 
 
-def test_a_union_calibrates_on_the_training_split(make: Callable[..., NuScenesDataModule]) -> None:
-    data = make(train_splits=["train", "val"], num_calibration_samples=6)
+def test_a_network_is_not_scored_on_what_it_was_trained_on(make: Callable[..., NuScenesDataModule]) -> None:
+    data = make()
+    data.selection.check_unseen(None, "the network was trained on")
+    data.selection.check_unseen("train", "the network was trained on")
+    with pytest.raises(
+        UserError, match=r"trained on 'train\+val' holds 4 of the 4 samples of data.val_split"
+    ):
+        data.selection.check_unseen("train+val", "the network was trained on")
+    make(force_score_on_train=True).selection.check_unseen("train+val", "the network was trained on")
+
+
+def test_a_union_calibrates_on_what_is_not_scored(make: Callable[..., NuScenesDataModule]) -> None:
+    data = make(train_splits=["val", "train"], num_calibration_samples=6)
     np.testing.assert_array_equal(np.sort(data.calibration_rows), make().selection.train_rows)
     on_val = make(train_splits=["train", "val"], calibration_split="train+val", num_calibration_samples=10)
     with pytest.raises(UserError, match=r"4 of the 10 samples belong to data.val_split 'val'"):
         _ = on_val.calibration_rows
+
+
+@pytest.mark.parametrize(
+    "options", [{"train_splits": []}, {"train_splits": ["val"], "train_split": "mini_train"}]
+)
+def test_one_way_to_name_what_is_trained_on(
+    make: Callable[..., NuScenesDataModule], options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="accepted: one split or more, and no train_split beside them"):
+        make(**options)
 
 
 def without_a_sweep(source: Path, root: Path, scene: str) -> Path:

@@ -1,6 +1,7 @@
 """Scores of other classes than nuScenes' ten: the same numbers where the rules are the same."""
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.countable import check_countable
-from cpq_train.evaluation.devkit import evaluate_with_devkit
+from cpq_train.evaluation.devkit import check_devkit
 from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.lost_objects import changes, counts
-from cpq_train.evaluation.matches import read_matches, write_matches
+from cpq_train.evaluation.matches import find_matches, read_matches, write_matches
 from cpq_train.evaluation.matching import true_positive_errors
 from cpq_train.evaluation.metric import evaluate
 from cpq_train.evaluation.metrics_file import RunInfo, build_metrics, read_metrics, task_of, write_metrics
 from cpq_train.evaluation.submission import read_submission, write_submission
 
+NONE = Predictions(random_problem(0, 1, 1)[1].boxes[np.zeros(0, np.int64)], np.zeros(0))
 ORDER = np.array([9, 3, 0, 1, 7, 8, 2, 5, 6, 4])
 RULES = dict(zip(NUSCENES.names, NUSCENES.rules, strict=True))
 RENAMED = DetectionTask.of({f"own_{NUSCENES.names[row]}": NUSCENES.rules[row] for row in ORDER})
@@ -89,8 +91,6 @@ def test_files_of_own_classes(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"detection_name 'own_.*' is unknown; accepted: car"):
         read_submission(tmp_path / "results_nusc.json", tokens)
-    with pytest.raises(UserError, match=r"evaluation.engine is 'devkit'.*accepted with them: vectorised"):
-        evaluate_with_devkit(tmp_path, "v1", tmp_path / "results_nusc.json", tokens, RENAMED)
 
 
 def finite(predictions: Predictions) -> Predictions:
@@ -137,3 +137,24 @@ def test_ground_truth_of_which_nothing_counts(mini_index: NuScenesIndex) -> None
         check_countable(mini_index, rows, replace(annotations, task=near), "val")
     with pytest.raises(UserError, match=r"\d+ are of other classes \(categories of no class: "):
         check_countable(mini_index, rows, annotations[np.zeros(0, np.int64)], "val")
+
+
+def test_classes_that_nothing_counts_of_are_named(mini_index: NuScenesIndex) -> None:
+    rows = mini_index.sample_rows("mini_val")
+    annotations = ground_truth(mini_index, rows)
+    assert check_countable(mini_index, rows, annotations, "val") == [
+        name for row, name in enumerate(NUSCENES.names) if row not in find_matches(annotations, NONE).gt_label
+    ]
+
+
+@pytest.mark.parametrize("change", [{"task": RENAMED}, {"lidar_channel": "LIDAR_FRONT"}])
+def test_the_devkit_does_not_score_what_it_does_not_know(
+    mini_index: NuScenesIndex, change: dict[str, Any]
+) -> None:
+    check_devkit(mini_index)
+    other = copy(mini_index)
+    other.__dict__.update(change)
+    with pytest.raises(
+        UserError, match=r"engine is 'devkit', which does not know data\..*; accepted: vectorised"
+    ):
+        check_devkit(other)

@@ -152,7 +152,21 @@ def test_targets_of_other_classes_are_refused_before_any_work(
             "data.point_columns [x, y, z, intensity] would fit",
         ),
         (["--data.classes", "null"], "none counts"),
-        (["--data.classes", "{auto: {categories: [gibt.es.nicht]}}"], "categories of no class: '"),
+        (
+            ["--data.classes", "{auto: {categories: [gibt.es.nicht]}}"],
+            "names 'gibt.es.nicht', which table category has not; accepted: 'ding.kegel'",
+        ),
+        (
+            ["--data.classes", "{auto: {categories: [kfz.pkw], attributes: [ruht, rollt]}}"],
+            "names 'ruht', which table attr",
+        ),
+        (
+            ["--data.train_split", "pruefung"],
+            "data.train_split 'pruefung' holds 4 of the 4 samples of data.val_split",
+        ),
+        (["--evaluation.engine", "devkit"], "engine is 'devkit', which does not know data.classes"),
+        (["--checkpoint.monitor", "val/NDS"], "accepted: val/mAP"),
+        (["--checkpoint.monitor", "val/mAP_trained"], "accepted: val/mAP"),
         (["--data.val_split", "val"], "split 'val' holds no scene of"),
         (["--data.lidar_channel", "LIDAR_FRONT"], "data.lidar_channel is 'LIDAR_FRONT'; accepted: "),
         (["--model.network.num_point_features", "4"], "num_point_features is 4"),
@@ -168,6 +182,42 @@ def test_what_does_not_fit_the_data_is_told_before_any_work(
     fit = ["fit", *road.options("float"), "--trainer.default_root_dir", str(tmp_path / "run"), *options]
     assert message in fails(fit, capsys).replace("\n", " ")
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_heads_keep_their_classes_in_whatever_order_the_data_set_has_them(
+    road: Road, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turned = tmp_path / "turned.yaml"
+    turned.write_text(
+        yaml.safe_dump({"data": {**OF_DATA, "classes": dict(reversed(CLASSES.items()))}}, sort_keys=False)
+    )
+    ptq = ["--model.weights", str(road.runs / "ptq/ptq.ckpt")]
+    validate = ["validate", "-c", BASE, "-c", str(turned), *tiny_options(road.root, tmp_path / "run"), *ptq]
+    main(validate)
+    scored = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert list(scored["per_class"]) == list(reversed(CLASSES))
+    assert scored["per_class"] == road.metrics("ptq")["per_class"]
+    names = ["--model.network.class_names", f"[{', '.join(reversed(CLASSES))}]"]
+    assert "was made for class_names ('person', 'fahrzeug', 'hindernis')" in fails(
+        [*validate, *names], capsys
+    )
+
+
+def test_a_checkpoint_says_its_classes(road: Road, tmp_path: Path) -> None:
+    only_splits = tmp_path / "splits.yaml"
+    splits = {name: value for name, value in OF_DATA.items() if name.endswith("_split")}
+    only_splits.write_text(yaml.safe_dump({"data": splits}))
+    ptq = ["--model.weights", str(road.runs / "ptq/ptq.ckpt")]
+    main(["validate", "-c", BASE, "-c", str(only_splits), *tiny_options(road.root, tmp_path / "run"), *ptq])
+    assert (
+        json.loads((tmp_path / "run/metrics.json").read_text())["metrics"] == road.metrics("ptq")["metrics"]
+    )
+
+
+def test_verify_takes_samples_of_an_own_split(road: Road, capsys: pytest.CaptureFixture[str]) -> None:
+    verify = ["verify", str(road.runs / "ptq/ptq.ckpt"), "--root", str(road.root)]
+    main([*verify, "--split", "pruefung"])
+    assert "split 'val' holds no scene" in fails(verify, capsys)
 
 
 def test_pcd_files_of_six_columns(simulated_root: Path, tmp_path: Path) -> None:
