@@ -101,7 +101,7 @@ def take_data_settings(config: Namespace, given: Given) -> list[str]:
     Returns:
         A sentence for each thing that a person should know: settings that differ, or that nobody states.
     """
-    paths = _files_of(config)
+    paths = files_of(config)
     if config.get("checkpoints"):
         _take_grid(config, paths[0])
     path, stated = next(((path, said) for path in paths if (said := stated_by(path))), (None, None))
@@ -143,7 +143,7 @@ def stated_by(path: Path) -> DataSettings | None:
     return DataSettings.of(read_checkpoint(path, mmap=True), path)
 
 
-def _files_of(config: Namespace) -> list[Path]:
+def files_of(config: Namespace) -> list[Path]:
     """What a command runs or goes on from: a checkpoint, a deployment file, or what `profile` compares."""
     if side_by_side := config.get("checkpoints"):
         return list(side_by_side)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,9 +12,10 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.detection_task import NUSCENES, DetectionClass, DetectionTask
 from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.data.settings import CLASSES_KEY, DATA_KEY
-from cpq_train.export.sidecar import read_sidecar
+from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
 from cpq_train.models.config import as_tuples
 from cpq_train.training.settings import hyper_parameters
+from cpq_train.verbs.checkpoint_settings import files_of
 from cpq_train.verbs.given import Given
 
 MONITOR_WITHOUT_NDS = "val/mAP"
@@ -60,16 +60,16 @@ class _Said(NamedTuple):
 
 
 def _said_by_checkpoint(config: Namespace) -> _Said:
-    model = config.model
-    if model.engine_file is not None and Path(model.engine_file).is_file():
-        sidecar = read_sidecar(Path(model.engine_file))
-        return _Said(model.engine_file, sidecar.network, sidecar.data.get(CLASSES_KEY))
-    if model.weights is None or not Path(model.weights).is_file():
+    path = next(iter(files_of(config)), None)
+    parts_only = config.model.weights_parts is not None and str(path) == config.model.weights
+    if path is None or config.get("checkpoints") or parts_only:  # of parts the classes may be others
         return _Said()
-    content = read_checkpoint(model.weights, mmap=True)
-    data, network = content.get(DATA_KEY) or {}, hyper_parameters(content, model.weights).get("network") or {}
-    parts = model.weights_parts is not None  # of a network that may have other classes
-    return _Said(model.weights, {} if parts else network, None if parts else data.get(CLASSES_KEY))
+    if path.suffix == ENGINE_SUFFIX:
+        sidecar = read_sidecar(path)
+        return _Said(str(path), sidecar.network, sidecar.data.get(CLASSES_KEY))
+    content = read_checkpoint(path, mmap=True)
+    data, network = content.get(DATA_KEY) or {}, hyper_parameters(content, path).get("network") or {}
+    return _Said(str(path), network, data.get(CLASSES_KEY))
 
 
 def _take_classes(config: Namespace, said: _Said) -> list[str]:
