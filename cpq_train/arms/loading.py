@@ -12,7 +12,7 @@ from typing import Any
 
 from cpq_train.arms.becoming import become
 from cpq_train.arms.description import Description
-from cpq_train.arms.state import check_classes, check_state
+from cpq_train.arms.state import check_groups, check_state
 from cpq_train.arms.structure import build_described
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import Arm
@@ -39,9 +39,9 @@ def from_content(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str
 
     Raises:
         UserError: The checkpoint does not say what it is, is of another architecture, or holds tensors that
-            are no good; or its classes are others, whose tensors may have the same shapes.
+            are no good; or its heads are of other classes.
     """
-    check_classes(config, checkpoint, path)
+    check_groups(config, checkpoint, path)
     subject = build_described(config, Description.of(checkpoint, path))
     check_state(subject.network, network_state(checkpoint), path)
     return subject

@@ -41,7 +41,7 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     check_finite(state, where)
 
 
-def check_classes(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+def check_groups(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Compare the classes that a checkpoint says its heads are of with those of the network.
 
     Args:
@@ -50,17 +50,16 @@ def check_classes(config: NetworkConfig, checkpoint: Mapping[str, Any], path: st
         path: For messages.
 
     Raises:
-        UserError: They are others, or in another order.
+        UserError: They are others, or in another order: their tensors may have the same shapes.
     """
     said = checkpoint.get("hyper_parameters")
     network = said.get("network") if isinstance(said, Mapping) else None
-    for name in ("class_names", "class_groups"):
-        own, theirs = getattr(config, name), network.get(name) if isinstance(network, Mapping) else None
-        if theirs is not None and as_tuples(theirs) != own:
-            raise UserError(
-                f"checkpoint {str(path)!r} was made for {name} {shown(theirs)}; model.network.{name} is "
-                f"{shown(own)}: accepted: the same, in their order"
-            )
+    groups = network.get("class_groups") if isinstance(network, Mapping) else None
+    if groups is not None and as_tuples(groups) != config.class_groups:
+        raise UserError(
+            f"checkpoint {str(path)!r} was made for class_groups {shown(groups)}; model.network.class_groups is "
+            f"{shown(config.class_groups)}: accepted: the same, in their order"
+        )
 
 
 def check_part(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path) -> None:

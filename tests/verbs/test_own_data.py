@@ -197,10 +197,9 @@ def test_heads_keep_their_classes_in_whatever_order_the_data_set_has_them(
     scored = json.loads((tmp_path / "run/metrics.json").read_text())
     assert list(scored["per_class"]) == list(reversed(CLASSES))
     assert scored["per_class"] == road.metrics("ptq")["per_class"]
-    names = ["--model.network.class_names", f"[{', '.join(reversed(CLASSES))}]"]
-    assert "was made for class_names ('person', 'fahrzeug', 'hindernis')" in fails(
-        [*validate, *names], capsys
-    )
+    groups = "[[hindernis], [fahrzeug], [person]]"
+    said = fails([*validate, "--model.network.class_groups", groups], capsys)
+    assert "was made for class_groups (('person',), ('fahrzeug',), ('hindernis',))" in said
 
 
 def test_a_checkpoint_says_its_classes(road: Road, tmp_path: Path) -> None:
