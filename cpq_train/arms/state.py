@@ -57,8 +57,8 @@ def check_groups(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str
     groups = network.get("class_groups") if isinstance(network, Mapping) else None
     if groups is not None and as_tuples(groups) != config.class_groups:
         raise UserError(
-            f"checkpoint {str(path)!r} was made for class_groups {shown(groups)}; model.network.class_groups is "
-            f"{shown(config.class_groups)}: accepted: the same, in their order"
+            f"checkpoint {str(path)!r} was made for class_groups {shown(groups)}; model.network.class_groups "
+            f"is {shown(config.class_groups)}: accepted: the same, in their order"
         )
 
 
