@@ -49,7 +49,8 @@ class NuScenesDataSet(LightningDataModule):
             and those that begin with _, then a time lag.
         intensity_scale: what intensities are multiplied by; the network expects 0 to 255.
         drop_nonfinite_points: leave points with NaN or infinite values out, instead of failing.
-        max_bad_sweeps: share of an epoch's sweeps that may be missing or damaged; each is left out and named.
+        max_bad_sweeps: share of the sweeps of a rank's epoch that may be missing or damaged; each is left out
+            and named.
         batch_size: samples per rank and step.
         num_workers: loading processes per rank and loader; 0 loads in the main process.
         seed: of the order of samples, the augmentation and the choice of calibration samples.
@@ -149,9 +150,9 @@ class NuScenesDataSet(LightningDataModule):
         return Selection(self.index, self.splits, self._limits, num_sweeps, tell)
 
     def prepare_data(self) -> None:
-        """Builds the index, once per node."""
+        """Builds the index, once per node; the process that does keeps it."""
         if self.clouds is None:
-            self._open_index()
+            _ = self.index
 
     @property
     def index(self) -> NuScenesIndex:

@@ -76,7 +76,13 @@ class NuScenesDataModule(NuScenesDataSet):
         split, config = self.splits.train, self.evaluation_config
         skipped = self.selection.skipped(split)
         database = open_gt_database(
-            self.index, split, config.num_sweeps, self.cache_dir, config.points, skipped
+            self.index,
+            split,
+            config.num_sweeps,
+            self.cache_dir,
+            config.points,
+            skipped,
+            config.max_bad_sweeps,
         )
         max_epochs = None if self.trainer is None else self.trainer.max_epochs
         num_epochs = None if max_epochs == -1 else max_epochs

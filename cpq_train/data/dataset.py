@@ -21,6 +21,7 @@ from typing_extensions import NotRequired, Self
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.data.augmentation import Augmentation
+from cpq_train.data.bad_sweeps import check_share
 from cpq_train.data.boxes import Float64, is_inside
 from cpq_train.data.census import MIN_LIDAR_POINTS
 from cpq_train.data.gt_sampling import GtSampler
@@ -34,6 +35,10 @@ from cpq_train.data.voxelization import Voxelizer, grid_cells
 
 _EVALUATION_SEED = 0
 """Evaluation shuffles like training does, always in the same way."""
+
+MAX_BAD_DRAWS = 20
+"""Key frames that cannot be used, drawn for one training sample, before it is an error. Each draw reads all
+sweeps of a sample; where half of the key frames are bad, one sample in a million needs more."""
 
 SampleKey = tuple[int, int]
 """Epoch and position in the data set; what the sampler of the data module yields."""
@@ -102,8 +107,7 @@ class SampleConfig:
     max_bad_sweeps: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_sweeps < 1:
-            raise UserError(f"data.max_bad_sweeps is {self.max_bad_sweeps}: expected 0 to less than 1")
+        check_share(self.max_bad_sweeps)
         if not 1 <= self.num_sweeps <= MAX_NUM_SWEEPS:
             raise UserError(f"num_sweeps is {self.num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
         grid_cells(self.voxel_size, self.point_cloud_range)
@@ -177,12 +181,14 @@ class DetectionDataset(Dataset[Item]):
         """Loads the sample at a position, in epoch 0 unless the key names another.
 
         Raises:
-            CloudError: a cloud of it is missing, truncated or holds NaN or infinite values.
+            CloudError: a cloud of it is missing, truncated or holds NaN or infinite values; or, where some
+                may be so, `MAX_BAD_DRAWS` key frames are.
         """
         epoch, position = (0, key) if isinstance(key, int) else key
         row = int(self.rows[position])
         rng = self._generator(epoch, position)
         notes: list[str] = []
+        num_bad = 0
         for _ in range(len(self)):
             bad: BadSweeps | None = {} if self.config.skips_bad_sweeps else None
             points, boxes = self._scene(row, epoch, rng, bad)
@@ -190,9 +196,15 @@ class DetectionDataset(Dataset[Item]):
             has_key_frame = not bad or int(self.index.sample_frames[row]) not in bad
             if not self.config.is_training or (has_key_frame and len(boxes)):
                 return self._item(row, points, boxes, rng, notes)
+            num_bad += not has_key_frame
+            if num_bad == MAX_BAD_DRAWS:
+                break
             row = int(rng.choice(self.rows))
-        if notes:
-            raise CloudError(f"{len(self)} draws found no sample to train on; the first left out: {notes[0]}")
+        if num_bad:
+            raise CloudError(
+                f"no sample to train on: {num_bad} that were drawn have a key frame that cannot be used; the "
+                f"first left out: {notes[0]}"
+            )
         raise UserError(
             f"{len(self)} draws found no sample with an object inside point_cloud_range "
             f"{list(self.config.point_cloud_range)}: training needs some"

@@ -27,6 +27,7 @@ from cpq_train.common.folders import naming_full_disks
 from cpq_train.common.nuscenes import LIDAR_TOP
 from cpq_train.common.progress import say
 from cpq_train.data import derived
+from cpq_train.data.bad_sweeps import check_share
 from cpq_train.data.column_files import CheckedColumns, DamageError, checksum, open_columns
 from cpq_train.data.gt_database_parts import COLUMNS, build_parts, layout, merge_parts, object_annotations
 from cpq_train.data.index import NuScenesIndex, open_index
@@ -57,13 +58,17 @@ class GtKind(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """What a database is made of; `skipped` are names of scenes that are left out."""
+    """What a database is made of; `skipped` are names of scenes that are left out.
+
+    A few sweeps may be left out too, which makes it no other one: `max_bad_sweeps` is no part of the name.
+    """
 
     index: NuScenesIndex
     split: str
     num_sweeps: int
     points: PointFormat
     skipped: Sequence[str]
+    max_bad_sweeps: float = 0.0
 
     @property
     def name(self) -> str:
@@ -98,6 +103,7 @@ class _Source:
             "classes": None if index.task == NUSCENES else json.dumps(index.task.to_dict()),
             "lidar_channel": None if index.lidar_channel == LIDAR_TOP else index.lidar_channel,
             "missing_scenes": "skip" if self.skipped else None,
+            "max_bad_sweeps": repr(self.max_bad_sweeps) if self.max_bad_sweeps else None,
         }
         said = (f"--{name} {quote(value)}" for name, value in options.items() if value is not None)
         return f"python -m cpq_train build-gt-database {' '.join(said)}"
@@ -177,6 +183,7 @@ def build_gt_database(
     intensity_scale: float = 1.0,
     drop_nonfinite_points: bool = False,
     missing_scenes: MissingScenes = "error",
+    max_bad_sweeps: float = 0.0,
 ) -> None:
     """Collects the points of every annotated object of a split, for `data.gt_sampling`.
 
@@ -197,24 +204,27 @@ def build_gt_database(
         intensity_scale: As `data.intensity_scale` of the training.
         drop_nonfinite_points: As `data.drop_nonfinite_points` of the training.
         missing_scenes: As `data.missing_scenes` of the training.
+        max_bad_sweeps: Share of the sweeps of the split that may be missing or damaged; each is left out and
+            named. Of a sample whose key frame is, no object is taken.
 
     Raises:
         UserError: The root, the version or the split is missing, there is no object or no place to write,
             or a number is out of range.
-        CloudError: A cloud is missing or damaged, or not of these columns.
+        CloudError: A cloud is missing or damaged, or not of these columns; or more are than accepted.
     """
     points = PointFormat(point_columns, intensity_scale, drop_nonfinite_points)
+    check_share(max_bad_sweeps)
     if not 1 <= num_sweeps <= MAX_NUM_SWEEPS:
         raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
     if num_workers < 0:
         raise UserError(f"num_workers is {num_workers}: expected 0 or more")
     index = open_index(root, version, cache_dir, DetectionTask.of(classes), lidar_channel)
-    check_files(index, points)
+    check_files(index, points, skips_bad=max_bad_sweeps > 0)
     selection = Selection(index, SplitNames.only(split), Limits(missing_scenes=missing_scenes), num_sweeps)
     rows = selection.train_rows
     if not any(len(object_annotations(index, row)) for row in rows):
         raise UserError(f"split {split!r} of {version} in {root} holds no annotated object of a class")
-    source = _Source(index, split, num_sweeps, points, selection.skipped(split))
+    source = _Source(index, split, num_sweeps, points, selection.skipped(split), max_bad_sweeps)
     places, kind = derived.homes(index.root, version, cache_dir), source.kind(cache_dir)
     found = (_whole(folder, kind) for folder in derived.find(places, source.name))
     database = next(filter(None, found), None)
@@ -230,7 +240,9 @@ def _build(source: _Source, rows: NDArray[np.int64], parts: Path, folder: Path, 
     """Makes a database from the parts of its scenes, which are removed behind it."""
     merged = parts / uuid.uuid4().hex
     try:
-        files = build_parts(source.index, rows, parts, source.num_sweeps, num_workers, source.points)
+        files = build_parts(
+            source.index, rows, parts, source.num_sweeps, num_workers, source.points, source.max_bad_sweeps
+        )
         num_bytes = sum(file.stat().st_size for file in files)
         with naming_full_disks("the GT database", folder.parent, num_bytes, merged, "what its scenes gave"):
             merge_parts(files, merged, len(source.points.features))
@@ -250,6 +262,7 @@ def open_gt_database(
     cache_dir: str | Path | None = None,
     points: PointFormat = NUSCENES_POINTS,
     skipped: Sequence[str] = (),
+    max_bad_sweeps: float = 0.0,
 ) -> GtDatabase:
     """Opens the database of a split, which `build_gt_database` has made.
 
@@ -260,11 +273,12 @@ def open_gt_database(
         cache_dir: where it is kept, as `build_gt_database` has it.
         points: how points lie in cloud files.
         skipped: names of the scenes of the split that are left out.
+        max_bad_sweeps: share of its sweeps that may be left out, for the command that builds it.
 
     Raises:
         UserError: there is none of the present tables; the message is the command that builds it.
     """
-    source = _Source(index, split, num_sweeps, points, skipped)
+    source = _Source(index, split, num_sweeps, points, skipped, max_bad_sweeps)
     kind, reasons = source.kind(cache_dir), []
     for folder in derived.find(derived.homes(index.root, index.version, cache_dir), source.name):
         try:

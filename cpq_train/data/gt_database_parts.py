@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -22,12 +23,13 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.file_names import file_name
 from cpq_train.common.folders import naming_full_disks, numbering_errors
 from cpq_train.common.progress import say, track
+from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.points.format import PointFormat
-from cpq_train.data.sweeps import NUSCENES_POINTS, load_sweeps
+from cpq_train.data.sweeps import NUSCENES_POINTS, BadSweeps, load_sweeps
 
 Rows = NDArray[np.int64]
 
@@ -39,6 +41,8 @@ _OF_OBJECTS: Final = {
     "tokens": Column("S", ("N",)),
 }
 _POINTS: Final = "points"
+_BAD_SWEEPS: Final = {"bad_sweeps": Column("S", ("B",))}
+"""Of a part: what is wrong with the clouds that it was built without."""
 
 
 def layout(num_features: int) -> Layout:
@@ -82,6 +86,7 @@ def build_parts(
     num_sweeps: int,
     num_workers: int,
     points: PointFormat = NUSCENES_POINTS,
+    max_bad_sweeps: float = 0.0,
 ) -> list[Path]:
     """Builds the parts that a folder lacks, and shows how far it has come.
 
@@ -92,56 +97,74 @@ def build_parts(
         num_sweeps: sweeps per sample.
         num_workers: processes; 0 works in this one.
         points: how they lie in the cloud files.
+        max_bad_sweeps: share of the sweeps, of parts that are there already too, that may be left out because
+            they cannot be used.
 
     Returns:
         The part of each scene, in the order of the index.
 
     Raises:
-        CloudError: a cloud is missing or damaged.
+        CloudError: a cloud is missing or damaged, or more are than accepted.
     """
     scenes = np.unique(index.sample_scenes[rows])
     files = [folder / file_name(index.scene_names[scene].decode(), ".npz") for scene in scenes]
+    held = [_held(file, index, len(points.features)) for file in files]
     tasks = [
         (file, rows[index.sample_scenes[rows] == scene])
-        for file, scene in zip(files, scenes, strict=True)
-        if not _is_whole(file, index, len(points.features))
+        for file, scene, notes in zip(files, scenes, held, strict=True)
+        if notes is None
     ]
-    loader = FollowingLoader[int](  # which hands errors over
-        _Parts(index, tasks, num_sweeps, points),
+    loader = FollowingLoader[list[str]](  # which hands errors over
+        _Parts(index, tasks, num_sweeps, points, skips_bad=max_bad_sweeps > 0),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=start_worker,
     )
     if len(tasks) < len(files):
         say(f"objects of {len(files) - len(tasks)} of {len(files)} scenes are there already")
-    for _ in track(loader, "Collecting objects (scenes)", len(tasks)):
+    built = track(loader, "Collecting objects (scenes)", len(tasks))
+    limit = BadSweepLimit(max_bad_sweeps, len(rows) * num_sweeps)
+    for _ in limit.watch({"bad_sweeps": notes or ()} for notes in chain(held, built)):
         pass
     return files
 
 
-class _Parts(Dataset[int]):
-    """Writes the part at a position when it is asked for."""
+class _Parts(Dataset[list[str]]):
+    """Writes the part at a position when it is asked for, and hands on what is wrong with clouds it lacks."""
 
     def __init__(
-        self, index: NuScenesIndex, tasks: list[tuple[Path, Rows]], num_sweeps: int, points: PointFormat
+        self,
+        index: NuScenesIndex,
+        tasks: list[tuple[Path, Rows]],
+        num_sweeps: int,
+        points: PointFormat,
+        skips_bad: bool,
     ) -> None:
-        self._index, self._tasks, self._num_sweeps, self._points = index, tasks, num_sweeps, points
+        self._index, self._tasks, self._how = index, tasks, (num_sweeps, points, skips_bad)
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __getitem__(self, position: int) -> int:
+    def __getitem__(self, position: int) -> list[str]:
         file, rows = self._tasks[position]
-        objects = (_objects(self._index, int(row), self._num_sweeps, self._points) for row in rows)
-        _write(file, _joined(objects))
-        return position
+        part = _joined(_objects(self._index, int(row), *self._how) for row in rows)
+        _write(file, part)
+        return _bad_sweeps(part)
 
 
-def _objects(index: NuScenesIndex, row: int, num_sweeps: int, points_format: PointFormat) -> Columns:
-    """The objects of one sample, and their points relative to the centres of their boxes."""
+def _objects(
+    index: NuScenesIndex, row: int, num_sweeps: int, points_format: PointFormat, skips_bad: bool
+) -> Columns:
+    """The objects of one sample, and their points relative to the centres of their boxes.
+
+    Without its key frame a sample has no objects: their points would all be of the past.
+    """
+    bad: BadSweeps | None = {} if skips_bad else None
+    cloud = load_sweeps(index, row, num_sweeps, points_format, bad)
     annotations = object_annotations(index, row)
+    if bad and int(index.sample_frames[row]) in bad:
+        annotations = annotations[:0]
     boxes = index.annotation_boxes[annotations]
-    cloud = load_sweeps(index, row, num_sweeps, points_format)
     points = [cloud[rows] for rows in points_in_boxes(cloud, boxes)]
     for own, box in zip(points, boxes, strict=True):
         own[:, :3] -= box[:3].astype(np.float32)
@@ -152,7 +175,12 @@ def _objects(index: NuScenesIndex, row: int, num_sweeps: int, points_format: Poi
         "sample_rows": np.full(len(boxes), row, dtype=np.int32),
         "tokens": index.annotation_tokens[annotations],
         "points": np.concatenate([cloud[:0], *points]),
+        "bad_sweeps": np.array([os.fsencode(note) for note in (bad or {}).values()], dtype=np.bytes_),
     }
+
+
+def _bad_sweeps(part: Columns) -> list[str]:
+    return [os.fsdecode(note) for note in part["bad_sweeps"].tolist()]
 
 
 def _joined(parts: Iterable[Columns]) -> Columns:
@@ -196,19 +224,22 @@ def merge_parts(files: list[Path], folder: Path, num_features: int) -> None:
     write_columns(folder, columns, {}, {"points": (np.dtype("<f4"), shape)})
 
 
-def _is_whole(file: Path, index: NuScenesIndex, num_features: int) -> bool:
-    """Whether the part of a scene is there, by the checksums that it holds and by what a part is."""
+def _held(file: Path, index: NuScenesIndex, num_features: int) -> list[str] | None:
+    """What is wrong with the clouds that the part of a scene was built without; None where it is not there.
+
+    Whether it is there is seen by the checksums that it holds, and by what a part is.
+    """
     if not os.path.lexists(file):
-        return False
+        return None
     try:
-        part = _read(file, {**_OF_OBJECTS, _POINTS: _points(num_features)})
+        part = _read(file, {**_OF_OBJECTS, **_BAD_SWEEPS, _POINTS: _points(num_features)})
         _check(part, index, str(file))
     except UserError as error:
         say(f"{file} is damaged and built anew: {error}")
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file, ignore_errors=True)
-        return False
-    return True
+        return None
+    return _bad_sweeps(part)
 
 
 def _check(part: Columns, index: NuScenesIndex, where: str) -> None:

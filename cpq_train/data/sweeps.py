@@ -58,14 +58,12 @@ def load_sweeps(
     key_frame = int(index.sample_frames[row])
     frames = previous_frames(index, row, num_sweeps)
     past = sorted(set(frames), reverse=True)
-    moved = {}
-    for frame, matrix in zip(past, sweep_transform(index, row, past), strict=True):
-        cloud = _usable_cloud(index, frame, row, points, bad)
-        if cloud is not None:
-            moved[frame] = _past_columns(index, frame, row, matrix, cloud, points.has_time_lag)
-    cloud = _usable_cloud(index, key_frame, row, points, bad)
-    columns = [np.empty((len(points.features), 0), dtype=np.float32)] if cloud is None else [cloud.T]
-    columns += [moved[frame] for frame in frames if frame in moved]
+    matrices = sweep_transform(index, row, past)
+    moved = {
+        frame: _past_columns(index, frame, row, matrix, points, bad)
+        for frame, matrix in zip(past, matrices, strict=True)
+    }
+    columns = [_usable_cloud(index, key_frame, row, points, bad).T, *(moved[frame] for frame in frames)]
     joined: NDArray[np.float32] = np.concatenate(columns, axis=1).T
     return joined
 
@@ -130,15 +128,15 @@ def read_cloud(path: Path, of_sample: str = "", points: PointFormat = NUSCENES_P
 
 def _usable_cloud(
     index: NuScenesIndex, frame: int, row: int, points: PointFormat, bad: BadSweeps | None
-) -> NDArray[np.float32] | None:
-    """The cloud of a frame; None, and a note, where it cannot be used and that is accepted."""
+) -> NDArray[np.float32]:
+    """The cloud of a frame; none of its points, and a note, where it cannot be used and that is accepted."""
     try:
         return load_cloud(index, frame, row, points)
     except CloudError as error:
         if bad is None:
             raise
         bad[frame] = str(error)
-        return None
+        return np.empty((0, len(points.features)), dtype=np.float32)
 
 
 def _past_columns(
@@ -146,18 +144,19 @@ def _past_columns(
     frame: int,
     row: int,
     to_key_frame: Float64,
-    cloud: NDArray[np.float32],
-    has_time_lag: bool,
+    points: PointFormat,
+    bad: BadSweeps | None,
 ) -> NDArray[np.float32]:
     """Columns (F, P) of a sweep in the key frame's LiDAR frame, without the returns from the vehicle."""
+    cloud = _usable_cloud(index, frame, row, points, bad)
     is_ego = (np.abs(cloud[:, 0]) < _EGO_HALF_WIDTH_M) & (np.abs(cloud[:, 1]) < _EGO_HALF_WIDTH_M)
     kept = np.flatnonzero(~is_ego)
-    num_features = cloud.shape[1]
+    num_features, adds = cloud.shape[1], points.has_time_lag
     columns = np.empty((num_features, len(kept)), dtype=np.float32)
-    for axis in range(num_features if has_time_lag else num_features - 1):
+    for axis in range(num_features if adds else num_features - 1):
         cloud[:, axis].take(kept, out=columns[axis], mode="clip")  # the default mode takes a detour
     lag_s = time_lag_s(index, row, frame)
-    columns[-1] = columns[-1] + np.float32(lag_s) if has_time_lag else lag_s
+    columns[-1] = columns[-1] + np.float32(lag_s) if adds else lag_s
     if frame != index.sample_frames[row]:
         columns[:3] = to_key_frame[:3, :3] @ columns[:3] + to_key_frame[:3, 3:]
     return columns

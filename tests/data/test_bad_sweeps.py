@@ -1,20 +1,28 @@
 """Clouds that cannot be used: by default an error, within a share left out, counted and named."""
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from own_roots import FOUR, rewritten, write_bin, write_npy, write_pcd
 
 from cpq_train.common.errors import UserError
+from cpq_train.data import data_set
 from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import collate, points_of
-from cpq_train.data.sweeps import CloudError, load_sweeps, previous_frames
+from cpq_train.data.dataset import MAX_BAD_DRAWS, DetectionDataset, collate, points_of
+from cpq_train.data.gt_database import GtDatabase, build_gt_database, open_gt_database
+from cpq_train.data.gt_sampling import GtSampling
+from cpq_train.data.index import NuScenesIndex, open_index
+from cpq_train.data.points.checks import check_cloud
+from cpq_train.data.sweeps import CloudError, load_sweeps, previous_frames, time_lag_s
 
 NUM_SWEEPS = 3
 
@@ -136,7 +144,7 @@ def test_too_many_stop_the_run(own_root: Path, num_workers: int) -> None:
     assert sum(batch["batch_size"] for batch in enough.evaluation_dataloader()) == 4
     assert enough.num_bad_sweeps == 2
     few = data_of(own_root, 0.1, num_workers=num_workers)
-    words = "2 of the 12 sweeps of an epoch cannot be used: data.max_bad_sweeps 0.1 accepts 1"
+    words = "2 of the 12 sweeps cannot be used: data.max_bad_sweeps 0.1 accepts 1"
     with pytest.raises(CloudError, match=re.escape(words)):
         list(few.evaluation_dataloader())
     assert few.num_bad_sweeps == 2
@@ -176,9 +184,30 @@ def test_where_no_key_frame_is_left_training_says_so(own_root: Path) -> None:
     for row in data.selection.train_rows.tolist():
         spoil(key_frame(data, row), "empty")
     with pytest.raises(
-        CloudError, match=r"draws found no sample to train on; the first left out: cloud .*empty"
+        CloudError,
+        match=r"no sample to train on: 6 that were drawn have a key frame that cannot be used; the first "
+        "left out: cloud .*empty",
     ):
         list(data.train_dataloader())
+
+
+def test_draws_that_find_no_key_frame_end_soon(own_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of 600 samples: each draw reads the sweeps of a sample, for nothing."""
+    data, drawn = data_of(own_root, 0.9), list[int]()
+    rows = np.repeat(data.selection.train_rows, 100)
+    for row in np.unique(rows).tolist():
+        spoil(key_frame(data, row), "truncated")
+
+    def counted(index: NuScenesIndex, row: int, *rest: Any) -> np.ndarray:
+        drawn.append(row)
+        return load_sweeps(index, row, *rest)
+
+    monkeypatch.setattr("cpq_train.data.dataset.load_sweeps", counted)
+    config = dataclasses.replace(data.evaluation_config, is_training=True)
+    first = re.escape(str(key_frame(data, int(rows[7]))))
+    with pytest.raises(CloudError, match=rf"{MAX_BAD_DRAWS} that were drawn .* left out: cloud {first} "):
+        _ = DetectionDataset(data.index, rows, config)[7]
+    assert len(drawn) == MAX_BAD_DRAWS == 20
 
 
 def test_the_default_loads_as_before_and_adds_no_key(simulated_root: Path) -> None:
@@ -205,3 +234,135 @@ def test_a_limit_counts_what_it_hands_on() -> None:
         list(limit.watch(iter(batches)))
     assert told == [0, 1, 2, 3]
     assert batches[1] == {}
+
+
+def test_a_share_of_whole_sweeps_is_taken_as_it_is_written() -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    for number, accepted in ((29, True), (30, False)):
+        batches = iter([{"bad_sweeps": ["x"] * number}])
+        with nullcontext() if accepted else pytest.raises(CloudError, match=r"30 of the 100 .* accepts 29"):
+            list(BadSweepLimit(0.29, 100).watch(batches))
+
+
+@pytest.mark.parametrize("ending", [".npy", ".pcd", ".bin"])
+def test_files_that_are_all_of_other_columns_are_no_bad_sweeps(
+    simulated_root: Path, tmp_path: Path, ending: str
+) -> None:
+    write = {".npy": write_npy, ".pcd": write_pcd, ".bin": write_bin}[ending]
+    root = rewritten(
+        simulated_root, tmp_path / "own", FOUR, ending, write, lambda p: p[: len(p) // 5 * 5 - 1]
+    )
+    words = {
+        ".npy": r"\.npy has 4 columns; data\.point_columns is \[x, y, z, intensity, ring\]: expected",
+        ".pcd": r"\.pcd has \[x, y, z, intensity\]; data\.point_columns is",
+        ".bin": r"\.bin is truncated: \d+ bytes, expected a multiple of 20, or has other columns",
+    }[ending]
+    with pytest.raises(CloudError, match=words):
+        data_of(root, 0.5).prepare_data()
+    with pytest.raises(CloudError, match=words):
+        build_gt_database(root, num_workers=0, max_bad_sweeps=0.5)
+    data_of(root, 0.5, point_columns=FOUR).prepare_data()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "nan"])
+def test_single_bad_files_are_passed_over_when_a_data_set_is_opened(
+    own_root: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    seen: list[Path] = []
+
+    def noted(path: Path, *rest: Any) -> CloudError | None:
+        seen.append(path)
+        return check_cloud(path, *rest)
+
+    monkeypatch.setattr("cpq_train.data.points.checks.check_cloud", noted)
+    data_of(own_root).prepare_data()
+    looked_at = [*seen]
+    assert len(looked_at) == 3
+    for path in looked_at[:2]:
+        spoil(path, how) if how != "nan" else np.full((1000, 5), np.nan, np.float32).tofile(path)
+        data_of(own_root).prepare_data()
+        with pytest.raises(CloudError, match=how if how != "nan" else "NaN"):
+            data_of(own_root, 0.0).prepare_data()
+    spoil(looked_at[2], "empty")
+    with pytest.raises(CloudError, match=re.escape(str(looked_at[0]))):
+        data_of(own_root).prepare_data()
+
+
+def test_a_data_set_is_opened_once(simulated_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    for name in ("open_index", "check_files"):
+        whole = getattr(data_set, name)
+        monkeypatch.setattr(data_set, name, lambda *a, w=whole, n=name: (opened.append(n), w(*a))[1])
+    data = data_of(simulated_root)
+    data.prepare_data()
+    data.setup("fit")
+    _ = data.index, data.eval_rows
+    data.prepare_data()
+    assert opened == ["open_index", "check_files"]
+
+
+def _database(root: Path, cache: Path, **options: Any) -> GtDatabase:
+    settings = {"num_sweeps": NUM_SWEEPS, "num_workers": 0, "cache_dir": cache}
+    build_gt_database(root, **settings | options)
+    index = open_index(root, "v1.0-trainval", cache)
+    return open_gt_database(index, "train", NUM_SWEEPS, cache, max_bad_sweeps=0.5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_gt_database_does_without_bad_sweeps(
+    own_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    """Six samples of three sweeps: two bad ones are a share of 0.12."""
+    data = data_of(own_root)
+    whole = _database(own_root, tmp_path / "whole")
+    past, gone = data.selection.train_rows[[1, 4]].tolist()
+    spoil(past_frame(data, past), "nan")
+    spoil(key_frame(data, gone), "truncated")
+    with pytest.raises(CloudError, match=r"NaN|truncated"):
+        _database(own_root, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    options = {"max_bad_sweeps": 0.12, "num_workers": num_workers}
+    found = _database(own_root, tmp_path / "cache", **options)
+    said = capsys.readouterr().err
+    assert said.count("left out: cloud ") == 2
+    for path, row in ((past_frame(data, past), past), (key_frame(data, gone), gone)):
+        assert f"left out: cloud {path} of sample {data.index.sample_token(row)} " in said
+    assert found.folder.name == whole.folder.name
+    assert (whole.sample_rows == gone).any()
+    kept = np.flatnonzero(whole.sample_rows != gone)
+    np.testing.assert_array_equal(found.tokens, whole.tokens[kept])
+    for row, before in enumerate(kept.tolist()):
+        points, all_points = found.points_of(row), whole.points_of(before)
+        if found.sample_rows[row] == past:
+            lag = time_lag_s(data.index, past, previous_frames(data.index, past, NUM_SWEEPS)[1])
+            all_points = all_points[all_points[:, 4] != np.float32(lag)]
+        np.testing.assert_array_equal(points, all_points)
+
+
+def test_bad_sweeps_of_scenes_that_are_there_already_count_too(
+    own_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = data_of(own_root)
+    for row in data.selection.train_rows[[1, 4]].tolist():
+        spoil(past_frame(data, row), "empty")
+    for _ in range(2):  # the second build finds scenes of the first
+        with pytest.raises(
+            CloudError, match=r"2 of the 18 sweeps cannot be used: data\.max_bad_sweeps 0\.1 accepts 1"
+        ):
+            _database(own_root, tmp_path / "cache", max_bad_sweeps=0.1)
+        assert capsys.readouterr().err.count("left out: cloud") == 2
+    with pytest.raises(CloudError, match=r"1 of the 18 sweeps .*max_bad_sweeps 0 accepts 0"):
+        _database(own_root, tmp_path / "cache")
+    assert "scenes are there already" in capsys.readouterr().err
+    assert len(_database(own_root, tmp_path / "cache", max_bad_sweeps=0.12))
+    assert capsys.readouterr().err.count("left out: cloud") == 2
+
+
+def test_the_command_that_builds_a_gt_database_accepts_as_many(own_root: Path, tmp_path: Path) -> None:
+    gt = GtSampling(targets={"car": 2})
+    data = data_of(own_root, 0.12, gt_sampling=gt, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"build-gt-database .* --max_bad_sweeps 0\.12$"):
+        data.setup("fit")
+    with pytest.raises(UserError, match=r"data\.max_bad_sweeps is 1: expected 0 to less than 1"):
+        build_gt_database(own_root, max_bad_sweeps=1)

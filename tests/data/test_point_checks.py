@@ -1,6 +1,7 @@
 """Clouds that are read by a wrong format are refused, and no others."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,36 @@ def test_values_that_cannot_be_are_refused(
     assert words in refused(path, PointFormat())
 
 
+@pytest.mark.parametrize("ending", [".bin", ".pcd"])
+@pytest.mark.parametrize(("factor", "start"), [(1, 1.6e9), (1e6, 0), (1e9, 1.6e18)])
+def test_times_that_are_no_lags_are_refused(
+    simulated_points: np.ndarray, tmp_path: Path, ending: str, factor: float, start: float
+) -> None:
+    """What LiDARs call a timestamp: since 1970, or in other units than seconds."""
+    times = np.linspace(-0.05, 0.05, len(simulated_points))
+    names = (*FOUR, "time_lag")
+    points, past = PointFormat(names), PointFormat((*FOUR, "_time_lag"))
+    path = tmp_path / f"a{ending}"
+
+    def write(lag_s: np.ndarray) -> None:
+        table = np.column_stack([simulated_points[:, :4], lag_s]).astype(np.float32)
+        path.write_bytes(table.tobytes() if ending == ".bin" else pcd(table, names))
+
+    write(times)
+    check_cloud(path, points)
+    write(np.where(np.arange(len(times)) % 60, times, 1e9))  # single odd points are no error
+    check_cloud(path, points)
+    write(start + factor * times)
+    message = refused(path, points)
+    assert "holds time lags beyond 60 s (such as " in message
+    assert (
+        "seconds to the file's own time are expected (under a name that begins with _ a column is" in message
+    )
+    if ending == ".bin":
+        assert message.endswith("; data.point_columns [x, y, z, intensity, _5] would fit")
+        check_cloud(path, past)
+
+
 def test_a_scale_is_part_of_what_would_fit(simulated_points: np.ndarray, tmp_path: Path) -> None:
     """KITTI's files: four columns, intensities from 0 to 1."""
     points = simulated_points[: len(simulated_points) // LEAST_COMMON * LEAST_COMMON, :4] * [1, 1, 1, 1 / 255]
@@ -180,6 +211,20 @@ def test_a_scale_is_part_of_what_would_fit(simulated_points: np.ndarray, tmp_pat
         "; data.point_columns [x, y, z, intensity] with data.intensity_scale 255 would fit"
     )
     check_cloud(tmp_path / "a.bin", PointFormat(FOUR, 255.0))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bytes_of_other_columns_warn_of_nothing(
+    simulated_points: np.ndarray, tmp_path: Path, width: int
+) -> None:
+    """Half of a float64 number, read as float32, may be a signaling NaN."""
+    points = simulated_points[: len(simulated_points) // LEAST_COMMON * LEAST_COMMON]
+    noise = np.random.default_rng(0).normal(0, 1e-3, (len(points), 8))
+    (widened(points) + noise)[:, :width].tofile(tmp_path / "a.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [refused(tmp_path / "a.bin", of_width(other, "float32")) for other in WIDTHS]
+    assert all(found)
 
 
 def test_dropped_points_may_be_many_and_not_all(simulated_points: np.ndarray, tmp_path: Path) -> None:
@@ -229,4 +274,5 @@ def test_a_damaged_file_is_passed_over_where_some_may_be_bad(tmp_path: Path) -> 
     (tmp_path / "a.bin").write_bytes(b"123")
     with pytest.raises(CloudError, match="truncated"):
         check_cloud(tmp_path / "a.bin", PointFormat())
-    check_cloud(tmp_path / "a.bin", PointFormat(), skips_bad=True)
+    error = check_cloud(tmp_path / "a.bin", PointFormat(), skips_bad=True)
+    assert "truncated" in str(error)

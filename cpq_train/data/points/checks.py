@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.data.points.files import CloudError, Columns, read_columns
-from cpq_train.data.points.format import DEFAULT_DTYPE, WIDTHS, PointFormat
+from cpq_train.data.points.format import DEFAULT_DTYPE, TIME_LAG, WIDTHS, PointFormat
 from cpq_train.data.points.layout import better_size
 
 MAX_COORDINATE_M: Final = 1000.0
@@ -24,6 +24,8 @@ MAX_COORDINATE_M: Final = 1000.0
 
 MAX_INTENSITY: Final = 255.0
 MAX_RING: Final = 255
+MAX_TIME_LAG_S: Final = 60.0
+"""To the file's own time; times since 1970 or since the start, and in other units, are beyond."""
 
 _MAX_SHARE: Final = 0.02
 _MAX_DROPPED: Final = 0.98
@@ -46,24 +48,26 @@ def check_files(index: NuScenesIndex, points: PointFormat, skips_bad: bool = Fal
     Args:
         index: the data set.
         points: how points lie in its files.
-        skips_bad: pass over files that cannot be used, too.
+        skips_bad: pass over files that cannot be used, too, unless none of those looked at can.
 
     Raises:
         CloudError: see `check_cloud`.
     """
     frames = np.linspace(0, len(index.frame_times_us) - 1, _NUM_TRIED).astype(np.int64)
     paths = [path for path in map(index.frame_path, np.unique(frames).tolist()) if path.is_file()]
-    for place in np.unique(np.linspace(0, len(paths) - 1, NUM_FILES).astype(np.int64)) if paths else ():
-        check_cloud(paths[place], points, skips_bad)
+    places = np.unique(np.linspace(0, len(paths) - 1, NUM_FILES).astype(np.int64)) if paths else ()
+    errors = [check_cloud(paths[place], points, skips_bad) for place in places]
+    if (first := next(iter(errors), None)) and all(errors):
+        raise first
 
 
-def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> None:
+def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> CloudError | None:
     """Looks at a sample of a file's points.
 
     Args:
         path: the file.
         points: how its points lie in it.
-        skips_bad: pass over a file that cannot be used.
+        skips_bad: return what is wrong with a file that cannot be used.
 
     Raises:
         CloudError: it cannot be used, or is not what the format says; names what was seen, and what would
@@ -72,18 +76,27 @@ def check_cloud(path: Path, points: PointFormat, skips_bad: bool = False) -> Non
     name = f"cloud {path}"
     try:
         columns = read_columns(path, points, name)
-    except CloudError:
+    except CloudError as error:
         if skips_bad:
-            return
+            return error
         raise
+    misfit = _misfit(columns, points, name)
+    if misfit is None or (skips_bad and _oddity(columns, points, max_bad=1.0) is None):
+        return misfit
+    raise misfit
+
+
+def _misfit(columns: Columns, points: PointFormat, name: str) -> CloudError | None:
+    """What is not as the format says."""
     size = _better_size(columns, points)
     if size is not None:
         seen: str | None = f"mixed columns in points of {points.record.itemsize} bytes"
     else:
-        seen = _oddity(columns, points, skips_bad)
-    if seen is not None:
-        fit = _remedy(columns, points, size)
-        raise CloudError(f"{name} holds {seen}, read by data.point_columns {points}{fit}")
+        seen = _oddity(columns, points)
+    if seen is None:
+        return None
+    fit = _remedy(columns, points, size)
+    return CloudError(f"{name} holds {seen}, read by data.point_columns {points}{fit}")
 
 
 def _better_size(columns: Columns, points: PointFormat) -> int | None:
@@ -91,8 +104,14 @@ def _better_size(columns: Columns, points: PointFormat) -> int | None:
     return None if columns.layout is None else better_size(columns.layout, points.record)
 
 
-def _oddity(columns: Columns, points: PointFormat, skips_bad: bool = False) -> str | None:
-    """What of the values cannot be; None where all can."""
+def _oddity(columns: Columns, points: PointFormat, max_bad: float | None = None) -> str | None:
+    """What of the values cannot be; None where all can.
+
+    Args:
+        columns: The file's.
+        points: How they are read.
+        max_bad: Share of points that may hold NaN or infinite values; None for what the format accepts.
+    """
     step = max(1, len(columns.values[0]) // _NUM_POINTS)
     with np.errstate(over="ignore", invalid="ignore"):
         sample = {
@@ -101,10 +120,11 @@ def _oddity(columns: Columns, points: PointFormat, skips_bad: bool = False) -> s
             if not name.startswith("_")
         }
     is_finite = np.logical_and.reduce([np.isfinite(values) for values in sample.values()])
-    bad, most = 1 - float(is_finite.mean()), _MAX_DROPPED if points.drop_nonfinite else _MAX_SHARE
+    if max_bad is None:
+        max_bad = _MAX_DROPPED if points.drop_nonfinite else _MAX_SHARE
     finite = {name: values[is_finite] for name, values in sample.items()}
     seen = _odd_values(finite, points) if is_finite.any() else None
-    if seen is None and bad > most and not skips_bad:
+    if seen is None and (bad := 1 - float(is_finite.mean())) > max_bad:
         seen = f"NaN or infinite values in {_percent(bad)} of its points"
     return seen
 
@@ -121,6 +141,13 @@ def _odd_values(sample: dict[str, NDArray[np.float64]], points: PointFormat) -> 
     is_ring = (ring >= 0) & (ring <= MAX_RING) & (ring == np.round(ring))
     if len(ring) and (share := float(np.mean(~is_ring))) > _MAX_SHARE:
         return f"rings that are no whole numbers from 0 to {MAX_RING}{_of(ring[~is_ring], share)}"
+    lag_s = np.abs(sample.get(TIME_LAG, np.zeros(0)))
+    is_far = lag_s > MAX_TIME_LAG_S
+    if len(lag_s) and (share := float(np.mean(is_far))) > _MAX_SHARE:
+        return (
+            f"time lags beyond {MAX_TIME_LAG_S:g} s{_of(lag_s[is_far], share)}, where seconds to the file's "
+            "own time are expected (under a name that begins with _ a column is read past)"
+        )
     return _odd_intensity(sample["intensity"], points) if "intensity" in sample else None
 
 

@@ -99,7 +99,8 @@ def _gain_by_phase(content: Bytes, record: np.dtype[Any], num_phases: int) -> fl
     """
     points = _table(content, record.itemsize).view(record)[:, 0]
     position = [np.ascontiguousarray(points[name]) for name in ("x", "y")]
-    has_return = np.isfinite(position).all(axis=0) & np.any(position, axis=0)
+    with np.errstate(invalid="ignore"):  # of other columns, bytes may be signaling NaN
+        has_return = np.isfinite(position).all(axis=0) & np.any(position, axis=0)
     places = np.concatenate([one.view(np.uint8).reshape(len(points), -1) for one in position], axis=1)
     phases = [places[start::num_phases][has_return[start::num_phases]] for start in range(num_phases)]
     if min(map(len, phases)) < _MIN_POINTS:
