@@ -6,10 +6,8 @@ Copy this file beside the engine file and its JSON file:
     python deployed_detector.py FILE.onnx --sweeps sweeps.json
 
 A sweeps file is a list, key frame first, of {"file", "matrix" (4x4 by rows, from the sweep's LiDAR frame to
-the key frame's), "time_lag_s"}; the key frame has "file" alone. Paths are relative to the sweeps file.
-
-The rules are those of `cpq_train predict`, and voxels have the same bits. Boxes and scores may differ by
-rounding, so that scores which are that close may change places.
+the key frame's), "time_lag_s"}; the key frame has "file" alone. Paths are relative to the sweeps file. The
+rules are those of `cpq_train predict`: voxels have the same bits, boxes and scores differ by rounding.
 
 Letters: P points, F features, V voxels, T points per voxel, C columns or classes, H W map, N Q boxes, pairs.
 """
@@ -19,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -33,6 +32,8 @@ SCHEMA, TARGETS = 1, ("portable", "portable-fast")
 BRANCHES = ("center", "center_z", "dim", "rot", "vel", "hm")
 MAX_BOXES = 500  # of a cloud, the best ones: the official nuScenes server takes no more
 NUSCENES = ("x", "y", "z", "intensity", "ring")
+COLUMN = re.compile(r"([A-Za-z_]\w*)(?::(float(?:16|32|64)|u?int(?:8|16|32)))?", re.ASCII)
+BOUNDS = dict.fromkeys("xyz", (-1e3, 1e3)) | {"intensity": (0, 256), "ring": (0, 255), "time_lag": (-60, 60)}
 _EGO_HALF_WIDTH_M, _TINY_M = 1.0, 1e-9
 
 Float32 = NDArray[np.float32]
@@ -44,9 +45,6 @@ _float32 = partial(np.asarray, dtype=np.float32)
 
 class DeploymentError(Exception):
     """A file that cannot be used."""
-
-    def __init__(self, what: str, seen: object, accepted: object) -> None:
-        super().__init__(f"{what}: {seen}; accepted: {accepted}")
 
 
 class Detections(NamedTuple):
@@ -79,6 +77,7 @@ class DeployedDetector:
         content, sidecar = _read_engine(engine_file)
         with _naming(f"settings in {engine_file.with_suffix('.json')}"):
             self._read_settings(sidecar)
+        _fields(self.how[0])  # refuses what is none
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, num_threads or 0  # 3: errors alone
         with _naming(f"engine file {engine_file} with onnxruntime {onnxruntime.__version__}"):
@@ -90,14 +89,11 @@ class DeployedDetector:
         low, high = np.reshape(data["point_cloud_range"], (2, 3))
         self._num_cells = np.round((high - low) / data["voxel_size"]).astype(np.int64)
         self._low, self._size = _float32(low), _float32(data["voxel_size"])
-        self.how = data.get("point_columns", NUSCENES), data.get("intensity_scale", 1.0)  # for `read_cloud`
+        self.how = data.get("point_columns", NUSCENES), float(data.get("intensity_scale", 1.0))
         self._max_points, self._max_voxels = data["max_points_per_voxel"], data["max_num_voxels_eval"]
         self.class_names: list[str] = sidecar["class_names"]
         self._groups = [[self.class_names.index(name) for name in group] for group in network["class_groups"]]
-        self._stride, self._features = (
-            np.float32(sidecar["head_map"]["stride"]),
-            network["num_point_features"],
-        )
+        self._stride, self._width = np.float32(sidecar["head_map"]["stride"]), network["num_point_features"]
         self._origin_m, self._cell_m = (_float32(network[k][:2]) for k in ("point_cloud_range", "voxel_size"))
         self._score_threshold, self._iou_threshold = np.float32(post["score_threshold"]), post["nms_iou"]
         self._center_low, self._center_high = _float32(post["center_range"]).reshape(2, 3)
@@ -105,12 +101,8 @@ class DeployedDetector:
         self._max_cells, self._nms_pre, self._nms_post = (post[name] for name in limits)
 
     def __call__(self, points: Float32) -> Detections:
-        """Finds boxes in (P, F) x, y, z (m), further features, time lag (s) in the LiDAR frame.
-
-        Raises:
-            DeploymentError: the points have another shape, or hold NaN or infinite values.
-        """
-        _check_points(points, "cloud", self._features)
+        """Finds boxes in points (P, F) as of `read_cloud` or `join_sweeps`; errors as of `read_cloud`."""
+        _check_points(points, "cloud", self._width)
         found = self.decode(self.heads(*self.voxelize(_float32(points))))
         return found.part(np.sort(np.argsort(-found.scores, kind="stable")[:MAX_BOXES]))
 
@@ -138,17 +130,15 @@ class DeployedDetector:
 
     def heads(self, features: Float32, coords: NDArray[np.int32]) -> list[Head]:
         """Runs the network on voxels as `voxelize` gives them."""
-        inputs = {"voxel_features": features, "voxel_coords": coords}
-        heads = [[f"head{head}.{branch}" for branch in BRANCHES] for head in range(len(self._groups))]
-        outputs = iter(self._session.run([name for head in heads for name in head], inputs))
-        return [{branch: next(outputs) for branch in BRANCHES} for _ in heads]
+        names = [f"head{head}.{branch}" for head in range(len(self._groups)) for branch in BRANCHES]
+        outputs = iter(self._session.run(names, {"voxel_features": features, "voxel_coords": coords}))
+        return [{branch: next(outputs) for branch in BRANCHES} for _ in self._groups]
 
     def decode(self, heads: Sequence[Head]) -> Detections:
         """Boxes from raw outputs: the best cells, filtered, and suppressed inside each head."""
         with np.errstate(all="ignore"):  # a network may say anything
             found = list(map(self._of_head, heads, self._groups))
-        boxes, scores, labels = (np.concatenate(column) for column in zip(*found, strict=True))
-        return Detections(boxes, scores, labels)
+        return Detections(*map(np.concatenate, zip(*found, strict=True)))
 
     def _of_head(self, head: Head, class_ids: Sequence[int]) -> Detections:
         odds_CHW = _float32(np.exp(-head["hm"][0].astype(np.float64)))
@@ -162,10 +152,9 @@ class DeployedDetector:
         size, yaw = np.exp(exact[:, 3:6]), np.arctan2(exact[:, 7:8], exact[:, 6:7])
         parts = (xy + self._origin_m, code_N10[:, 2:3], size, yaw, code_N10[:, 8:])
         boxes_N9 = _float32(np.concatenate(parts, axis=1))
-        xyz = boxes_N9[:, :3]
-        is_inside = ((xyz >= self._center_low) & (xyz <= self._center_high)).all(axis=1)
+        is_inside = (self._center_low <= boxes_N9[:, :3]) & (boxes_N9[:, :3] <= self._center_high)
         found = Detections(boxes_N9, scores_CHW[channel, row, column], np.array(class_ids)[channel])
-        return self._suppress(found.part(is_inside))
+        return self._suppress(found.part(is_inside.all(axis=1)))
 
     def _suppress(self, found: Detections) -> Detections:
         """Greedy NMS of boxes sorted by falling score."""
@@ -178,34 +167,35 @@ class DeployedDetector:
 
 
 def read_cloud(path: Path, columns: Sequence[str] = NUSCENES, intensity_scale: float = 1.0) -> Float32:
-    """Reads a .npy file, or raw columns, as (P, F) x, y, z, others but ring and `_...`, time lag (or 0).
+    """Reads a .npy file, or raw columns, as (P, F) x, y, z (m), others but ring and `_...`, time lag (s).
 
     Raises:
-        DeploymentError: the file is missing, truncated, PCD, or holds NaN or infinite values.
+        DeploymentError: the file is missing, truncated, PCD, of other columns, or holds NaN or infinity.
     """
-    what, ending, names = f"cloud {path}", path.suffix.lower(), [one.partition(":")[0] for one in columns]
-    kinds = [np.dtype(one.partition(":")[2] or "f4").newbyteorder("<") for one in columns]
-    if ending == ".pcd":
-        raise DeploymentError(what, "a PCD file", ".npy, and raw columns in files of other endings")
-    record = np.dtype(list(zip(names, kinds, strict=True)))
+    what, is_npy, fields = f"cloud {path}", path.suffix.lower() == ".npy", _fields(columns)
+    _expect(path.suffix.lower() != ".pcd", what, "a PCD file", ".npy, and raw columns in other files")
     with _naming(what):
-        table = np.load(path) if ending == ".npy" else np.fromfile(path, np.uint8)
-    if ending == ".npy" and (table.ndim != 2 or table.shape[1] != len(names) or not len(table)):
-        raise DeploymentError(what, f"shape {table.shape}", f"(points, {len(names)})")
-    if ending != ".npy" and (len(table) == 0 or len(table) % record.itemsize):
-        raise DeploymentError(what, f"{len(table)} bytes", f"a multiple of {record.itemsize}")
-    found = dict(zip(names, table.T, strict=True)) if ending == ".npy" else table.view(record)
-    others = [name for name in names if name not in (*"xyz", "ring", "time_lag") and name[0] != "_"]
-    order, none = [*"xyz", *others, "time_lag"], np.zeros(len(found["x"]))
-    points: Float32 = np.stack([_float32(found[name] if name in names else none) for name in order], 1)
+        table = np.load(path) if is_npy else np.fromfile(path, np.uint8)
+    record, of_numbers = np.dtype(list(fields.items())), table.dtype.kind in "fiu"
+    fits = of_numbers and table.shape[1:] == (len(fields),) if is_npy else len(table) % record.itemsize == 0
+    accepted = f"(points, {len(fields)}) of numbers" if is_npy else f"bytes, a multiple of {record.itemsize}"
+    _expect(fits and len(table), what, f"{table.dtype} of shape {table.shape}", accepted)
+    found = dict(zip(fields, table.T, strict=True)) if is_npy else table.view(record)
+    others = [name for name in fields if name not in (*"xyz", "ring", "time_lag") and name[0] != "_"]
+    order, none = [*"xyz", *others, "time_lag", "ring"], np.zeros(len(found["x"]))
+    points: Float32 = np.stack([_float32(found[name] if name in fields else none) for name in order], 1)
     points *= _float32([intensity_scale if name == "intensity" else 1 for name in order])
-    _check_points(points, what, len(order))
-    return points
+    _check_points(points[:, :-1], what, len(order) - 1)
+    low, high = np.transpose([BOUNDS.get(name, (-np.inf, np.inf)) for name in order])
+    is_odd = (points < low) | (points > high) | ((np.array(order) == "ring") & (points != np.round(points)))
+    share, name = max(zip(is_odd.mean(axis=0).tolist(), order, strict=True))  # single odd ones are no error
+    _expect(share <= 0.02, what, f"{name} of {columns} is odd in {share:.0%} of points", BOUNDS.get(name))
+    return points[:, :-1]
 
 
 def join_sweeps(sweeps: Sequence[Sweep], columns: Sequence[str] = NUSCENES) -> Float32:
     """Points (P, F) of sweeps in the frame of the first; the others lose the returns from the vehicle."""
-    joined, adds = [], "time_lag" in [one.partition(":")[0] for one in columns]
+    joined, adds = [], "time_lag" in _fields(columns)
     for number, (points, to_key_frame, time_lag_s) in enumerate(sweeps):
         is_ego = (np.abs(points[:, :2]) < _EGO_HALF_WIDTH_M).all(axis=1) & (number > 0)
         table = np.ascontiguousarray(points[~is_ego].T)
@@ -224,23 +214,36 @@ def read_sweeps(path: Path, *how: Any) -> list[Sweep]:
         files = [path.parent / entry["file"] for entry in entries]
         matrices = np.array([entry["matrix"] for entry in entries], dtype=np.float64).reshape(-1, 4, 4)
         time_lags_s = [float(entry["time_lag_s"]) for entry in entries]
-    is_bad = ~np.isclose(matrices[:, 3], np.eye(4)[3]).all(axis=1)
-    is_bad[0] |= not np.allclose(matrices[0], np.eye(4))
-    if is_bad.any():
-        what = f"sweeps file {path}, matrix of sweep {is_bad.argmax()}"
-        accepted = "none for the key frame, which is the first; 0 0 0 1 as the last row of the others"
-        raise DeploymentError(what, matrices[is_bad.argmax()].tolist(), accepted)
+    accepted = "none for the key frame, which is the first; 0 0 0 1 as the last row of the others"
+    for number, matrix in enumerate(matrices):
+        rows = slice(3 if number else 0, 4)  # all four of the key frame's
+        where = f"sweeps file {path}, matrix of sweep {number}"
+        _expect(np.allclose(matrix[rows], np.eye(4)[rows]), where, matrix.tolist(), accepted)
     return list(zip((read_cloud(file, *how) for file in files), matrices, time_lags_s, strict=True))
+
+
+def _expect(is_so: Any, what: str, seen: object, accepted: object) -> None:
+    if not is_so:
+        raise DeploymentError(f"{what}: {seen}; accepted: {accepted}")
 
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:  # turns what goes wrong with a file into an error that names it
     try:
         yield
-    except OSError as error:
-        raise DeploymentError(what, error.strerror, "a readable file") from error
     except Exception as error:  # onnxruntime's errors have no base of their own
-        raise DeploymentError(what, repr(error), "what export wrote, and the help describes") from error
+        seen = getattr(error, "strerror", None) or repr(error)
+        raise DeploymentError(f"{what}: {seen}; accepted: a readable file, as written by export") from error
+
+
+def _fields(columns: Any) -> dict[str, np.dtype[Any]]:
+    """The columns of a raw file by name, in order."""
+    is_list = isinstance(columns, list | tuple) and all(isinstance(one, str) for one in columns)
+    found = [COLUMN.fullmatch(one) for one in columns] if is_list else [None]
+    fields = {one[1]: np.dtype(one[2] or "f4").newbyteorder("<") for one in found if one}
+    fits = len(fields) == len(found) and {*"xyz"} <= fields.keys()
+    _expect(fits, "data.point_columns", f"{columns!r:.200}", "a list of x, y, z, others; name or name:dtype")
+    return fields
 
 
 def _read_engine(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -253,18 +256,16 @@ def _read_engine(path: Path) -> tuple[bytes, dict[str, Any]]:
         checks = {"schema": (sidecar["schema"], (SCHEMA,)), "target": (sidecar["target"], TARGETS)}
         checks[f"SHA-256 of {path}"] = (hashlib.sha256(content).hexdigest(), (sidecar["file"]["sha256"],))
     for what, (seen, accepted) in checks.items():
-        if seen not in accepted:
-            raise DeploymentError(f"{where}, {what}", repr(seen), " or ".join(map(repr, accepted)))
+        _expect(seen in accepted, f"{where}, {what}", repr(seen), " or ".join(map(repr, accepted)))
     return content, sidecar
 
 
-def _check_points(points: Float32, what: str, num_features: int) -> None:
-    if points.ndim != 2 or points.shape[1] != num_features:
-        raise DeploymentError(what, f"shape {points.shape}", f"(points, {num_features})")
+def _check_points(points: Float32, what: str, width: int) -> None:
+    _expect(points.shape[1:] == (width,), what, f"shape {points.shape}", f"(points, {width})")
     is_bad = ~np.isfinite(points).all(axis=1)
     if is_bad.any():
         seen = f"NaN or infinite values in {is_bad.sum()} of {len(points)} points, first in {is_bad.argmax()}"
-        raise DeploymentError(what, seen, "finite numbers")
+        raise DeploymentError(f"{what}: {seen}; accepted: finite numbers")
 
 
 def _sum_like_torch(slots_TVC: Float32) -> Float32:
@@ -314,8 +315,7 @@ def _shared_area(frames_9Q: Float64, boxes_9Q: Float64) -> Float64:
     below, above = np.clip(-limit - low, 0, span), np.clip(high - limit, 0, span)
     mean = ((above - below) * limit + (inner_high - inner_low) * middle) / span
     height = np.where(span > _TINY_M, mean, middle)
-    area: Float64 = -np.minimum(((end - start) * height).sum(axis=0), 0)
-    return area
+    return np.asarray(-np.minimum(((end - start) * height).sum(axis=0), 0), dtype=np.float64)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

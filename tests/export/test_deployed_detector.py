@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from cpq_train.data.index import open_index
-from cpq_train.data.points.format import PointFormat
+from cpq_train.data.points.format import NUSCENES_COLUMNS, PointFormat
 from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import (
     load_cloud,
@@ -223,7 +224,9 @@ def test_clouds_of_other_columns_have_the_same_bits(
 ) -> None:
     scale = 0.25 if any(one.startswith("intensity") for one in columns) else 1.0
     points = PointFormat(columns, scale)
-    values = np.random.default_rng(0).uniform(0, 99, (41, len(columns))).astype(np.float32)
+    values = np.random.default_rng(0).uniform(0, 59, (41, len(columns))).astype(np.float32)
+    if "ring" in columns:
+        values[:, columns.index("ring")] = np.arange(41)
     path = tmp_path / f"a{ending}"
     if ending == ".npy":
         np.save(path, values)
@@ -234,7 +237,7 @@ def test_clouds_of_other_columns_have_the_same_bits(
         record.tofile(path)
     found = deployed_detector.read_cloud(path, columns, scale)
     np.testing.assert_array_equal(bits(found), bits(read_cloud(path, points=points)))
-    with pytest.raises(DeploymentError, match=r"accepted: (a multiple|\(points, )"):
+    with pytest.raises(DeploymentError, match=r"accepted: (bytes, a multiple|\(points, )"):
         deployed_detector.read_cloud(path, (*columns, *(f"more{number}" for number in range(54))))
 
 
@@ -252,6 +255,94 @@ def test_the_sidecar_says_how_clouds_are_read(tmp_path: Path) -> None:
         del sidecar["data"][name]
     path.write_text(json.dumps(sidecar))
     assert DeployedDetector(tmp_path / "net.onnx").how == (deployed_detector.NUSCENES, 1.0)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        None,
+        5,
+        {},
+        [],
+        "xyzi",
+        [1, 2, 3],
+        ["x", "y", "z", None],
+        ["a", "b", "c", "d"],
+        ["x", "y", "z", "x"],
+        ["x", "y", "z", "intensity:O"],
+        ["x", "y", "z", "intensity:float99"],
+        ["x", "y", "z", ""],
+        ["x", "y", "z", "a b"],
+    ],
+)
+def test_columns_that_are_none_are_refused(tmp_path: Path, columns: Any) -> None:
+    engine = export(tmp_path, random_heads(0))
+    edit_sidecar(engine, data={**DATA.to_dict(), "point_columns": columns})
+    words = rf"^data\.point_columns: {re.escape(repr(columns))}; accepted: a list of x, y, z, others; name or"
+    with pytest.raises(DeploymentError, match=words):
+        DeployedDetector(engine)
+    with pytest.raises(DeploymentError, match=words):
+        deployed_detector.read_cloud(cloud_file(tmp_path, "a.bin"), columns)
+
+
+@pytest.mark.parametrize("scale", [None, "a", [255]])
+def test_a_scale_that_is_none_is_refused(tmp_path: Path, scale: Any) -> None:
+    engine = export(tmp_path, random_heads(0))
+    edit_sidecar(engine, data={**DATA.to_dict(), "intensity_scale": scale})
+    with pytest.raises(DeploymentError, match=r"^settings in .*net\.json: (Type|Value)Error"):
+        DeployedDetector(engine)
+
+
+def test_clouds_of_other_columns_are_no_clouds(simulated_root: Path, tmp_path: Path) -> None:
+    """Their bytes divide by what they are read as."""
+    table = np.fromfile(next(simulated_root.glob("samples/LIDAR_TOP/*")), np.float32).reshape(-1, 5)
+    table = table[: len(table) // 240 * 240]
+    path = tmp_path / "a.bin"
+    names = ("x", "y", "z", "intensity", "ring")
+    for written in (3, 4, 5):
+        for dtype in (np.float32, np.float64):
+            table[:, :written].astype(dtype).tofile(path)
+            for read in (3, 4, 5):
+                if (written, dtype) == (read, np.float32):
+                    assert len(deployed_detector.read_cloud(path, names[:read])) == len(table)
+                elif read > 3:
+                    with pytest.raises(DeploymentError, match=r"cloud .*a\.bin: (.* is odd in|NaN)"):
+                        deployed_detector.read_cloud(path, names[:read])
+
+
+ODD_VALUES = {
+    "far": (0, 2000, r"x of \(.*\) is odd in 50% of points; accepted: \(-1000.0, 1000.0\)"),
+    "negative": (3, -1, "intensity of .* is odd in"),
+    "bright": (3, 300, r"intensity of .* is odd in .*; accepted: \(0, 256\)"),
+    "between rings": (4, 0.5, r"ring of .* is odd in .*; accepted: \(0, 255\)"),
+    "times": (5, 1.6e9, r"time_lag of .* is odd in .*; accepted: \(-60, 60\)"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_VALUES)
+@pytest.mark.parametrize("ending", [".bin", ".npy"])
+def test_odd_values_are_refused_where_they_are_many(tmp_path: Path, name: str, ending: str) -> None:
+    column, value, words = ODD_VALUES[name]
+    columns, path = (*NUSCENES_COLUMNS, "time_lag"), tmp_path / f"a{ending}"
+    for number in (1, 50):
+        table = np.full((100, 6), 0.03, np.float32)
+        table[:, 4] = 7
+        table[:number, column] = value
+        if ending == ".bin":
+            table.tofile(path)
+        else:
+            np.save(path, table)
+        if number == 1:
+            assert deployed_detector.read_cloud(path, columns).shape == (100, 5)
+        else:
+            with pytest.raises(DeploymentError, match=rf"cloud .*a\{ending}: {words}"):
+                deployed_detector.read_cloud(path, columns)
+
+
+def test_an_array_of_no_numbers_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 5), "a"))
+    with pytest.raises(DeploymentError, match=r"<U1 of shape \(4, 5\); accepted: \(points, 5\) of numbers"):
+        deployed_detector.read_cloud(tmp_path / "a.npy")
 
 
 def test_time_lags_of_points_are_added() -> None:
@@ -455,7 +546,9 @@ def test_a_cloud_has_500_boxes_at_most(tmp_path: Path) -> None:
 
 
 def cloud_file(folder: Path, name: str, points: np.ndarray | None = None) -> Path:
-    points = crowded_points(np.random.default_rng(2), 50, 9) if points is None else points
+    if points is None:
+        points = crowded_points(np.random.default_rng(2), 50, 9)
+        points[:, 4] = np.arange(50)
     points.astype(np.float32).tofile(folder / name)
     return folder / name
 
@@ -468,7 +561,10 @@ def edit_sidecar(engine: Path, **changes: Any) -> None:
 ENGINE_ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no engine": (Path.unlink, r"engine file .*net\.onnx: No such file or directory; accepted: a readable"),
     "no sidecar": (lambda e: sidecar_path(e).unlink(), r"net\.json, which belongs to net\.onnx,: No such"),
-    "no JSON": (lambda e: sidecar_path(e).write_text("{"), r"net\.json, .*JSONDecodeError.*; accepted: what"),
+    "no JSON": (
+        lambda e: sidecar_path(e).write_text("{"),
+        r"net\.json, .*JSONDecodeError.*; accepted: a readable file, as written by export",
+    ),
     "a list": (lambda e: sidecar_path(e).write_text("[]"), r"net\.json, .*TypeError"),
     "damaged": (
         lambda e: e.write_bytes(b"x"),
@@ -514,7 +610,7 @@ def test_a_cloud_that_cannot_be_used(engine: Path, tmp_path: Path) -> None:
     for size in (0, 993):
         path.write_bytes(content[:size])
         with pytest.raises(
-            DeploymentError, match=rf"cloud .*a\.bin: {size} bytes; accepted: a multiple of 20"
+            DeploymentError, match=rf"a\.bin: uint8 of shape \({size},\); accepted: bytes, a multiple of 20"
         ):
             deployed_detector.read_cloud(path)
     points = np.frombuffer(content, np.float32).reshape(-1, 5).copy()
