@@ -157,7 +157,7 @@ def _draw(folder: Path, data: NuScenesDataModule, detections: dict[int, LidarDet
         name = sample.token if data.clouds is None else f"{row}_{_stem(data.clouds[row])}"
         panel = BevPanel(sample)
         title = f"{_stem(Path(sample.token))}\n{panel.is_shown.sum()} detections"
-        draw_bev(folder / file_name(name, ".png"), {title: panel})
+        draw_bev(folder / file_name(name, ".png"), {title: panel}, data.task)
     if len(rows) > MAX_PICTURES:
         print_plain(f"Pictures of the first {MAX_PICTURES} of {len(rows)} samples: {folder}")
 

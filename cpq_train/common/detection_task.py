@@ -8,7 +8,7 @@ that a detection gets, OpenPCDet's `nuscenes_utils.transform_det_annos_to_nusc_a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,10 @@ MAX_NUM_CLASSES = 127
 """Class ids are kept in a byte."""
 
 MAX_RANGE_M = 1000.0
+_RANGE_DECIMALS = 1
+"""Of class ranges in metres: range bins are called after them."""
+_RESERVED = ("mAP", "*")
+"""What scores of a range bin, and `compare --fail_if`, call all classes."""
 _NEAR_M = 20.0
 """Upper end of the nearest range bin."""
 
@@ -36,7 +40,7 @@ class DetectionClass:
     Attributes:
         categories: names in table `category` of the objects that belong to it.
         range_m: boxes at this distance from the ego vehicle or further count neither as ground truth nor as
-            detections.
+            detections; a multiple of 0.1 m.
         attributes: names in table `attribute`: that of an object at rest, that of one that moves (above 0.2
             m/s), and further ones that annotations have; none, or two and more. An annotation without one has
             no attribute error.
@@ -56,7 +60,10 @@ class DetectionClass:
 
     def __post_init__(self) -> None:
         for name in ("categories", "attributes", "undefined_errors"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise UserError(f"{name} of a class are {shown(value)}; accepted: a list of names")
+            object.__setattr__(self, name, tuple(value))
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,7 @@ class DetectionTask:
         return NUSCENES if classes is None else DetectionTask(tuple(classes), tuple(classes.values()))
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.names) <= MAX_NUM_CLASSES:
-            raise UserError(f"data.classes are {len(self.names)}; accepted: 1 to {MAX_NUM_CLASSES}")
-        owners: dict[str, str] = {}
-        for name, rules in zip(self.names, self.rules, strict=True):
-            _check_class(name, rules)
-            for category in rules.categories:
-                if owners.setdefault(category, name) != name:
-                    raise UserError(
-                        f"data.classes {name} and {owners[category]} both have category {shown(category)}; "
-                        "accepted: each category once"
-                    )
+        _check_classes(dict(zip(self.names, self.rules, strict=True)), "data.classes")
 
     @cached_property
     def is_nuscenes(self) -> bool:
@@ -169,17 +166,62 @@ class DetectionTask:
         Raises:
             UserError: they are something else.
         """
-        return DetectionTask.of(validated_plain(_CLASSES, content, where))
+        classes = validated_plain(_CLASSES, content, where)
+        _check_classes(classes, where)
+        return DetectionTask.of(classes)
 
 
-def _check_class(name: str, rules: DetectionClass) -> None:
-    where = f"data.classes {shown(name)}"
-    if not name or not name.isprintable():
-        raise UserError(f"{where}: accepted: a name of printable characters")
+def check_option(content: Mapping[Any, Any], name: str) -> None:
+    """Look at classes as a person writes them, while it is known which of them a value is of.
+
+    Args:
+        content: plain values.
+        name: of the option.
+
+    Raises:
+        UserError: they are something else than `DetectionTask.to_dict` gives, where defaults may lack.
+    """
+    for of_class, rules in content.items():
+        where = f"{name}, {of_class}"
+        for key in rules if isinstance(rules, Mapping) else ():
+            if key not in _KEYS:
+                raise UserError(f"{where}: unknown key {shown(key)}; accepted: {', '.join(_KEYS)}")
+        validated_plain(_CLASS, rules, where)
+    DetectionTask.from_dict(content, name)
+
+
+def _check_classes(classes: Mapping[str, DetectionClass], where: str) -> None:
+    if not 1 <= len(classes) <= MAX_NUM_CLASSES:
+        raise UserError(f"{where} are {len(classes)}; accepted: 1 to {MAX_NUM_CLASSES}")
+    owners: dict[str, str] = {}
+    for name, rules in classes.items():
+        _check_name(name, where)
+        _check_rules(rules, f"{where} {shown(name)}")
+        for category in rules.categories:
+            if owners.setdefault(category, name) != name:
+                raise UserError(
+                    f"{where} {name} and {owners[category]} both have category {shown(category)}; "
+                    "accepted: each category once"
+                )
+
+
+def _check_name(name: str, where: str) -> None:
+    is_text = isinstance(name, str) and name != "" and name.isprintable()
+    if not is_text or name != name.strip() or name in _RESERVED or any(sign in name for sign in ":<>"):
+        raise UserError(
+            f"{where}: a name is {shown(name)}; accepted: names of printable characters but : < >, "
+            f"without spaces around them, other than {' and '.join(_RESERVED)}"
+        )
+
+
+def _check_rules(rules: DetectionClass, where: str) -> None:
     if not rules.categories or not all(rules.categories):
         raise UserError(f"{where}, categories are {list(rules.categories)}; accepted: one name or more")
-    if not 0 < rules.range_m <= MAX_RANGE_M:
-        raise UserError(f"{where}, range_m is {rules.range_m}; accepted: above 0, up to {MAX_RANGE_M:g} m")
+    if not 0 < rules.range_m <= MAX_RANGE_M or round(rules.range_m, _RANGE_DECIMALS) != rules.range_m:
+        raise UserError(
+            f"{where}, range_m is {rules.range_m}; accepted: above 0, up to {MAX_RANGE_M:g} m, a multiple of "
+            "0.1 m"
+        )
     if len(rules.attributes) == 1 or len(set(rules.attributes)) < len(rules.attributes):
         raise UserError(
             f"{where}, attributes are {list(rules.attributes)}; accepted: none, or that of an object at "
@@ -192,6 +234,8 @@ def _check_class(name: str, rules: DetectionClass) -> None:
 
 
 _CLASSES: TypeAdapter[dict[str, DetectionClass]] = TypeAdapter(mapping_to(DetectionClass))
+_CLASS: TypeAdapter[DetectionClass] = TypeAdapter(DetectionClass)
+_KEYS = [field.name for field in fields(DetectionClass)]
 
 _VEHICLE = ("vehicle.parked", "vehicle.moving", "vehicle.stopped")
 _BUS = ("vehicle.stopped", "vehicle.moving", "vehicle.parked")

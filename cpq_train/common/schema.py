@@ -6,6 +6,7 @@ A number goes up where an older reader would misread the file, not where somethi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from types import GenericAlias
@@ -143,6 +144,8 @@ _ACCEPTED = {
     "list_type": "a list",
     "tuple_type": "a list",
     "string_type": "a text",
+    "float_type": "a number",
+    "bool_type": "true, false",
 }
 """Kinds of error -> what would have been accepted."""
 
@@ -166,11 +169,12 @@ def _why(error: ErrorDetails) -> str:
 
 
 def _place(where: str, loc: Iterable[int | str]) -> str:
-    """Keys one after another; the first of `rules` is rule 1."""
+    """Keys one after another; the first of `rules` is rule 1, that of `categories` category 1."""
     parts = [where]
     for part in loc:
         if isinstance(part, int):
-            parts[-1] = f"{parts[-1].removesuffix('s')} {part + 1}"
+            one = re.sub("ies$", "y", parts[-1]).removesuffix("s")
+            parts[-1] = f"{one} {part + 1}"
         else:
             parts.append(part)
     return ", ".join(parts)

@@ -75,6 +75,7 @@ class RunInfo:
 def build_metrics(run: RunInfo, scores: Scores, matches: Matches) -> Document:
     """The contents of `metrics.json`, with bootstrap intervals and AP per range."""
     task, trained = scores.task, set(run.trained_classes or scores.task.names)
+    resampled = _resample(matches)
     return {
         "schema": SCHEMA,
         "arm": run.arm,
@@ -85,8 +86,8 @@ def build_metrics(run: RunInfo, scores: Scores, matches: Matches) -> Document:
         "per_class": _per_class(scores),
         "per_range": scores_per_range(matches),
         "errors_per_range": errors_per_range(matches),
-        "confidence": _confidence(matches),
-        **({} if trained == set(task.names) else {"trained": _trained(run, scores, matches)}),
+        "confidence": _confidence(matches, resampled),
+        **({} if trained == set(task.names) else {"trained": _trained(run, scores, resampled)}),
         "postprocessing_sha256": run.postprocessing_sha256,
         "parents": dict(run.parents),
         "coverage": {kind: list(counts) for kind, counts in run.coverage.items()},
@@ -101,10 +102,9 @@ def _metrics(scores: Scores) -> Document:
     return {"mAP": scores.mean_ap, "NDS": scores.nds, **{f"m{error}": mean for error, mean in means}}
 
 
-def _trained(run: RunInfo, scores: Scores, matches: Matches) -> Document:
+def _trained(run: RunInfo, scores: Scores, resampled: bootstrap.Resampled | None) -> Document:
     """MAP over the classes of a network made for some of them: official scores count the others as 0."""
     names = list(run.trained_classes or ())
-    resampled = _resample(matches)
     ap = None if resampled is None else resampled.class_ap[scores.task.ids(names)].mean(axis=0)
     interval = None if ap is None else list(bootstrap.interval(ap))
     return {"classes": names, "mAP": scores.mean_ap_of(names), "confidence": interval}
@@ -127,8 +127,8 @@ def _per_class(scores: Scores) -> Document:
     }
 
 
-def _confidence(matches: Matches) -> Document:
-    method, resampled = bootstrap.method(len(matches.scene_name)), _resample(matches)
+def _confidence(matches: Matches, resampled: bootstrap.Resampled | None) -> Document:
+    method = bootstrap.method(len(matches.scene_name))
     if resampled is None:
         return {"mAP": None, "NDS": None, "method": method}
     nds = None if resampled.nds is None else list(bootstrap.interval(resampled.nds))
@@ -201,12 +201,24 @@ _BASE: dict[str, Any] = {
         }
     ),
     "confidence": keys({"mAP": _Interval, "NDS": _Interval, "method": str}),
-    "trained": NotRequired[keys({"classes": list[str], "mAP": _Score, "confidence": _Interval})],
     "postprocessing_sha256": str,
     **dict.fromkeys(("parents", "profile", "config"), dict[str, Any]),
     "engine": NotRequired[_ENGINE],
     "coverage": Annotated[_Coverage, accepts("a mapping of kind to [quantized, all]")],
 }
+
+
+def _some_of(names: Sequence[str]) -> Any:
+    """The type of a list of classes, each once."""
+
+    def check(found: list[str]) -> list[str]:
+        if not found or len(set(found)) < len(found) or not set(found) <= set(names):
+            raise ValueError(found)
+        return found
+
+    return Annotated[
+        list[str], AfterValidator(check), accepts(f"one or more of {', '.join(names)}, each once")
+    ]
 
 
 @cache
@@ -221,10 +233,12 @@ def _kind(task: DetectionTask) -> TypeAdapter[Any]:
         for lower, upper in task.range_bins_m
     }
     nds = _Score if task.is_nuscenes else None
+    trained = {"classes": _some_of(task.names), "mAP": _Score, "confidence": _Interval}
     return TypeAdapter(
         keys(
             {
                 **_BASE,
+                "trained": NotRequired[keys(trained)],
                 "metrics": keys({"mAP": _Score, "NDS": nds, **means}),
                 "per_class": keys(
                     dict.fromkeys(task.names, keys({**of_class, **dict.fromkeys(TP_ERRORS, _Error)}))

@@ -98,7 +98,7 @@ def _thinned(points: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
 
 
 def write_bev_sample(path: Path, sample: BevSample) -> None:
-    """Write a sample for drawing; points to about a centimetre."""
+    """Write a sample for drawing; points to 2 cm at 50 m and to 6 cm at 200 m."""
     columns = {name: getattr(sample, name) for name in BevSample.__dataclass_fields__}
     columns = {name: _compact(column) for name, column in columns.items()}
     with replacing(path) as partial, partial.open("wb") as file:

@@ -159,7 +159,7 @@ def _bev_figures(runs: Sequence[Run], changed: Mapping[str, Changes], output: Pa
     for token in sorted({sample.token for sample in samples.values()}):
         shown = [name for name in panels if samples[name].token == token]
         file = _picture(f"bev_{token}")
-        draw_bev(output / file, {titles[name]: panels[name] for name in shown})
+        draw_bev(output / file, {titles[name]: panels[name] for name in shown}, runs[0].task)
         yield Figure("bev", file, f"Sample {token} from above, each arm in a panel.")
     for run in runs:
         baseline, _ = relative(run, runs, "float")

@@ -7,6 +7,7 @@ also reads in grey.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.picture import picture
 from cpq_train.common.text import visible
 from cpq_train.report.bev import BevSample
@@ -26,13 +28,15 @@ GROUND_TRUTH_COLOUR = "#56B4E9"
 DETECTION_COLOUR = "#D55E00"
 LOST_COLOUR = "#000000"
 WON_COLOUR = "#009E73"
-EXTENT_M = 52.0
 MIN_SCORE = 0.3
 
 _PANEL_INCHES = 8.0
 _FEW = 4
 """So many panels stand two in a row, more of them four: a page is wider than it is high."""
-_RINGS_M = (10.0, 20.0, 30.0, 40.0, 50.0)
+_MARGIN_M = 2.0
+"""How far a picture reaches beyond the largest class range."""
+_RING_STEPS_M = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
+_MAX_RINGS = 6
 _NOSE_M = 0.8
 """How far the heading line reaches over a box's front, so that it shows on a pedestrian too."""
 _MARK_M = 1.6
@@ -67,7 +71,7 @@ class BevPanel:
         return shown
 
 
-def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
+def draw_bev(path: Path, panels: Mapping[str, BevPanel], task: DetectionTask = NUSCENES) -> None:
     """Draw one sample from above, a panel of 800 x 800 pixels for each arm, two or four in a row.
 
     The vehicle stands in the middle and looks up; a line from a box's centre over its front is the heading.
@@ -75,13 +79,15 @@ def draw_bev(path: Path, panels: Mapping[str, BevPanel]) -> None:
     Args:
         path: the PNG to write.
         panels: title to what it shows.
+        task: the classes; the largest of their ranges is inside the picture.
     """
+    extent_m = float(task.ranges_m.max()) + _MARGIN_M
     columns = min(2 if len(panels) <= _FEW else 4, len(panels))
     rows = -(-len(panels) // columns)
     with picture(path, _PANEL_INCHES * columns, _PANEL_INCHES * rows) as figure:
         all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (title, panel) in zip(all_axes, panels.items(), strict=False):
-            draw_panel(axes, panel, EXTENT_M)
+            draw_panel(axes, panel, extent_m)
             axes.set_title(visible(title, "\n"), fontsize=19)
         for axes in all_axes[len(panels) :]:
             axes.set_visible(False)
@@ -133,23 +139,26 @@ def _detections(panel: BevPanel) -> str:
 def _draw_rings(axes: Axes, extent_m: float) -> None:
     from matplotlib.patches import Circle
 
-    for radius_m in _RINGS_M:
-        if radius_m < extent_m:
-            axes.add_patch(
-                Circle((0, 0), radius_m, fill=False, color="#B0B0B0", linewidth=1.0, linestyle=":")
-            )
-            side = radius_m / np.sqrt(2)
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8}
-            axes.text(
-                side,
-                -side,
-                f"{radius_m:g} m",
-                ha="center",
-                va="center",
-                fontsize=13,
-                color="#505050",
-                bbox=box,
-            )
+    for radius_m in _ring_radii(extent_m):
+        axes.add_patch(Circle((0, 0), radius_m, fill=False, color="#B0B0B0", linewidth=1.0, linestyle=":"))
+        side = radius_m / np.sqrt(2)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8}
+        axes.text(
+            side,
+            -side,
+            f"{radius_m:g} m",
+            ha="center",
+            va="center",
+            fontsize=13,
+            color="#505050",
+            bbox=box,
+        )
+
+
+def _ring_radii(extent_m: float) -> list[float]:
+    """Radii below an extent, of the smallest step that gives few."""
+    step_m = next(step_m for step_m in _RING_STEPS_M if extent_m <= step_m * (_MAX_RINGS + 1))
+    return [step_m * number for number in range(1, math.ceil(extent_m / step_m))]
 
 
 def _draw_boxes(axes: Axes, boxes_N9: BoxArray, colour: str, label: str, filled: bool) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ _MUST_AGREE = (
     ("dataset", "version"),
     ("dataset", "split"),
     ("dataset", "num_samples"),
-    ("classes",),
 )
 _POSTPROCESSING = ("postprocessing_sha256",)
 
@@ -89,7 +89,8 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read runs, in the order of the arms.
 
     Raises:
-        UserError: A run is missing or damaged, or two runs differ in data, split or post-processing.
+        UserError: A run is missing or damaged, or two runs differ in data, split, classes, their order or
+            post-processing.
     """
     if not folders:
         raise UserError("no run directory to compare; accepted: one or more folders with a metrics.json")
@@ -97,6 +98,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, document in zip(folders, documents, strict=True):
         for key in _MUST_AGREE:
             _check_agreement(key, (folders[0], documents[0]), (folder, document))
+        _check_classes((folders[0], documents[0]), (folder, document))
     _check_postprocessing(folders, documents)
     matches = [_matches(folder, document) for folder, document in zip(folders, documents, strict=True)]
     for folder, document, found in zip(folders, documents, matches, strict=True):
@@ -150,17 +152,25 @@ def _check_postprocessing(folders: Sequence[Path], documents: Sequence[Document]
 
 
 def _check_agreement(key: tuple[str, ...], one: tuple[Path, Document], other: tuple[Path, Document]) -> None:
-    values = [_value(document, key) for _, document in (one, other)]
+    values = [reduce(getitem, key, document) for _, document in (one, other)]
     if values[0] != values[1]:
-        raise UserError(
-            f"{one[0]} and {other[0]} cannot be compared: "
-            f"{'.'.join(key)} is {values[0]!r} and {values[1]!r}; "
-            "accepted: runs with the same data, split and post-processing"
-        )
+        raise _differ(one[0], other[0], ".".join(key), values)
 
 
-def _value(document: Document, key: tuple[str, ...]) -> Any:
-    return document.get(key[0]) if len(key) == 1 else document[key[0]][key[1]]
+def _check_classes(one: tuple[Path, Document], other: tuple[Path, Document]) -> None:
+    """Their order counts: class ids of matches and samples are places in it."""
+    tasks = [task_of(document, str(folder)) for folder, document in (one, other)]
+    if tasks[0] != tasks[1]:
+        are_turned = tasks[0].to_dict() == tasks[1].to_dict()
+        said = [list(task.names) if are_turned else task.to_dict() for task in tasks]
+        raise _differ(one[0], other[0], "classes", said)
+
+
+def _differ(one: Path, other: Path, what: str, values: Sequence[Any]) -> UserError:
+    return UserError(
+        f"{one} and {other} cannot be compared: {what} is {values[0]!r} and {values[1]!r}; "
+        "accepted: runs with the same data, split, classes in the same order, and post-processing"
+    )
 
 
 def _check_samples(folders: Sequence[Path], matches: Sequence[Matches | None]) -> None:

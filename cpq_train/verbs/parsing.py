@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from argparse import Action
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any, Final, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_loader
 from typing_extensions import override
 
+from cpq_train.common.detection_task import DetectionClass, check_option
 from cpq_train.common.documents import parse_yaml, read_text
 from cpq_train.common.errors import OptionError, UserError, shown
 
 _WORDS: Final = {"NoneType": "null", "Sequence": "list", "tuple": "list", "bool": "true, false"}
 """Types -> what a person types for them."""
+
+_END_OF_MEMBER: Final = r"(?=\n\s*- |\n\s*Given value|\Z)"
+"""Of what jsonargparse says of a member of a union."""
 
 
 class VerbParser(ArgumentParser):
@@ -61,8 +66,22 @@ class VerbParser(ArgumentParser):
             raise OptionError(f"{where}: got {shown(content)}, accepted: a mapping of options")
         names = {action.dest for action in self._actions if not action.dest.endswith(".help")}
         _check_names(content, names, where)
+        for action in filter(_is_of_classes, self._actions):
+            classes = _at(content, action.dest.split("."))
+            if isinstance(classes, Mapping):
+                check_option(classes, f"{where}, {action.dest}")
         parsed: Namespace = super().parse_path(path, *args, **kwargs)
         return parsed
+
+    @override
+    def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
+        """As argparse has it; and a look at classes, while it is known which of them a value is of."""
+        values = super()._get_values(action, arg_strings)
+        if _is_of_classes(action) and isinstance(values, str) and values.lstrip().startswith("{"):
+            content = parse_yaml(values, f"option {action.dest}")
+            if any(isinstance(one, Mapping) for one in content.values()):  # or --data.classes.NAME is one
+                check_option(content, action.dest)
+        return values
 
     @override
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
@@ -85,6 +104,17 @@ def _load(text: str) -> Any:
 
 
 set_loader("yaml", _load, exceptions=(UserError,))  # theirs ends the process where a text is nested deep
+
+
+def _is_of_classes(action: Action) -> bool:
+    return getattr(action, "_typehint", None) == dict[str, DetectionClass] | None
+
+
+def _at(content: Any, keys: Iterable[str]) -> Any:
+    """What a file sets an option to; None where it does not, or names another file for it."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
 def _is_finite(value: Any) -> bool:
@@ -118,13 +148,13 @@ def _in_short(message: str) -> str:
     if option is None:
         return " ".join(message.split())
     text = message[option.end() :]
-    seen = re.search(r"(?:Got value|Given value): (.*)\Z", text, re.DOTALL)
+    seen = re.search(r".*(?:Got value|Given value): (.*)\Z", text, re.DOTALL)
     types = re.search(r"Subtypes: \[(.*)\]$", text, re.MULTILINE) or re.match(
         r"Expected an? (.*)\. Got value", text
     )
-    inside = re.search(r"Problem with given class_path (.*?):\s+(.*)", text)
+    inside = re.search(rf"Problem with given class_path (.*?):\s+(.*?){_END_OF_MEMBER}", text, re.DOTALL)
     if inside is not None:
-        return f"{option[1]}: {inside[1]}: {inside[2]}"
+        return f"{option[1]}: {inside[1]}: {_in_short(inside[2])}"
     if seen is None or types is None:
         first, _, _ = text.partition("\n")
         return f"{option[1]}: {first}"

@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.constants import ATTRIBUTE_NAMES
 from nuscenes.eval.detection.utils import category_to_detection_name
 
-from cpq_train.common.detection_task import MAX_NUM_CLASSES, NUSCENES, DetectionClass, DetectionTask
+from cpq_train.common.detection_task import (
+    MAX_NUM_CLASSES,
+    NUSCENES,
+    DetectionClass,
+    DetectionTask,
+    check_option,
+)
 from cpq_train.common.errors import UserError
 from cpq_train.common.nuscenes import CATEGORY_TO_CLASS, DETECTION_CLASSES, TP_ERRORS
 
@@ -76,8 +83,18 @@ def test_files_and_processes_get_the_same_task(task: DetectionTask) -> None:
     [
         ({}, "data.classes are 0; accepted: 1 to 127"),
         ({f"c{i}": DetectionClass((f"c{i}",)) for i in range(MAX_NUM_CLASSES + 1)}, "are 128; accepted"),
-        ({"": POST}, "''.*printable"),
+        ({"": POST}, "data.classes: a name is ''; accepted: names of printable"),
         ({"a\nb": POST}, "printable"),
+        ({"mAP": POST}, r"a name is 'mAP'; accepted: .*other than mAP and \*"),
+        ({"*": POST}, r"a name is '\*'"),
+        ({"a:b": POST}, "a name is 'a:b'; accepted: .*but : < >"),
+        ({"<a": POST}, "a name is '<a'"),
+        ({"a>": POST}, "a name is 'a>'"),
+        ({" a": POST}, "a name is ' a'; accepted: .*without spaces around them"),
+        ({"a ": POST}, "a name is 'a '"),
+        ({3: POST}, "a name is 3"),
+        ({"a": replace(POST, range_m=25.04)}, r"range_m is 25\.04; accepted: .*a multiple of 0\.1 m"),
+        ({"a": replace(POST, range_m=30.0000001)}, r"range_m is 30\.0000001"),
         ({"a": DetectionClass(())}, r"'a', categories are \[\]; accepted: one name or more"),
         ({"a": DetectionClass(("",))}, r"categories are \[''\]"),
         ({"a": replace(POST, range_m=0.0)}, r"'a', range_m is 0\.0; accepted: above 0, up to 1000 m"),
@@ -96,6 +113,52 @@ def test_wrong_classes(classes: dict[str, DetectionClass], message: str) -> None
         DetectionTask.of(classes)
 
 
+def test_every_accepted_range_has_a_bin_of_its_own_name() -> None:
+    names = {f"{tenths / 10:g}" for tenths in range(1, 10_001)}
+    assert len(names) == 10_000
+    tasks = [DetectionTask.of({"a": replace(POST, range_m=tenths / 10)}) for tenths in (1, 3, 251, 9999)]
+    assert [task.range_bins_m[-1][1] for task in tasks] == [0.1, 0.3, 25.1, 999.9]
+
+
+@pytest.mark.parametrize("key", ["categories", "attributes", "undefined_errors"])
+def test_a_text_is_no_list_of_letters(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} of a class are 'mensch'; accepted: a list of names"):
+        replace(POST, **{key: "mensch"})
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"categories": ["a"], "range_m": "x"}, "range_m: got 'x', accepted: a number"),
+        ({"categories": ["a"], "range_m": "60"}, "range_m: got '60', accepted: a number"),
+        ({"categories": "mensch"}, "categories: got 'mensch', accepted: a list"),
+        ({"categories": ["a", 3]}, "category 2: got 3, accepted: a text"),
+        ({"categories": ["a"], "is_symmetric": "maybe"}, "is_symmetric: got 'maybe', accepted: true, false"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_told_with_its_class(rules: dict[str, Any], message: str) -> None:
+    classes = {"tram": {"categories": ["b"]}, "person": rules}
+    with pytest.raises(UserError, match=f"^data.classes, person, {message}$"):
+        check_option(classes, "data.classes")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"range_m": 3}, "data.classes, tram: needs 'categories', and has range_m"),
+        (
+            {"categories": ["a"], "rnage_m": 3},
+            "data.classes, tram: unknown key 'rnage_m'; accepted: categories, ",
+        ),
+        (3, "data.classes, tram: got 3, accepted: a mapping"),
+        ({"categories": ["a"], "range_m": -1.0}, "data.classes 'tram', range_m is -1"),
+    ],
+)
+def test_a_wrong_class_of_an_option(rules: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_option({"tram": rules}, "data.classes")
+
+
 def test_names_of_no_class() -> None:
     with pytest.raises(UserError, match=r"class_names names 'car': accepted of data.classes are tram, post"):
         OWN.ids(["tram", "car"])
@@ -106,3 +169,7 @@ def test_names_of_no_class() -> None:
 def test_a_damaged_task() -> None:
     with pytest.raises(UserError, match="here, tram, range_m: got 'far'"):
         DetectionTask.from_dict({"tram": {"categories": ["a"], "range_m": "far"}}, "here")
+    with pytest.raises(UserError, match=r"^here are 0; accepted: 1 to 127"):
+        DetectionTask.from_dict({}, "here")
+    with pytest.raises(UserError, match=r"^here 'tram', range_m is 0"):
+        DetectionTask.from_dict({"tram": {"categories": ["a"], "range_m": 0}}, "here")

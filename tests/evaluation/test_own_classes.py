@@ -13,6 +13,7 @@ from evaluation_problems import random_problem
 from cpq_train.common.detection_task import NUSCENES, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
+from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.countable import check_countable
 from cpq_train.evaluation.devkit import check_devkit
@@ -121,6 +122,21 @@ def test_a_network_for_one_class_is_scored_over_it_beside_the_official_mean() ->
     assert "trained" not in build_metrics(
         run_info(trained_classes=NUSCENES.names[::-1]), found.scores, found.matches
     )
+
+
+def test_scenes_are_resampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations, predictions = random_problem(5, 300, 400, num_classes=10)
+    found, resample, calls = evaluate(annotations, predictions), bootstrap.resample, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return resample(*args)
+
+    monkeypatch.setattr(bootstrap, "resample", counted)
+    document = build_metrics(run_info(trained_classes=("car",)), found.scores, found.matches)
+    assert document["trained"]["confidence"] is not None
+    assert document["confidence"]["mAP"] is not None
+    assert len(calls) == 1
 
 
 def test_ground_truth_of_which_nothing_counts(mini_index: NuScenesIndex) -> None:

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 import wandb
 from evaluation_problems import random_boxes, random_problem
-from scored_runs import write_arm
+from scored_runs import write_arm, write_own_arm
 
+from cpq_train.common.detection_task import NUSCENES
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation import bootstrap
 from cpq_train.evaluation.gaps import share_won_back
@@ -25,6 +27,7 @@ from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.profiling.latency_file import read_latency, write_latency
 from cpq_train.report.bev import BEV_FILE, BevSample, read_bev_sample, write_bev_sample
 from cpq_train.report.compare import compare
+from cpq_train.report.plots import DETECTION_COLOUR
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -453,6 +456,11 @@ def _change(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (_change("dataset", "num_samples", value=3), r"dataset\.num_samples is 40 and 3"),
         (_change("postprocessing_sha256", value="other"), "postprocessing_sha256 is 'nms' and 'other'"),
+        (
+            _change("classes", value=dict(reversed(NUSCENES.to_dict().items()))),
+            r"classes is \['car', 'truck', .*'traffic_cone'\] and \['traffic_cone', .*'car'\]; accepted: "
+            ".*classes in the same order",
+        ),
     ],
 )
 def test_refuses_different_data(
@@ -467,6 +475,27 @@ def test_refuses_different_data(
     assert str(arms["float"]) in str(error.value)
     assert str(tmp_path / "changed") in str(error.value)
     assert not (tmp_path / "report").exists()
+
+
+def test_refuses_other_rules_of_a_class(tmp_path: Path) -> None:
+    for range_m in (40.0, 60.0):
+        write_own_arm(tmp_path / f"to_{range_m:g}", "float", range_m)
+    with pytest.raises(UserError, match=r"classes is \{'car': .*40\.0.*\} and \{'car': .*60\.0"):
+        compare([tmp_path / "to_40", tmp_path / "to_60"], tmp_path / "report")
+
+
+def test_pictures_reach_as_far_as_the_classes(tmp_path: Path) -> None:
+    """A detection 120 m to the left lies inside a picture of classes that count up to 150 m."""
+    write_own_arm(tmp_path / "float", "float", 150.0)
+    box = np.array([[-120.0, 0, 0, 8, 8, 2, 0, 0, 0]])
+    none, label = np.zeros((0, 9)), np.ones(1, int)
+    sample = BevSample("token", np.zeros((1, 3)), none, label[:0], box, np.ones(1), label)
+    write_bev_sample(tmp_path / "float/bev_sample.npz", sample)
+    compare([tmp_path / "float"], tmp_path / "report")
+    pixels = matplotlib.image.imread(tmp_path / "report/pictures/bev_token.png")[:700, :, :3]
+    wanted = np.array([int(DETECTION_COLOUR[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    columns = np.flatnonzero((np.abs(pixels - wanted).max(axis=2) < 0.02).any(axis=0))
+    assert 50 < columns.min() < columns.max() < 150
 
 
 def test_refuses_other_samples(arms: dict[str, Path], tmp_path: Path) -> None:

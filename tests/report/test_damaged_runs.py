@@ -47,6 +47,10 @@ def _set(*keys: str, value: Any) -> Change:
     return change
 
 
+def _trained(*names: str) -> Change:
+    return _set("trained", value={"classes": list(names), "mAP": 0.1, "confidence": None})
+
+
 ENGINE = {"name": "onnxruntime", "version": "1.32.0", "file": "qat.onnx", "sha256": "abc"}
 
 
@@ -72,6 +76,11 @@ ENGINE = {"name": "onnxruntime", "version": "1.32.0", "file": "qat.onnx", "sha25
         (_set("engine", value={**ENGINE, "sha256": 1}), "engine, sha256: got 1, accepted: a text"),
         (_set("engine", value=[]), r"engine: got \[\], accepted: a mapping"),
         (_set("parents", value="float"), "parents: got 'float', accepted: a mapping"),
+        (_trained("zzz"), r"trained, classes: got \['zzz'\], accepted: one or more of car, .*, each once"),
+        (_trained("car", "car"), r"trained, classes: got \['car', 'car'\]"),
+        (_trained(), r"trained, classes: got \[\]"),
+        (_set("classes", value={}), r"metrics.json: classes are 0; accepted: 1 to 127"),
+        (_set("classes", value={"mAP": {"categories": ["a"]}}), "metrics.json: classes: a name is 'mAP'"),
     ],
 )
 def test_metrics(change: Change, message: str, run: Path, runs: Path) -> None:

@@ -6,15 +6,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from cpq_train.common.detection_task import DetectionClass, DetectionTask
 from cpq_train.common.errors import UserError
 from cpq_train.data.index import NuScenesIndex
 from cpq_train.evaluation.boxes import GroundTruth, Predictions
 from cpq_train.evaluation.metric import evaluate
 from cpq_train.evaluation.predictions import LidarDetections
 from cpq_train.report.bev import BevSample, bev_sample, busiest_sample, read_bev_sample, write_bev_sample
-from cpq_train.report.plots import DETECTION_COLOUR, WON_COLOUR, BevPanel, draw_bev
+from cpq_train.report.plots import DETECTION_COLOUR, WON_COLOUR, BevPanel, draw_bev, draw_panel
 
 
 def sample_with(boxes: list[list[float]], scores: list[float]) -> BevSample:
@@ -66,6 +68,44 @@ def test_marks_stand_around_their_objects(tmp_path: Path) -> None:
     ring = coloured(tmp_path / "bev.png", WON_COLOUR)
     assert len(ring) > 50
     assert (ring[:, 0] < 300).all()
+
+
+def test_the_picture_ends_behind_the_largest_class_range(tmp_path: Path) -> None:
+    """A car 120 m to the right, in a picture to 52 m and in one to 152 m."""
+    far = DetectionTask.of(
+        {"tram": DetectionClass(("tram",), 150.0), "post": DetectionClass(("post",), 25.0)}
+    )
+    panel = BevPanel(sample_with([[120.0, 0.0, 0.0, 8.0, 8.0, 1.5, 0.0, 0.0, 0.0]], [0.9]), 0.3)
+    draw_bev(tmp_path / "usual.png", {"float": panel})
+    draw_bev(tmp_path / "far.png", {"float": panel}, far)
+    assert len(coloured(tmp_path / "usual.png", DETECTION_COLOUR)) == 0
+    columns = coloured(tmp_path / "far.png", DETECTION_COLOUR)[:, 0]
+    assert 650 < columns.min() < columns.max() < 750
+
+
+@pytest.mark.parametrize(
+    ("extent_m", "radii"),
+    [
+        (52.0, [10, 20, 30, 40, 50]),
+        (62.0, [10, 20, 30, 40, 50, 60]),
+        (102.0, [20, 40, 60, 80, 100]),
+        (1002.0, [200, 400, 600, 800, 1000]),
+        (17.0, [5, 10, 15]),
+        (2.1, [1, 2]),
+    ],
+)
+def test_rings_are_few(extent_m: float, radii: list[float]) -> None:
+    axes = Figure().subplots()
+    draw_panel(axes, BevPanel(sample_with([], [])), extent_m)
+    assert [patch.radius for patch in axes.patches] == radii
+    assert [text.get_text() for text in axes.texts] == [f"{radius} m" for radius in radii]
+
+
+def test_a_sample_keeps_points_that_are_far(tmp_path: Path) -> None:
+    points = np.array([[50.0, -3.0, 0.1], [-203.7, 1.0, 2.0], [0.0, 480.3, -1.0]])
+    write_bev_sample(tmp_path / "bev.npz", replace(sample_with([[0.0] * 9], [0.9]), points=points))
+    errors = np.abs(read_bev_sample(tmp_path / "bev.npz").points - points).max(axis=1)
+    assert (errors <= [0.02, 0.07, 0.13]).all()
 
 
 @pytest.mark.parametrize("num_panels", [1, 2, 3, 4])

@@ -11,6 +11,8 @@ from own_categories import CLASSES, own_categories
 from own_roots import FOUR, SIX, four_columns, six_columns_in_pcd
 from tiny_model import BASE, OVERLAY, tiny_options
 
+from cpq_train.callbacks import predictions
+from cpq_train.common.detection_task import DetectionTask
 from cpq_train.verbs.cli import main
 
 OF_DATA = {
@@ -78,13 +80,18 @@ def test_the_network_follows_classes_and_columns(road: Road) -> None:
     assert network["num_point_features"] == 5  # x, y, z, intensity and the time lag
 
 
-def test_clouds_are_predicted_with_what_the_checkpoint_says(road: Road, tmp_path: Path) -> None:
+def test_clouds_are_predicted_with_what_the_checkpoint_says(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[DetectionTask] = []
+    monkeypatch.setattr(predictions, "draw_bev", lambda path, panels, task: tasks.append(task))
     clouds = [str(path) for path in sorted((road.root / "samples/LIDAR_TOP").iterdir())[:2]]
     run = ["predict", *road.options("float"), "--trainer.default_root_dir", str(tmp_path)]
     main([*run, "--model.weights", str(road.runs / "qat/checkpoints/last.ckpt"), "--clouds", *clouds])
     found = json.loads((tmp_path / "predictions.json").read_text())["results"]
     assert list(found) == clouds
     assert {box["detection_name"] for boxes in found.values() for box in boxes} <= set(CLASSES)
+    assert [task.names for task in tasks] == [tuple(CLASSES)] * 2  # which say how far a picture reaches
 
 
 def test_a_submission_of_own_classes_is_scored_to_the_same_numbers(road: Road, tmp_path: Path) -> None:

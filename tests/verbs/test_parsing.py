@@ -9,6 +9,7 @@ from command_line import fails
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback
 
+from cpq_train.common.detection_task import DetectionClass
 from cpq_train.common.errors import OptionError, UserError
 from cpq_train.verbs.parsing import VerbParser
 
@@ -35,6 +36,7 @@ def parser() -> VerbParser:
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--callbacks", type=list[Callback] | Callback | None)
     parser.add_argument("--cloud", type=Path, nargs="+", default=None)
+    parser.add_argument("--of.classes", type=dict[str, DetectionClass] | None, default=None)
     return parser
 
 
@@ -64,6 +66,36 @@ def test_options(arguments: list[str], message: str, parser: VerbParser) -> None
     assert "\n" not in str(error.value)
 
 
+_OF_A_CLASS = "'cpq_train.common.detection_task.DetectionClass'"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "",
+            "{a: {categories: [b]}, c: {categories: [d], range_m: x}}",
+            ", c, range_m: got 'x', accepted: a ",
+        ),
+        ("", "{a: {categories: tram}}", ", a, categories: got 'tram', accepted: a list"),
+        ("", "{a: {range_m: 3}}", ", a: needs 'categories', and has range_m"),
+        ("", "{a: {rnage_m: 3}}", ", a: unknown key 'rnage_m'; accepted: categories, range_m"),
+        ("", "{a: 3}", ": got \"{'a': 3}\", accepted: dict[str, DetectionClass], null"),
+        (".a", "{categories: tram}", f": {_OF_A_CLASS}: categories: got 'tram', accepted: list"),
+    ],
+)
+def test_classes(option: str, value: str, message: str, parser: VerbParser) -> None:
+    with pytest.raises(UserError) as error:
+        parser.parse_args([f"--of.classes{option}", value])
+    assert str(error.value).startswith(f"of.classes{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_that_occurs_twice(parser: VerbParser) -> None:
+    with pytest.raises(UserError, match=r"^option of.classes is no YAML: line 1: key 'a' occurs twice"):
+        parser.parse_args(["--of.classes", "{a: {}, a: {}}"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -78,6 +110,15 @@ def test_options(arguments: list[str], message: str, parser: VerbParser) -> None
         ("share: \xff", "configuration file '{}' is not UTF-8 text: invalid start byte at byte 7"),
         ("sizes: {width: null}", "sizes.width: got None, accepted: int"),
         ("share: high", "share: got 'high', accepted: float"),
+        (
+            "of: {classes: {a: {categories: [b], range_m: x}}}",
+            "configuration file '{}', of.classes, a, range_m: got 'x', accepted: a number",
+        ),
+        (
+            "of:\n  classes:\n    a: {categories: tram}",
+            "configuration file '{}', of.classes, a, categories: got 'tram', accepted: a list",
+        ),
+        ("of: {classes: [a]}", "of.classes: got \"['a']\", accepted: dict[str, DetectionClass], null"),
     ],
 )
 def test_configuration_files(content: str, message: str, parser: VerbParser, tmp_path: Path) -> None:
@@ -101,6 +142,19 @@ def test_what_is_good_is_taken(parser: VerbParser, tmp_path: Path) -> None:
     found = parser.parse_args(["--config", str(tmp_path / "c.yaml"), "--sizes.names", "[b]"])
     assert (found.sizes.width, found.sizes.names, found.arm, found.share) == (4, ("b",), None, 0.1)
     assert found.cloud is found.callbacks is None
+
+
+def test_classes_are_given_whole_or_one_by_one(parser: VerbParser, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("of:\n  classes:\n    a: {categories: [b], range_m: 30}\n")
+    for arguments in (
+        ["--config", str(tmp_path / "c.yaml")],
+        ["--of.classes", "{a: {categories: [b], range_m: 30}}"],
+        ["--of.classes.a", "{categories: [b], range_m: 30}"],
+    ):
+        found = parser.parse_args(arguments).of.classes
+        assert list(found) == ["a"]
+        assert (found["a"].categories, found["a"].range_m) == (("b",), 30.0)
+    assert parser.parse_args(["--of.classes", "null"]).of.classes is None
 
 
 def test_a_file_may_append_to_a_list(parser: VerbParser, tmp_path: Path) -> None:
