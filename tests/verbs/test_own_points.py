@@ -250,4 +250,4 @@ def test_a_bad_cloud_is_left_out_of_a_prediction(
         "0.4",
     ]
     error = fails([*options, "--model.weights", str(runs["float"]), *clouds], capsys)
-    assert "1 of the 2 sweeps of an epoch cannot be used" in error
+    assert "1 of the 2 sweeps cannot be used" in error
