@@ -18,10 +18,8 @@ from cpq_train.common.files import sha256_of
 from cpq_train.common.progress import say
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.data.dataset import points_of
-from cpq_train.evaluation.countable import check_countable
 from cpq_train.evaluation.devkit import check_devkit
 from cpq_train.evaluation.gaps import NO_NDS
-from cpq_train.evaluation.ground_truth import ground_truth
 from cpq_train.evaluation.lightning_metric import NuScenesDetectionMetric
 from cpq_train.evaluation.metric import Scores
 from cpq_train.evaluation.metrics_file import RunInfo
@@ -64,30 +62,37 @@ class Evaluation(Callback):
         """Before a fit that validates, see that there is something to score, and that it may be."""
         if trainer.enable_validation:
             data = datamodule_of(trainer)
-            self._check_data(trainer, data)
+            self._say_uncounted(trainer, self._new_metric(trainer))
             data.selection.check_unseen(data.selection.trained_and_scored, "data.train_split")
             check_unseen(pl_module, data)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = datamodule_of(trainer)
         if trainer.state.fn == "validate":
             checkpoint_of(trainer, pl_module)
-            self._check_data(trainer, data)
-        check_unseen(pl_module, data)
-        metric = NuScenesDetectionMetric(
-            data.index, data.eval_rows, data.class_names, bool(left_out_by(trainer)), data.splits.val
-        )
-        self._metric = metric.to(pl_module.device)
+        check_unseen(pl_module, datamodule_of(trainer))
+        self._metric = self._new_metric(trainer).to(pl_module.device)
+        if trainer.state.fn == "validate":
+            self._say_uncounted(trainer, self._metric)
 
-    def _check_data(self, trainer: Trainer, data: NuScenesDataModule) -> None:
-        """See that there is something to score for who scores it, and say of which classes there is not."""
+    def _new_metric(self, trainer: Trainer) -> NuScenesDetectionMetric:
+        """What scores the validation samples.
+
+        Raises:
+            UserError: There is nothing to score, or not for the engine.
+        """
+        data = datamodule_of(trainer)
         if self.engine == "devkit":
             check_devkit(data.index)
-        split, rows = data.splits.val, data.eval_rows
-        uncounted = check_countable(data.index, rows, ground_truth(data.index, rows), split)
-        if uncounted and trainer.is_global_zero:
-            say(f"split {split}: no annotation counts of {', '.join(uncounted)}; AP 0, and part of the mAP")
+        is_partial = bool(left_out_by(trainer))
+        return NuScenesDetectionMetric(
+            data.index, data.eval_rows, data.class_names, is_partial, data.splits.val
+        )
+
+    def _say_uncounted(self, trainer: Trainer, metric: NuScenesDetectionMetric) -> None:
+        if metric.uncounted_classes and trainer.is_global_zero:
+            split, names = datamodule_of(trainer).splits.val, ", ".join(metric.uncounted_classes)
+            say(f"split {split}: no annotation counts of {names}; AP 0, and part of the mAP")
 
     @override
     def on_validation_batch_end(

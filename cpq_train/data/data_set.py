@@ -124,16 +124,9 @@ class NuScenesDataSet(LightningDataModule):
         self.splits = SplitNames.of(train_split, train_splits, val_split, test_split, calibration_split)
         self._limits = Limits(sample_tokens, missing_scenes, force_calibration_on_val, force_score_on_train)
         self.num_calibration_samples = num_calibration_samples
-        self.settings = DataSettings(
-            num_sweeps,
-            voxel_size,
-            point_cloud_range,
-            max_points_per_voxel,
-            max_num_voxels_train,
-            max_num_voxels_eval,
-            tuple(point_columns),
-            intensity_scale,
-        )
+        grid, points = (num_sweeps, voxel_size, point_cloud_range), (tuple(point_columns), intensity_scale)
+        limits = (max_points_per_voxel, max_num_voxels_train, max_num_voxels_eval)
+        self.settings = DataSettings(*grid, *limits, *points)
         config = SampleConfig.of_evaluation(self.settings, self.class_names, seed, drop_nonfinite_points)
         self.evaluation_config = dataclasses.replace(config, max_bad_sweeps=max_bad_sweeps)
         self._augmentation, self.gt_sampling, self.class_balanced = augmentation, gt_sampling, class_balanced

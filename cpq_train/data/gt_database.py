@@ -213,11 +213,7 @@ def build_gt_database(
         CloudError: A cloud is missing or damaged, or not of these columns; or more are than accepted.
     """
     points = PointFormat(point_columns, intensity_scale, drop_nonfinite_points)
-    check_share(max_bad_sweeps)
-    if not 1 <= num_sweeps <= MAX_NUM_SWEEPS:
-        raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
-    if num_workers < 0:
-        raise UserError(f"num_workers is {num_workers}: expected 0 or more")
+    _check_numbers(num_sweeps, num_workers, max_bad_sweeps)
     index = open_index(root, version, cache_dir, DetectionTask.of(classes), lidar_channel)
     check_files(index, points, skips_bad=max_bad_sweeps > 0)
     selection = Selection(index, SplitNames.only(split), Limits(missing_scenes=missing_scenes), num_sweeps)
@@ -234,6 +230,14 @@ def build_gt_database(
         _build(source, rows, parts, folder, num_workers)
         database = _load(folder, kind)
     _print_counts(database)
+
+
+def _check_numbers(num_sweeps: int, num_workers: int, max_bad_sweeps: float) -> None:
+    check_share(max_bad_sweeps)
+    if not 1 <= num_sweeps <= MAX_NUM_SWEEPS:
+        raise UserError(f"num_sweeps is {num_sweeps}: expected 1 to {MAX_NUM_SWEEPS}")
+    if num_workers < 0:
+        raise UserError(f"num_workers is {num_workers}: expected 0 or more")
 
 
 def _build(source: _Source, rows: NDArray[np.int64], parts: Path, folder: Path, num_workers: int) -> None:

@@ -124,7 +124,8 @@ class DetectionCollector(Metric):
 class NuScenesDetectionMetric(DetectionCollector):
     """NuScenes mAP, true-positive errors and NDS of all ranks' detections.
 
-    `compute` gives the `ScoredSplit` for `write_run`, on every rank.
+    `compute` gives the `ScoredSplit` for `write_run`, on every rank. `uncounted_classes` are those of which
+    no annotation counts: their AP is 0, and part of the mAP.
 
     Args:
         index: the data set.
@@ -148,7 +149,8 @@ class NuScenesDetectionMetric(DetectionCollector):
         **kwargs: Any,
     ) -> None:
         super().__init__(rows, class_names, index.task, **kwargs)
-        check_countable(index, self._rows, ground_truth(index, self._rows), split)
+        self._annotations = ground_truth(index, self._rows)
+        self.uncounted_classes = check_countable(index, self._rows, self._annotations, split)
         self._index, self._may_be_partial = index, may_be_partial
 
     def compute(self) -> ScoredSplit:
@@ -158,9 +160,11 @@ class NuScenesDetectionMetric(DetectionCollector):
             UserError: Samples are missing.
         """
         found = self._of_all_ranks()
-        rows = np.array([row for row in self._rows if row in found]) if self._may_be_partial else self._rows
+        rows, annotations = self._rows, self._annotations
+        if self._may_be_partial:
+            rows = np.array([row for row in self._rows if row in found])
+            annotations = ground_truth(self._index, rows)
         predictions = predictions_from_detections(self._index, rows, found)
-        annotations = ground_truth(self._index, rows)
         return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
 

@@ -41,7 +41,9 @@ def score_detector(
         mAP, and NDS where there is one, over the samples of all ranks.
     """
     check_unseen(detector, data)
-    metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names).to(detector.device)
+    metric = NuScenesDetectionMetric(data.index, data.eval_rows, data.class_names, split=data.splits.val).to(
+        detector.device
+    )
     loader = data.evaluation_dataloader(rank, world_size)
     was_training = detector.training
     detector.eval()

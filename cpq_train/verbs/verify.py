@@ -104,6 +104,15 @@ def verify(
     with _samples(data, cloud, root, of_root, num_samples) as samples:
         for batch in track(samples, "Verifying", len(cloud) if cloud else num_samples):
             _verify_one(detector, batch, findings, probe)
+    _conclude(checkpoint, findings, max_flipped_share, output)
+
+
+def _conclude(checkpoint: Path, findings: Findings, max_flipped_share: float, output: Path | None) -> None:
+    """Print what was found and write it.
+
+    Raises:
+        UserError: Something is above its bound.
+    """
     failures = findings.failures(max_flipped_share)
     _print(findings)
     if output is not None:
