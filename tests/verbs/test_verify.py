@@ -11,7 +11,7 @@ from command_line import fails
 
 from cpq_train.arms.structure import build
 from cpq_train.models import NetworkConfig
-from cpq_train.quantization import layers
+from cpq_train.quantization.layers import residual
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantized_layers
@@ -98,8 +98,8 @@ def test_layers_that_compute_something_else_fail(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    add = layers.add_codes
-    monkeypatch.setattr(layers, "add_codes", lambda *codes_and_steps: add(*codes_and_steps) * 1.01)
+    add = residual.add_codes
+    monkeypatch.setattr(residual, "add_codes", lambda *codes_and_steps: add(*codes_and_steps) * 1.01)
     output = tmp_path / "v.json"
     error = fails(["verify", str(checkpoint), "--cloud", str(cloud), "--output", str(output)], capsys)
     assert "4 layers differ from the integer reference: backbone_3d.conv1.0.quant_add, " in error

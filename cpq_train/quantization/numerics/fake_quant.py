@@ -11,7 +11,7 @@ scale 1, as there.
 The straight-through gradient passes where |x| <= amax. Backward needs only the input, so nothing else is
 saved.
 
-A quantized layer works on the codes and scales its sum afterwards (`layers.py`); the gradient of a code is
+A quantized layer works on the codes and scales its sum afterwards (`layers/`); the gradient of a code is
 then, by convention, the gradient of the *value* it stands for. That spares a pass over every activation:
 `rescale` and `codes` agree on it.
 """

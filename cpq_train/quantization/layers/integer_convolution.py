@@ -1,6 +1,6 @@
 """A dense convolution on integer codes as one autograd node, with the backward pass of the float convolution.
 
-Forward is the sum of codes times a scale (`layers.py` says why). Backward convolves with the values of the
+Forward is the sum of codes times a scale (the room says why). Backward convolves with the values of the
 weight in place of its codes: so gradients need no scaling of their own, the bias's comes with the weight's,
 and a sum that was split to stay exact is not split again.
 
