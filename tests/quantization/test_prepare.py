@@ -89,7 +89,7 @@ def test_one_tensor_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with collecting_ranges(subject.network):
         subject.network(*_voxels())
     real = fake_quant.round_to_codes
-    for module in (fake_quant, dense):
+    for module in (fake_quant, integer_convolution):
         monkeypatch.setattr(module, "round_to_codes", lambda x, *a: calls.append(x) or real(x, *a))
     subject.network(*_voxels())
     shared = [x for x in calls if x.dim() == 4 and x.shape[1] == SMALL.head_channels and x.shape[2] > 3]
