@@ -10,7 +10,7 @@ from cpq_train.arms.structure import build, tensors_read_together
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import fold_batchnorm, followed_by_batchnorm
-from cpq_train.quantization.layers import QuantAdd, QuantConv2d, QuantSubMConv3d
+from cpq_train.quantization.layers import QuantAdd, QuantConv2d, QuantSubMConv3d, integer_convolution
 from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.prepare import coverage, prepare
 from cpq_train.quantization.ranges.calibration import collecting_ranges
