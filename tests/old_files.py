@@ -29,10 +29,10 @@ def small_options(root: Path, run: Path, config: str = "float") -> list[str]:
 
 
 def as_said_today(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization` entry of an old checkpoint with what it does not say: that its biases are float."""
+    """The `quantization` entry of an old checkpoint with what it does not say, its wiring aside."""
     rows = {name: {**row, "bias": "float"} for name, row in quantization["layers"].items()}
     scheme = quantization["scheme"]
     if scheme is not None:
         defaults = {**scheme["defaults"], "bias": "float"}
-        scheme = {**scheme, "on_small_step": "error", "defaults": defaults}
-    return {**quantization, "layers": rows, "scheme": scheme}
+        scheme = {**scheme, "on_small_step": "error", "on_reuse": "error", "defaults": defaults}
+    return {**quantization, "schema": 2, "layers": rows, "scheme": scheme}

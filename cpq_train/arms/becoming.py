@@ -62,9 +62,15 @@ def _without_quantizers(subject: Subject, arm: Arm, path: str | Path) -> Subject
             f"model.arm {arm!r} cannot start from {str(path)!r}: its calibration changed the weights "
             "(model.calibration); start from the float checkpoint"
         )
-    remove_quantizers(subject.network, subject.prepared)
     network = subject.network
-    return Subject(arm=arm, batchnorm=subject.batchnorm, network=network, prepared=unquantized(network))
+    remove_quantizers(network)
+    return Subject(
+        arm=arm,
+        batchnorm=subject.batchnorm,
+        wiring=subject.wiring,
+        network=network,
+        prepared=unquantized(network),
+    )
 
 
 def _change_batchnorm(subject: Subject, asked: BatchNormPolicy | None, path: str | Path) -> None:
@@ -76,6 +82,7 @@ def _change_batchnorm(subject: Subject, asked: BatchNormPolicy | None, path: str
             f"accepted: {subject.batchnorm}"
         )
     if asked == "folded":
-        fold_batchnorm(subject.network)
+        assert subject.wiring is not None
+        fold_batchnorm(subject.network, subject.wiring.folds)
         widen_steps(subject.network)  # a channel's bias may be new, and its weights next to nothing
     subject.batchnorm = asked

@@ -94,7 +94,7 @@ def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:
     assert subject.scheme is not None
     if subject.scheme.on_unfit_range == "error":
         refuse(problems)
-    subject.scheme = leave_in_float(subject.network, subject.prepared, subject.scheme, problems)
+    subject.scheme = leave_in_float(subject.network, problems)
     if show:
         text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
         print_plain(text, style="yellow")

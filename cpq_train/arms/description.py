@@ -14,11 +14,12 @@ from cpq_train.common.arm_names import Arm
 from cpq_train.common.errors import UserError
 from cpq_train.common.schema import Count, CountAboveZero, Flag, check_schema, keys, mapping_to, validated
 from cpq_train.quantization.batchnorm import BatchNormPolicy
-from cpq_train.quantization.prepare import RESIDUAL, Prepared
+from cpq_train.quantization.prepared import Prepared
 from cpq_train.quantization.ranges.policy import AmaxPolicy
 from cpq_train.quantization.scheme import QuantizerScheme, Scheme
+from cpq_train.quantization.wiring import RESIDUAL, Wiring
 
-SCHEMA = 1
+SCHEMA = 2
 CHANGES_OF_WEIGHTS = ("bias_correction", "adaround_num_steps")
 """Entries of `calibration` that say, where they are not 0, that weights are no longer the float ones."""
 
@@ -47,6 +48,15 @@ _Layer = keys(
         "why_simulated": NotRequired[str],
     }
 )
+_Wiring = keys(
+    {
+        "one_tensor": list[list[str]],
+        "folds": dict[str, str],
+        "unfolded": dict[str, str],
+        "never_called": list[str],
+        "reused": dict[str, list[float]],
+    }
+)
 _ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(
     keys(
         {
@@ -57,6 +67,8 @@ _ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(
             "calibration": dict[str, Any] | None,
             "parents": dict[str, str],
             "trained_on": NotRequired[dict[str, str]],
+            # Files of schema 1 lack it.
+            "wiring": NotRequired[_Wiring | None],
         }
     )
 )
@@ -75,6 +87,8 @@ class Description:
         parents: Arm -> SHA-256 of the checkpoints it came from; `teacher` -> that of the one it learned from.
         trained_on: Fingerprint of a data set -> the splits, joined by "+", where it or one that it came from
             was trained on samples that it was to be scored on.
+        wiring: How its layers are connected; None of a float arm, which does not depend on it.
+        groups_of_schema_1: Layers that share a quantizer, in a file of that schema, which has no wiring.
     """
 
     arm: Arm
@@ -84,6 +98,8 @@ class Description:
     calibration: dict[str, Any] | None = None
     parents: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)
+    wiring: Wiring | None = None
+    groups_of_schema_1: tuple[tuple[str, ...], ...] = ()
 
     @staticmethod
     def of(checkpoint: Mapping[str, Any], path: str | Path) -> Description:
@@ -111,6 +127,8 @@ class Description:
             calibration=entry["calibration"],
             parents=dict(entry["parents"]),
             trained_on=dict(entry.get("trained_on", {})),
+            wiring=None if entry.get("wiring") is None else Wiring.from_dict(entry["wiring"]),
+            groups_of_schema_1=_groups(entry["layers"]) if entry["schema"] == 1 else (),
         )
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:
@@ -127,6 +145,7 @@ class Description:
             "layers": _layers(prepared, self.amax),
             "calibration": None if self.calibration is None else dict(self.calibration),
             "parents": dict(self.parents),
+            "wiring": None if self.wiring is None else self.wiring.to_dict(),
             **({"trained_on": dict(self.trained_on)} if self.trained_on else {}),
         }
 
@@ -165,6 +184,16 @@ def _quantizer(chosen: QuantizerScheme, axis: int | None, amax: AmaxPolicy) -> d
         "mode": chosen.mode,
         "amax": amax,
     }
+
+
+def _groups(layers: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The layers that share a quantizer, its first owner first."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if (first := layer["shares_input_with"]) is not None:
+            member = name + RESIDUAL if layer["kind"] == "ResidualAdd" else name
+            groups.setdefault(first, [first]).append(member)
+    return tuple(map(tuple, groups.values()))
 
 
 def _amax_policy(layers: Mapping[str, Any]) -> Any:

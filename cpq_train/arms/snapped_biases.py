@@ -64,7 +64,8 @@ def snap_biases(subject: Subject, kinds: Mapping[str, BiasKind]) -> list[Moved]:
     changed += widen_steps(subject.network)
     check_biases(subject.network)
     if changed:
-        subject.scheme, subject.prepared.schemes = scheme, schemes
+        subject.scheme = subject.prepared.scheme = scheme
+        subject.prepared.schemes = schemes
     return [_moved(name, layer) for name, layer in layers.items() if name in changed]
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.arms.description import Description
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import TUNED_ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.models.topology import bev_levels, hidden_convolutions, names_of, residual_blocks
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
-from cpq_train.quantization.prepare import RESIDUAL, prepare, unquantized
+from cpq_train.quantization.layers.kinds import kind_of
+from cpq_train.quantization.prepare import prepare_as, unquantized
 from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.quantization.wiring import Wiring, trace
 
 
 def build(
@@ -29,7 +35,10 @@ def build(
 
 def build_described(config: NetworkConfig, said: Description) -> Subject:
     """The structure that a checkpoint describes, its tensors not loaded yet."""
-    subject = build(config, said.arm, said.scheme, said.batchnorm)
+    network = CenterPoint(config)
+    wiring = said.wiring or registered_wiring(network, said.groups_of_schema_1)
+    wiring = wiring.within({name for name, _ in network.named_modules()})
+    subject = restructure(network, said.arm, said.scheme, said.batchnorm, wiring)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
     subject.trained_on = said.trained_on
@@ -38,22 +47,35 @@ def build_described(config: NetworkConfig, said: Description) -> Subject:
 
 
 def restructure(
-    network: CenterPoint, arm: Arm, scheme: Scheme | None, batchnorm: BatchNormPolicy | None
+    network: CenterPoint,
+    arm: Arm,
+    scheme: Scheme | None,
+    batchnorm: BatchNormPolicy | None,
+    wiring: Wiring | None = None,
 ) -> Subject:
-    """Give a float network, its BatchNorm still there, the structure of `arm`, in place."""
+    """Give a float network, its BatchNorm still there, the structure of `arm`, in place.
+
+    Args:
+        network: A float network.
+        arm: What to become.
+        scheme: How to quantize; None where nothing is.
+        batchnorm: What becomes of BatchNorm; None is the arm's own.
+        wiring: How its layers are connected; None runs the network once to find out.
+    """
     if arm == "float":
         if batchnorm not in (None, "trained"):
             raise UserError(f"model.batchnorm is {batchnorm!r}; accepted for arm 'float': trained")
         return Subject(arm=arm, batchnorm="trained", network=network, prepared=unquantized(network))
-    batchnorm = batchnorm or "folded"
-    if arm == "float_tuned":
-        if batchnorm == "folded":
-            fold_batchnorm(network)
-        return Subject(arm=arm, batchnorm=batchnorm, network=network, prepared=unquantized(network))
-    if scheme is None:
+    if scheme is None and arm != "float_tuned":
         raise UserError(f"arm {arm!r} needs model.scheme, a scheme file such as configs/schemes/int8.yaml")
-    prepared = prepare(network, scheme, tensors_read_together(network), fold=batchnorm == "folded")
-    return Subject(arm=arm, scheme=scheme, batchnorm=batchnorm, network=network, prepared=prepared)
+    wiring, batchnorm = wiring or trace(network, network.example_input()), batchnorm or "folded"
+    of_arm = partial(Subject, arm=arm, batchnorm=batchnorm, wiring=wiring, network=network)
+    if scheme is not None and arm != "float_tuned":
+        prepared = prepare_as(network, scheme, wiring, fold=batchnorm == "folded")
+        return of_arm(scheme=scheme, prepared=prepared)
+    if batchnorm == "folded":
+        fold_batchnorm(network, wiring.folds)
+    return of_arm(prepared=unquantized(network))
 
 
 def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
@@ -62,16 +84,19 @@ def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
     apply_policy(subject.network, amax)
 
 
-def tensors_read_together(network: CenterPoint) -> list[list[str]]:
-    """Names of the layers that read one tensor of CenterPoint, a group per tensor.
+def registered_wiring(network: nn.Module, groups: Sequence[Sequence[str]]) -> Wiring:
+    """How the layers of a file of schema 1 are connected, which does not say.
 
-    The hidden convolutions of the head read the shared convolution's output; the input of a residual block
-    feeds its first convolution and its add; the output of a BEV level feeds the next level and its own
-    upsampling.
+    Its releases folded a BatchNorm into the layer registered directly before it.
+
+    Args:
+        network: A float network.
+        groups: Layers that share a quantizer in the file.
     """
-    names = names_of(network)
-    head = [names[layer] for layer in hidden_convolutions(network)]
-    blocks = [[names[b.conv1], names[b.quant_add] + RESIDUAL] for b in residual_blocks(network)]
-    levels = bev_levels(network)
-    bev = [[names[first], names[up]] for (_, up), (first, _) in pairwise(levels)]
-    return [head, *blocks, *bev]
+    folds = {
+        f"{parent_name}.{norm_name}".lstrip("."): f"{parent_name}.{name}".lstrip(".")
+        for parent_name, parent in network.named_modules()
+        for (name, layer), (norm_name, norm) in pairwise(parent.named_children())
+        if kind_of(layer) is not None and isinstance(norm, _BatchNorm)
+    }
+    return Wiring(one_tensor=tuple(map(tuple, groups)), folds=folds)

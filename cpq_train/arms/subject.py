@@ -12,7 +12,7 @@ from typing import Any
 
 from cpq_train.arms.description import Description, changed_weights
 from cpq_train.models import CenterPoint
-from cpq_train.quantization.prepare import Prepared
+from cpq_train.quantization.prepared import Prepared
 from cpq_train.quantization.ranges.calibration import is_calibrated
 
 

@@ -28,7 +28,7 @@ from cpq_train.export.engine import Engine
 from cpq_train.models.decode import PostProcessing
 from cpq_train.profiling.report import size_summary
 from cpq_train.profiling.storage import storage_rows
-from cpq_train.quantization.prepare import coverage
+from cpq_train.quantization.coverage import coverage_of
 from cpq_train.report.bev import BEV_FILE, BevSample, bev_sample, busiest_sample, write_bev_sample
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.scoring import check_unseen
@@ -207,7 +207,7 @@ def _of_network(module: CenterPointDetector, checkpoint: Path) -> dict[str, Any]
         "checkpoint_path": str(checkpoint),
         "checkpoint_sha256": sha256_of(checkpoint),
         "parents": subject.parents,
-        "coverage": coverage(subject.prepared),
+        "coverage": coverage_of(subject.prepared).counts,
         "profile": size_summary(storage_rows(module.network)),
     }
 

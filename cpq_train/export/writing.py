@@ -23,7 +23,7 @@ from cpq_train.export.targets import TARGETS, Target
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import branches_of
 from cpq_train.models.decode import PostProcessing
-from cpq_train.quantization.prepare import coverage
+from cpq_train.quantization.coverage import coverage_of
 
 BRANCH_MEANING = {
     "center": "offset of the centre in its cell (x, y), cells",
@@ -154,7 +154,7 @@ def _sidecar(
         file={"name": output.name, "sha256": sha256_of(output), "num_bytes": output.stat().st_size},
         checkpoint=source,
         scheme=subject.scheme.to_dict(),
-        coverage={kind: list(counts) for kind, counts in coverage(subject.prepared).items()},
+        coverage={kind: list(counts) for kind, counts in coverage_of(subject.prepared).counts.items()},
         versions={
             "cpq_train": version("cpq_train"),
             "torch": str(torch.__version__),

@@ -67,6 +67,16 @@ class CenterPoint(nn.Module):
         for dense in (self.backbone_2d, self.dense_head):
             dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def example_input(self) -> tuple[Tensor, Tensor, int]:
+        """Arguments of `forward`: one sample of a few voxels, which reach every layer."""
+        x, y, z = self.config.grid_size
+        cells = torch.cartesian_prod(*(torch.arange(n // 2, n // 2 + 3) for n in (z, y, x)))
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(len(cells), self.config.num_point_features, generator=generator)
+        device = next(self.parameters()).device
+        coords = torch.cat([torch.zeros(len(cells), 1), cells], 1).int()
+        return features.to(device), coords.to(device), 1
+
     def forward(
         self, voxel_features_VC: Tensor, voxel_coords_V4: Tensor, batch_size: int
     ) -> list[HeadOutput]:

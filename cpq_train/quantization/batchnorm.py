@@ -7,8 +7,7 @@ training is exact as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
+from cpq_train.quantization.layers.kinds import kind_of
 from cpq_train.quantization.numerics.fake_quant import round_to_codes
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import OUTPUT_CHANNEL_AXIS
@@ -25,22 +25,31 @@ BatchNormPolicy = Literal["folded", "frozen", "trained"]
 are. trained: kept and trained. What is kept is folded behind training."""
 
 
-def fold_batchnorm(network: nn.Module) -> None:
-    """Multiply every BatchNorm into the convolution registered directly before it, in place.
+def fold_batchnorm(network: nn.Module, folds: Mapping[str, str]) -> None:
+    """Multiply every BatchNorm into the layer whose output it reads, in place.
 
-    Computed in fp64, stored in fp32. Covers sparse, Conv2d and ConvTranspose2d layers, float or quantized.
-    The BatchNorm becomes an Identity, the convolution gets a bias.
+    Computed in fp64, stored in fp32. The BatchNorm becomes an Identity, the layer, float or quantized, gets a
+    bias.
+
+    Args:
+        network: What `wiring.trace` saw.
+        folds: Name of a BatchNorm -> its layer, as `Wiring.folds` has it; what is folded already stays.
 
     Raises:
         UserError: A quantized weight has one static range for several output channels: folded, it would
             round differently.
     """
-    pairs = list(followed_by_batchnorm(network))
-    for name, _, conv, _ in pairs:
-        _check_folds(name, conv)
-    for _, parent, conv, bn_name in pairs:
-        _fold(conv, cast(_BatchNorm, getattr(parent, bn_name)))
-        setattr(parent, bn_name, nn.Identity())
+    pairs = kept_batchnorms(network, folds)
+    for norm, layer in pairs.items():
+        _check_folds(layer, network.get_submodule(layer), norm)
+    for norm, layer in pairs.items():
+        _fold(network.get_submodule(layer), cast(_BatchNorm, network.get_submodule(norm)))
+        _remove(network, network.get_submodule(norm))
+
+
+def kept_batchnorms(network: nn.Module, folds: Mapping[str, str]) -> dict[str, str]:
+    """Those of `folds` that are still there: name of the BatchNorm -> its layer."""
+    return {n: layer for n, layer in folds.items() if isinstance(network.get_submodule(n), _BatchNorm)}
 
 
 def freeze_batchnorm(network: nn.Module) -> None:
@@ -63,40 +72,49 @@ def joins_batches_of_ranks(network: nn.Module) -> bool:
     return any(isinstance(m, nn.SyncBatchNorm) and m.training for m in network.modules())
 
 
-def followed_by_batchnorm(network: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    """Name, parent, convolution and the BatchNorm's name in the parent, for every such pair."""
-    for parent_name, parent in network.named_modules():
-        for (name, conv), (bn_name, bn) in pairwise(list(parent.named_children())):
-            if _kind(conv) in OUTPUT_CHANNEL_AXIS and isinstance(bn, _BatchNorm):
-                yield f"{parent_name}.{name}".lstrip("."), parent, conv, bn_name
+def _remove(network: nn.Module, norm: nn.Module) -> None:
+    """Put an Identity in the place of a module, under all its names."""
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if child is norm:
+                setattr(parent, name, nn.Identity())
 
 
-def _kind(conv: nn.Module) -> str:
-    return str(getattr(conv, "kind", type(conv).__name__))
+def _axis(layer: nn.Module) -> int:
+    return OUTPUT_CHANNEL_AXIS[str(kind_of(layer))]
+
+
+def _shares_ranges_over_groups(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1
 
 
 def _weight_quantizer(conv: nn.Module) -> Quantizer | None:
     return cast(Quantizer | None, getattr(conv, "_weight_quantizer", None))
 
 
-def _check_folds(name: str, conv: nn.Module) -> None:
-    quantizer = _weight_quantizer(conv)
-    if quantizer is not None and quantizer._axis != (OUTPUT_CHANNEL_AXIS[_kind(conv)],):
-        per = "tensor" if quantizer.is_per_tensor else "input channel"
-        raise UserError(
-            f"{name}: its weight is quantized per {per}, and a BatchNorm folded into it would change its "
-            "codes; accepted: granularity per_channel, or model.batchnorm folded from the start"
-        )
+def _check_folds(name: str, layer: nn.Module, norm: str) -> None:
+    quantizer = _weight_quantizer(layer)
+    if quantizer is None:
+        return
+    per = "tensor" if quantizer.is_per_tensor else "input channel"
+    if quantizer._axis == (_axis(layer),):
+        if not (_shares_ranges_over_groups(layer)):
+            return
+        per = "channel of all groups"
+    raise UserError(
+        f"{name}: its weight is quantized per {per}, and {norm} folded into it would change its codes; "
+        "accepted: granularity per_channel, or model.batchnorm folded from the start"
+    )
 
 
 @torch.no_grad()
 def _fold(conv: Any, bn: _BatchNorm) -> None:
-    gamma, beta, mean, var = (
-        cast(Tensor, t).double() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    )
-    factor = gamma / torch.sqrt(var + bn.eps)
-    axis = OUTPUT_CHANNEL_AXIS[_kind(conv)]
-    per_channel = factor.view([-1 if d == axis else 1 for d in range(conv.weight.dim())])
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    mean, var = bn.running_mean.double(), bn.running_var.double()
+    factor = (torch.ones_like(var) if bn.weight is None else bn.weight.double()) / torch.sqrt(var + bn.eps)
+    beta = torch.zeros_like(var) if bn.bias is None else bn.bias.double()
+    per_channel = _like_weight(conv, factor)
     bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.double()
     weight, quantizer = conv.weight.double(), _weight_quantizer(conv)
     if quantizer is not None:
@@ -104,6 +122,18 @@ def _fold(conv: Any, bn: _BatchNorm) -> None:
         quantizer.scale_amax(per_channel.abs())
     conv.weight.copy_(weight * per_channel)
     conv.bias = nn.Parameter((beta + (bias - mean) * factor).to(conv.weight.dtype))
+
+
+def _like_weight(layer: Any, per_output: Tensor) -> Tensor:
+    """Numbers (C',) of the output channels, broadcastable to the weight of their layer."""
+    rest = [1] * (layer.weight.dim() - 2)
+    if _shares_ranges_over_groups(layer):  # (C, C' / groups, ...): a group's rows have its channels
+        return (
+            per_output.view(layer.groups, -1)
+            .repeat_interleave(len(layer.weight) // layer.groups, 0)
+            .view(len(layer.weight), -1, *rest)
+        )
+    return per_output.view((1, -1, *rest) if _axis(layer) == 1 else (-1, 1, *rest))
 
 
 def _values(weight: Tensor, quantizer: Quantizer, factor: Tensor) -> Tensor:

@@ -2,89 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import fold_batchnorm
 from cpq_train.quantization.health import Problem, is_weight, refuse
-from cpq_train.quantization.layers import QUANTIZED, quantize_layer, unquantize_layer
+from cpq_train.quantization.layers import quantize_layer, unquantize_layer
+from cpq_train.quantization.layers.kinds import kind_of, why_refused
+from cpq_train.quantization.prepared import ATTRIBUTE, Prepared, is_prepared, prepared_of
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.switches import quantized_layers, quantizers
+from cpq_train.quantization.wiring import NEVER_CALLED, RESIDUAL, Wiring, trace
 
-RESIDUAL = ":residual"
-"""In a group of consumers, `<name of a residual add>:residual` stands for the add's identity input."""
-
-
-@dataclass
-class Prepared:
-    """What `prepare` made of a network.
-
-    Args:
-        layers: Name -> kind of every layer that can be quantized.
-        schemes: Name -> what was chosen for it.
-        shares_input_with: Name -> the first consumer whose input quantizer it shares.
-        left_in_float: Names of the layers that `leave_in_float` took the quantizers out of.
-        hook: What drops the codes of shared tensors behind each forward pass.
-    """
-
-    layers: dict[str, str]
-    schemes: dict[str, LayerScheme]
-    shares_input_with: dict[str, str] = field(default_factory=dict)
-    left_in_float: list[str] = field(default_factory=list)
-    hook: RemovableHandle | None = None
+OFF = QuantizerScheme(mode="off")
 
 
-def prepare(
-    network: nn.Module, scheme: Scheme, one_tensor: Iterable[Iterable[str]] = (), fold: bool = True
-) -> Prepared:
+def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool = True) -> Prepared:
     """Turn a float network into its quantized structure, in place.
 
-    Weight ranges are set; activation ranges are NaN until they are calibrated or loaded.
+    The network runs once, to find which layers read one tensor, which BatchNorm reads which layer, and what
+    is never called (`wiring.trace`). Weight ranges are set; activation ranges are NaN until they are
+    calibrated or loaded.
 
     Args:
-        network: Float layers with BatchNorm directly behind their convolution.
+        network: Any float network; what of it can be quantized, `coverage` says.
         scheme: What to quantize how.
-        one_tensor: Groups of names whose layers read one tensor (`RESIDUAL` marks the identity of an add).
-            Members with equal input settings share one quantizer, saved under every member's name.
-        fold: Multiply BatchNorm into its convolution first.
+        example_input: Arguments of the network's forward pass: a tuple is several, anything else is one.
+        fold: Multiply BatchNorm into its layer first. Kept BatchNorm trains, and is folded by `fold`.
 
     Raises:
-        UserError: A rule of the scheme matches no layer, or nothing would be quantized.
+        UserError: The network is prepared already, a rule of the scheme matches no layer, nothing would be
+            quantized, or a layer that the scheme quantizes cannot be quantized right; names it and says why.
     """
-    layers = quantizable_layers(network)
-    schemes = scheme.resolve(layers)
+    _check_float(network)
+    return prepare_as(network, scheme, trace(network, example_input), fold)
+
+
+def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = True) -> Prepared:
+    """`prepare` of a network whose layers are known to be connected as `wiring` says."""
+    _check_float(network)
+    prepared = unquantized(network)
+    prepared.scheme, prepared.wiring = scheme, wiring
+    prepared.schemes = _schemes(network, scheme, prepared.layers, wiring)
     if fold:
-        fold_batchnorm(network)
-    for name, layer_scheme in schemes.items():
+        fold_batchnorm(network, wiring.folds)
+    for name, layer_scheme in prepared.schemes.items():
         if not layer_scheme.is_float:
             quantize_layer(network.get_submodule(name), layer_scheme)
-    prepared = Prepared(layers, schemes)
-    for group in one_tensor:
+    for group in wiring.one_tensor:
         _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
-    prepared.hook = network.register_forward_hook(_forget_codes)
+    for quantizer in quantizers(network).values():
+        quantizer.scope = prepared.scope
+    begin = network.register_forward_pre_hook(_begin_forward)
+    prepared.hooks = (begin, network.register_forward_hook(_end_forward, always_call=True))
+    network.__dict__[ATTRIBUTE] = prepared
     return prepared
 
 
-def remove_quantizers(network: nn.Module, prepared: Prepared) -> None:
+def _check_float(network: nn.Module) -> None:
+    if is_prepared(network):
+        raise UserError(
+            f"this {type(network).__name__} is prepared already, {len(quantized_layers(network))} layers are "
+            "quantized; accepted: a float network"
+        )
+
+
+def _schemes(
+    network: nn.Module, scheme: Scheme, layers: Mapping[str, str], wiring: Wiring
+) -> dict[str, LayerScheme]:
+    """What becomes of every layer.
+
+    Raises:
+        UserError: A layer that would be quantized cannot be, or not right.
+    """
+    schemes = scheme.resolve(layers)
+    for name in set(wiring.never_called) & schemes.keys():
+        schemes[name] = LayerScheme(OFF, OFF, why_float=NEVER_CALLED)
+    if all(chosen.is_float for chosen in schemes.values()):
+        raise UserError(f"scheme {scheme.name!r}: all layers that it quantizes were {NEVER_CALLED}")
+    refused = []
+    for name, chosen in schemes.items():
+        why = why_refused(network.get_submodule(name))
+        if why and chosen.is_float:
+            schemes[name] = replace(chosen, why_float=f"refused: {why} ({chosen.why_float})")
+        elif why := why or _why_reused(name, chosen, scheme, wiring):
+            refused.append(f"{name} ({layers[name]}): {why}")
+    if refused:
+        raise UserError(
+            "these layers cannot be quantized right:\n  "
+            + "\n  ".join(refused)
+            + "\naccepted: a rule that leaves them in float (weight: off, input: off)"
+        )
+    return schemes
+
+
+def _why_reused(name: str, chosen: LayerScheme, scheme: Scheme, wiring: Wiring) -> str:
+    """Why one range cannot serve all uses of a layer, unless the scheme says that it shall."""
+    seen = wiring.reused.get(name) or wiring.reused.get(name + RESIDUAL)
+    if seen is None or len(set(seen)) == 1 or chosen.input.mode != "static" or scheme.on_reuse == "one_range":
+        return ""
+    ranges = ", ".join(f"{largest:.4g}" for largest in seen)
+    return (
+        f"it is used {len(seen)} times on tensors of different ranges ({ranges}); the scheme may say "
+        "on_reuse: one_range, or input: {mode: dynamic}"
+    )
+
+
+def remove_quantizers(network: nn.Module) -> None:
     """Make what `prepare` made of a network a float one again, in place; BatchNorm stays as it is."""
     for layer in quantized_layers(network).values():
         unquantize_layer(layer)
-    if prepared.hook is not None:
-        prepared.hook.remove()
+    for hook in prepared_of(network).hooks:
+        hook.remove()
+    del network.__dict__[ATTRIBUTE]
 
 
-def leave_in_float(network: nn.Module, prepared: Prepared, scheme: Scheme, problems: list[Problem]) -> Scheme:
+def leave_in_float(network: nn.Module, problems: list[Problem]) -> Scheme:
     """Take the quantizers out of the layers that read a tensor of unfit range, in place.
 
     Args:
         network: What `prepare` made.
-        prepared: What it said; says afterwards what is left.
-        scheme: What it was given.
         problems: The unfit ranges, of inputs only.
 
     Returns:
@@ -94,14 +138,18 @@ def leave_in_float(network: nn.Module, prepared: Prepared, scheme: Scheme, probl
         UserError: The range of a weight is unfit, or nothing would be left quantized.
     """
     refuse([problem for problem in problems if is_weight(problem.quantizer)])
+    prepared = prepared_of(network)
+    assert prepared.scheme is not None
+    assert prepared.wiring is not None
     unfit = {network.get_submodule(problem.quantizer) for problem in problems}
     readers = [
         name
         for name, module in network.named_modules()
         if unfit & {getattr(module, "_input_quantizer", None), getattr(module, "_residual_quantizer", None)}
     ]
-    scheme = scheme.with_float(readers)
-    prepared.schemes = scheme.resolve(prepared.layers)
+    scheme = prepared.scheme.with_float(readers)
+    prepared.schemes = _schemes(network, scheme, prepared.layers, prepared.wiring)
+    prepared.scheme = scheme
     for name in readers:
         unquantize_layer(network.get_submodule(name))
         for member in (name, name + RESIDUAL):
@@ -111,19 +159,25 @@ def leave_in_float(network: nn.Module, prepared: Prepared, scheme: Scheme, probl
 
 
 def unquantized(network: nn.Module) -> Prepared:
-    """What `prepare` would say of a network that it left alone."""
+    """What `prepare` would say of a float network that it left alone."""
     layers = quantizable_layers(network)
-    off = QuantizerScheme(mode="off")
-    return Prepared(layers, dict.fromkeys(layers, LayerScheme(off, off)))
+    unknown = {
+        name: type(module).__name__
+        for name, module in network.named_modules()
+        if module._parameters and name not in layers and not isinstance(module, _BatchNorm)
+    }
+    return Prepared(layers, dict.fromkeys(layers, LayerScheme(OFF, OFF)), unknown)
 
 
 def quantizable_layers(network: nn.Module) -> dict[str, str]:
     """Name -> kind of every layer that a scheme may speak of, in the order of the network."""
-    return {n: type(m).__name__ for n, m in network.named_modules() if type(m) in QUANTIZED}
+    kinds = {name: kind_of(module) for name, module in network.named_modules()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _share(network: nn.Module, group: list[str], prepared: Prepared) -> None:
     """Give the members of a group with equal input settings one quantizer, that of the first of them."""
+    assert prepared.wiring is not None
     first: dict[Any, str] = {}
     for member in group:
         name = member.removesuffix(RESIDUAL)
@@ -134,7 +188,8 @@ def _share(network: nn.Module, group: list[str], prepared: Prepared) -> None:
             first[chosen] = member
             continue
         shared = _input_quantizer(network, first[chosen])
-        shared.is_shared = True
+        # Where a member reads several tensors, "the one that it read last" is not known to be this one.
+        shared.is_shared = not set(group) & prepared.wiring.reused.keys()
         attribute = "_residual_quantizer" if member.endswith(RESIDUAL) else "_input_quantizer"
         setattr(network.get_submodule(name), attribute, shared)
         prepared.shares_input_with[member] = first[chosen]
@@ -144,16 +199,11 @@ def _input_quantizer(network: nn.Module, member: str) -> Quantizer:
     return cast(Quantizer, network.get_submodule(member.removesuffix(RESIDUAL))._input_quantizer)
 
 
-def _forget_codes(network: nn.Module, inputs: Any, output: Any) -> None:
-    for quantizer in quantizers(network).values():
-        quantizer.forget()
+def _begin_forward(network: nn.Module, inputs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        prepared_of(network).scope.begin_forward()
 
 
-def coverage(prepared: Prepared) -> dict[str, tuple[int, int]]:
-    """Kind -> (layers quantized, all layers); the two sparse kinds count as `sparse`."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, kind in prepared.layers.items():
-        kind = "sparse" if kind in ("SubMConv3d", "SparseConv3d") else kind
-        quantized, total = counts.get(kind, (0, 0))
-        counts[kind] = (quantized + int(not prepared.schemes[name].is_float), total + 1)
-    return counts
+def _end_forward(network: nn.Module, inputs: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        prepared_of(network).scope.end_forward()

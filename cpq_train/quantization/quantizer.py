@@ -10,12 +10,14 @@ import torch
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from cpq_train.quantization.calibrators.collectors import Collector, new_collector
 from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, weight_amax
 from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.numerics.formats import NumberFormat
 from cpq_train.quantization.scheme import QuantizerScheme
+from cpq_train.quantization.scope import Scope
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
@@ -27,15 +29,14 @@ class Range(NamedTuple):
 
     Attributes:
         amax: Broadcastable to the tensor.
-        version: How often amax had been written to.
         scale: Codes per unit, see `fake_quant.scale_of`.
         step: Value of code 1, see `fake_quant.step_of`.
-        window: amax as a Python number, where it is static and stands for the whole tensor.
+        window: amax as a Python number, where it is static, stands for the whole tensor, and is at hand (on
+            the CPU, while nothing is traced).
         log_amax: The parameter that amax follows from, where it is learned.
     """
 
     amax: Tensor
-    version: int
     scale: Tensor
     step: Tensor
     window: float | None = None
@@ -58,7 +59,8 @@ class Quantizer(TensorQuantizer):
     loads on any device; `calibration.check_ranges` finds what was left NaN. A dynamic quantizer has no
     buffer. A learned range is trained as the parameter `_log_amax`, so that amax stays positive and a
     learning rate means the same for a range of 0.01 and one of 100; the buffer follows it. `step_of_zero` is
-    the value of code 1 where amax is at most 2^-24.
+    the value of code 1 where amax is at most 2^-24. A quantizer `is_shared` where several layers read one
+    tensor through it; `scope`, which `prepare` makes one for a network, is what it remembers meanwhile.
 
     Args:
         scheme: Bits, granularity, method and mode; `mode` is static or dynamic.
@@ -88,13 +90,17 @@ class Quantizer(TensorQuantizer):
         self.format = scheme.number_format
         self.is_shared = False
         self._log_amax: nn.Parameter | None = None
-        self._memo: tuple[Tensor, Tensor] | None = None
-        self._collected: Tensor | None = None
-        self._range: Range | None = None
+        self.scope = Scope()
         self.step_of_zero = 1.0
         if scheme.mode == "static":
             shape = [num_channels if d == axis else 1 for d in range(num_dims)] if axis is not None else []
             self.register_buffer("_amax", torch.full(shape, torch.nan))
+
+    @property
+    def amax(self) -> Tensor | None:
+        """The static range; None of a dynamic quantizer."""
+        self.sync_amax()
+        return getattr(self, "_amax", None)
 
     @property
     def is_per_tensor(self) -> bool:
@@ -118,7 +124,7 @@ class Quantizer(TensorQuantizer):
     def codes(self, inputs: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integer codes (held in fp32) and the value of one step.
 
-        A shared quantizer rounds a tensor once, however many layers ask for it, until `forget`.
+        A shared quantizer rounds a tensor once in a forward pass, however many layers ask for it.
 
         Args:
             inputs: The tensor.
@@ -126,62 +132,61 @@ class Quantizer(TensorQuantizer):
                 right for `fake_quant.rescale`.
         """
         chosen = self.range_of(inputs)
-        if self.is_shared and self._memo is not None and self._memo[0] is inputs:
-            return self._memo[1], chosen.step
+        known = None if is_compiling() else self.scope.codes.get(self)
+        if known is not None and known[0] is inputs:
+            return known[1], chosen.step
         factor = None if step_other is None else step_other / chosen.step
         codes = fake_quant.codes(
             inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
         )
-        if self.is_shared:
-            self._memo = (inputs, codes)
+        if self.is_shared and self.scope.is_in_forward and not is_compiling():
+            self.scope.codes[self] = (inputs, codes)
         return codes, chosen.step
 
     def range_of(self, inputs: Tensor) -> Range:
-        """The range to quantize `inputs` with; a static one is worked out, and read from its device, once."""
+        """The range to quantize `inputs` with; a static one is worked out once in an open scope."""
         if self.scheme.mode != "static":
-            return self._new_range(self._largest(inputs), 0)
-        source = self._amax if self._log_amax is None else self._log_amax
-        known = self._range
-        if known is None or known.amax is not self._amax or known.version != source._version:
-            # Not in inference mode: what is made there could not be saved for a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                known = self._static_range(source._version)
-            self._range = known
+            return self._new_range(self._largest(inputs))
+        if is_compiling() or not self.scope.is_open:
+            return self._static_range()
+        known: Range | None = self.scope.ranges.get(self)
+        if known is None:
+            known = self.scope.ranges[self] = self._kept_range()
         return known
 
-    def _static_range(self, version: int) -> Range:
+    def _kept_range(self) -> Range:
+        if not self.scope.is_frozen:
+            return self._static_range()
+        # Not in inference mode: what is made there could not be saved for a backward pass of the same block.
+        with torch.inference_mode(False):
+            return self._static_range()
+
+    @torch.no_grad()
+    def _static_range(self) -> Range:
         if self._log_amax is not None:
-            self._amax_from_log()
-            return self._new_range(self._amax, version, log_amax=self._log_amax)
-        return self._new_range(self._amax, version, float(self._amax) if self.is_per_tensor else None)
+            return self._new_range(self._log_amax.exp(), log_amax=self._log_amax)
+        is_at_hand = self.is_per_tensor and self._amax.device.type == "cpu" and not is_compiling()
+        return self._new_range(self._amax, float(self._amax) if is_at_hand else None)
 
     def _new_range(
-        self, amax: Tensor, version: int, window: float | None = None, log_amax: nn.Parameter | None = None
+        self, amax: Tensor, window: float | None = None, log_amax: nn.Parameter | None = None
     ) -> Range:
         scale = fake_quant.scale_of(amax, self.format)
         step = fake_quant.step_of(amax, self.format, self.step_of_zero)
-        return Range(amax, version, scale, step, window, log_amax)
-
-    def set_step_of_zero(self, step: float) -> None:
-        """Choose the value of code 1 where amax is at most 2^-24."""
-        self.step_of_zero, self._range = step, None
+        return Range(amax, scale, step, window, log_amax)
 
     def learn(self) -> None:
         """Make a static range a parameter that starts at the present amax; nothing to do for others."""
         if self.scheme.mode == "static" and self._log_amax is None:
-            self._log_amax, self._range = nn.Parameter(torch.empty_like(self._amax)), None
+            self._log_amax = nn.Parameter(torch.empty_like(self._amax))
             self._log_from_amax()
 
     def freeze(self) -> None:
         """Keep a learned range as it is."""
         if self._log_amax is not None:
-            self._amax_from_log()
+            self.sync_amax()
             del self._log_amax
-            self._log_amax, self._range = None, None
-
-    def forget(self) -> None:
-        """Drop the codes kept for the other consumers of a shared tensor."""
-        self._memo = self._collected = None
+            self._log_amax = None
 
     def start_collecting(self) -> None:
         """Gather the range of the tensors that pass; nothing to do for a dynamic quantizer."""
@@ -190,13 +195,13 @@ class Quantizer(TensorQuantizer):
             self._if_calib = True
 
     def collect(self, inputs: Tensor) -> None:
-        """Take in one tensor, once even where it has several consumers."""
-        if self._collected is inputs:
+        """Take in one tensor, once in a forward pass even where it has several consumers."""
+        if self.scope.collected.get(self) is inputs:
             return
         assert self._calibrator is not None
         self._calibrator.collect(fake_quant.full_precision(inputs.detach()))
-        if self.is_shared:
-            self._collected = inputs
+        if self.is_shared and self.scope.is_in_forward:
+            self.scope.collected[self] = inputs
 
     def finish_collecting(self, momentum: float | None = None) -> tuple[str, str] | None:
         """Set amax from what all ranks gathered; it is NaN where nothing was seen.
@@ -221,7 +226,6 @@ class Quantizer(TensorQuantizer):
     def stop_collecting(self) -> None:
         """Round again; what was gathered is dropped."""
         self._calibrator, self._if_calib = None, False
-        self.forget()
 
     def set_amax_from(self, weight: Tensor, momentum: float = 1.0) -> None:
         """Static range of a weight, per channel where the scheme says so.
@@ -251,7 +255,8 @@ class Quantizer(TensorQuantizer):
         self._log_from_amax()
 
     @torch.no_grad()
-    def _amax_from_log(self) -> None:
+    def sync_amax(self) -> None:
+        """Let the buffer follow a learned range, which the optimizer may have moved since it was read."""
         if self._log_amax is not None:
             self._amax.copy_(self._log_amax.exp())
 
@@ -259,13 +264,13 @@ class Quantizer(TensorQuantizer):
     def _log_from_amax(self) -> None:
         if self._log_amax is not None:
             self._log_amax.copy_(self._amax.clamp(min=fake_quant.SMALLEST_AMAX).log())
-            self._amax_from_log()  # now and not at the first forward: they differ in a last digit
+            self.sync_amax()  # now and not when it is next read: they differ in a last digit
 
     def _largest(self, tensor: Tensor) -> Tensor:
         return largest_magnitude(tensor.detach(), None if self._axis is None else self._axis[0])
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._amax_from_log()  # the optimizer may have stepped since the last forward
+        self.sync_amax()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

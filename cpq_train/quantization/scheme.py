@@ -4,6 +4,7 @@
     share_residual: true                      # one range for a residual block's input and its add
     on_unfit_range: error                     # or float: leave layers in float whose range comes out unfit
     on_small_step: error                      # or widen: the weight's range, where a bias has no code
+    on_reuse: error                           # or one_range: for a layer used on tensors of different ranges
     tensorrt_conv_transpose: false            # true: ConvTranspose2d weights per input channel (axis 0)
     defaults:
       weight: {bits: 8, granularity: per_channel, method: max}
@@ -237,6 +238,7 @@ class Scheme:
     share_residual: Flag = True
     on_unfit_range: Literal["error", "float"] = "error"
     on_small_step: Literal["error", "widen"] = "error"
+    on_reuse: Literal["error", "one_range"] = "error"
     tensorrt_conv_transpose: Flag = False
     defaults: Annotated[Defaults, known_keys(Defaults)] = Defaults()
     rules: tuple[Annotated[Rule, known_keys(Rule)], ...] = ()

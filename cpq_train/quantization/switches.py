@@ -24,6 +24,18 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 @contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """While open, the network is in evaluation mode; afterwards each module is in the mode that it was in."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def quantizers_off(network: nn.Module) -> Iterator[None]:
     """While open, the network computes in float (with BatchNorm folded as it is)."""
     changed = [q for q in quantizers(network).values() if not q._disabled]

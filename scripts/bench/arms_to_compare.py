@@ -20,7 +20,6 @@ from pytorch_quantization.nn import QuantConv2d, QuantConvTranspose2d, TensorQua
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cpq_train.arms.structure import tensors_read_together
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import fold_batchnorm
@@ -44,9 +43,9 @@ def build_arms(config: NetworkConfig, scheme: Scheme, batch: Batch) -> dict[str,
     _draw_weights(original)
     _settle_batchnorm(original, batch)
     arms = {name: copy.deepcopy(original) for name in ("float", "qat", "pq")}
-    fold_batchnorm(arms["float"])
-    fold_batchnorm(arms["pq"])
-    prepare(arms["qat"], scheme, tensors_read_together(arms["qat"]))
+    prepared = prepare(arms["qat"], scheme, original.example_input())
+    fold_batchnorm(arms["float"], prepared.folds)
+    fold_batchnorm(arms["pq"], prepared.folds)
     with collecting_ranges(arms["qat"]):
         run(arms["qat"], batch)
     _to_pytorch_quantization(arms["pq"], like=arms["qat"])

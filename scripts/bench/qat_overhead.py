@@ -40,7 +40,6 @@ from cpq_train.common.progress import progress
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.switches import quantizers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NETWORKS = {"full": "centerpoint_voxel01.yaml", "quickstart": "quickstart_float.yaml"}
@@ -192,8 +191,6 @@ def _steps(
         with timer() as elapsed:
             torch.autograd.backward(forwards[arm](), gradients)
         arms[arm].zero_grad()
-        for quantizer in quantizers(arms[arm]).values():
-            quantizer.forget()
         return float(elapsed())
 
     return {arm: lambda arm=arm: step(arm) for arm in arms}  # type: ignore[misc]

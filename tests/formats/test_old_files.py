@@ -17,7 +17,9 @@ from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.export.planning import plan_of
 from cpq_train.export.portable.writer import portable_graph
+from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.profiling.latency_file import read_latency
+from cpq_train.quantization.wiring import trace
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 
@@ -36,12 +38,27 @@ def test_checkpoints_load(
     detector = CenterPointDetector.load_from_checkpoint(CHECKPOINTS[name], weights_only=weights_only)
     content = torch.load(CHECKPOINTS[name], weights_only=True)
     assert detector.subject.arm == content["quantization"]["arm"]
-    assert detector.subject.describe() == as_said_today(content["quantization"])
+    said = detector.subject.describe()
+    wiring = said.pop("wiring")
+    assert said == as_said_today(content["quantization"])
+    _check_wiring(wiring, said, detector.network_config)
     state = detector.state_dict()
     assert state.keys() == content["state_dict"].keys()
     for key, value in content["state_dict"].items():
         assert torch.equal(state[key], value), key
     assert detector.hparams["post_processing"]["score_threshold"] == 0.03
+
+
+def _check_wiring(wiring: dict[str, Any] | None, said: dict[str, Any], config: NetworkConfig) -> None:
+    """An old file does not say it: it has gone by older rules, which find what running the network finds."""
+    if said["arm"] == "float":
+        assert wiring is None
+        return
+    network = CenterPoint(config)
+    found = trace(network, network.example_input())
+    assert wiring["folds"] == found.folds
+    groups = set(map(tuple, wiring["one_tensor"]))
+    assert groups == (set() if said["scheme"] is None else set(found.one_tensor))
 
 
 PORTABLE_FILES = {
@@ -102,6 +119,7 @@ def test_a_run_goes_on(simulated_root: Path, tmp_path: Path, monkeypatch: pytest
         torch.load(f, weights_only=True) for f in (CHECKPOINTS["qat"], run / "checkpoints/last.ckpt")
     )
     assert after["global_step"] == 2 * before["global_step"]
+    del after["quantization"]["wiring"]
     assert after["quantization"] == as_said_today(before["quantization"])
     assert after["data"]["num_sweeps"] == 2
     amax = [name for name in before["state_dict"] if name.endswith("_amax")]
@@ -133,7 +151,7 @@ def test_verify_counts_as_then(simulated_root: Path, tmp_path: Path) -> None:
 
 def _newer_checkpoint(folder: Path) -> None:
     content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
-    content["quantization"]["schema"] = 2
+    content["quantization"]["schema"] = 3
     torch.save(content, folder / "newer.ckpt")
     CenterPointDetector.load_from_checkpoint(folder / "newer.ckpt")
 
@@ -158,7 +176,7 @@ def _newer_latency(folder: Path) -> None:
 
 @pytest.mark.parametrize("read_newer", [_newer_checkpoint, _newer_metrics, _newer_matches, _newer_latency])
 def test_a_newer_schema_is_refused(read_newer: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="schema is 2; accepted: 1: a newer cpq_train wrote it"):
+    with pytest.raises(UserError, match=r"schema is [23]; accepted: 1( to 2)?: a newer cpq_train wrote it"):
         read_newer(tmp_path)
 
 
@@ -167,5 +185,5 @@ def test_what_is_no_schema_is_refused(schema: Any, tmp_path: Path) -> None:
     content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
     content["quantization"]["schema"] = schema
     torch.save(content, tmp_path / "odd.ckpt")
-    with pytest.raises(UserError, match=rf"schema is {schema!r}; accepted: 1$"):
+    with pytest.raises(UserError, match=rf"schema is {schema!r}; accepted: 1 to 2$"):
         CenterPointDetector.load_from_checkpoint(tmp_path / "odd.ckpt")

@@ -97,7 +97,7 @@ def test_observers_stop_in_any_order() -> None:
 
 def test_quantizers_belong_to_their_layer() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    prepare(network, Scheme.from_dict({"defaults": {"input": {"mode": "dynamic"}}}))
+    prepare(network, Scheme.from_dict({"defaults": {"input": {"mode": "dynamic"}}}), torch.ones(1, 3, 5, 5))
     parts = parts_of(network)
     assert list(parts) == ["", "0", "1"]
     assert parts["0"].is_layer

@@ -79,7 +79,7 @@ def test_stored_bytes_by_hand() -> None:
         "defaults": {"weight": {"bits": 4}, "input": {"bits": 8}},
         "rules": [{"layers": "3", "weight": {"bits": 8}, "input": "off"}],
     }
-    prepare(network, Scheme.from_dict(scheme))
+    prepare(network, Scheme.from_dict(scheme), torch.ones(1, 3, 5, 5))
     assert weight_bits(network) == {"0.weight": 4, "3.weight": 8}
     rows = {row.name: row for row in storage_rows(network)}
     weights, bias = 3 * 8 * 9, 8
@@ -95,7 +95,7 @@ def test_stored_bytes_by_hand() -> None:
 
 def test_learned_ranges_are_stored_once() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3))
-    prepare(network, Scheme.from_dict({}))
+    prepare(network, Scheme.from_dict({}), torch.ones(1, 3, 5, 5))
     before = storage_rows(network)
     network[0]._weight_quantizer.learn()
     assert storage_rows(network) == before

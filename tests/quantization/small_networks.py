@@ -90,7 +90,7 @@ def calibrated(kind: str, chosen: Scheme | None = None) -> Twins:
 
 def twins_of(network: nn.Module, batches: list[Any], chosen: Scheme) -> Twins:
     network.eval()
-    prepare(network, chosen)
+    prepare(network, chosen, _fresh(batches[0]))
     with collecting_ranges(network):
         for batch in batches:
             run(network, batch)

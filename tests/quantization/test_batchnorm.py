@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.batchnorm import fold_batchnorm, followed_by_batchnorm, freeze_batchnorm
+from cpq_train.quantization.batchnorm import fold_batchnorm, freeze_batchnorm, kept_batchnorms
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
+from cpq_train.quantization.wiring import trace
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SubMConv3d
 
 
@@ -64,9 +65,10 @@ def test_fold_behind_training_changes_nothing(kind: str, learned: bool) -> None:
         apply_policy(network, "learned")
     codes = [layer.codes(w)[0] for layer, w in _weights(network)]
     before = network(x).detach()
-    assert len(list(followed_by_batchnorm(network))) == 1
-    fold_batchnorm(network)
-    assert not list(followed_by_batchnorm(network))
+    folds = trace(network, x).folds
+    assert len(kept_batchnorms(network, folds)) == 1
+    fold_batchnorm(network, folds)
+    assert not kept_batchnorms(network, folds)
     after = network(x)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
     for (quantizer, weight), old in zip(_weights(network), codes, strict=True):
@@ -82,7 +84,7 @@ def test_a_per_tensor_weight_cannot_be_folded_behind_training() -> None:
     _quantized(network, x, "per_tensor")
     state = copy.deepcopy(network.state_dict())
     with pytest.raises(UserError, match=r"0: .* per tensor.*accepted: granularity per_channel"):
-        fold_batchnorm(network)
+        fold_batchnorm(network, trace(network, x).folds)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
 
 

@@ -8,11 +8,10 @@ from small_networks import NETWORKS, calibrated, dense_batches, run, scheme, twi
 from torch import nn
 
 from cpq_train.quantization.batchnorm import fold_batchnorm
-from cpq_train.quantization.layers import quantize_layer
+from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.ptq.bias_correction import correct_biases
 from cpq_train.quantization.ptq.twins import Twins, ordered_tensors
 from cpq_train.quantization.ranges.calibration import collecting_ranges
-from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 
 def _mean_error(twins: Twins) -> torch.Tensor:
@@ -29,10 +28,8 @@ def test_one_layer_by_hand(bias: bool) -> None:
     """A linear layer's mean error is (quantized weight - weight) applied to the mean input."""
     layer = nn.Sequential(nn.Conv2d(3, 4, 1, bias=bias))
     before = layer[0].bias.detach().clone() if bias else torch.zeros(4)
-    quantize_layer(
-        layer[0], LayerScheme(QuantizerScheme(bits=3, granularity="per_channel"), QuantizerScheme(mode="off"))
-    )
     x = torch.arange(24.0).view(1, 3, 2, 4) / 8
+    prepare(layer, scheme({"bits": 3}, {"mode": "off"}), x)
     twins = Twins.of(layer, [x[..., :1], x[..., 1:]], run)  # of unequal size: they count by their places
     correct_biases(twins)
     conv = layer[0]
@@ -82,9 +79,7 @@ def test_batchnorm_takes_the_bias_of_a_convolution_without_one() -> None:
     network[1].running_mean.uniform_(-1, 1)
     network[1].running_var.uniform_(0.5, 2)
     network.eval()
-    int4 = LayerScheme(QuantizerScheme(bits=4, granularity="per_channel"), QuantizerScheme())
-    for layer in (network[0], network[3]):
-        quantize_layer(layer, int4)
+    prepared = prepare(network, scheme(), dense_batches()[0], fold=False)
     with collecting_ranges(network):
         network(dense_batches()[0])
     names = set(network.state_dict())
@@ -94,7 +89,7 @@ def test_batchnorm_takes_the_bias_of_a_convolution_without_one() -> None:
     assert _mean_error(twins).norm() < 0.1 * before
     assert set(network.state_dict()) == names
     kept = run(network, dense_batches()[0])
-    fold_batchnorm(network)
+    fold_batchnorm(network, prepared.folds)
     torch.testing.assert_close(run(network, dense_batches()[0]), kept, rtol=0, atol=1e-5)
 
 

@@ -276,7 +276,7 @@ def test_a_bias_beyond_half_precision_is_refused_by_name() -> None:
 def _prepared(defaults: dict[str, Any], *rules: dict[str, Any]) -> tuple[nn.Module, Any]:
     network = dense_network()
     scheme = Scheme.from_dict({"defaults": defaults, "rules": list(rules)})
-    return network, prepare(network, scheme)
+    return network, prepare(network, scheme, dense_batches(1)[0])
 
 
 def test_defaults_and_rules_say_which_bias_a_layer_has() -> None:
@@ -343,9 +343,9 @@ def test_a_rule_of_biases_does_not_say_why_a_layer_is_float() -> None:
 
 
 def test_quantizers_taken_out_leave_nothing_behind() -> None:
-    network, prepared = _prepared({"bias": "accumulator"})
+    network, _ = _prepared({"bias": "accumulator"})
     plain, x = dense_network(), dense_batches(1)[0]
-    remove_quantizers(network, prepared)
+    remove_quantizers(network)
     assert torch.equal(network(x), plain(x))
     assert vars(network[0][0]).keys() == vars(plain[0][0]).keys()
 

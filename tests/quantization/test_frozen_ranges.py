@@ -22,13 +22,6 @@ def test_a_new_amax_is_noticed() -> None:
     assert quantizer(torch.tensor(5.0)) == 2.0
 
 
-def test_an_unchanged_amax_is_worked_out_once() -> None:
-    quantizer = Quantizer(QuantizerScheme())
-    _values(quantizer, 1.0)
-    x = torch.ones(3)
-    assert quantizer.range_of(x) is quantizer.range_of(x)
-
-
 def test_training_goes_on_after_inference_mode() -> None:
     layer = nn.Conv2d(3, 3, 3)
     quantize_layer(layer, LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme()))

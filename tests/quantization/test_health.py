@@ -13,8 +13,9 @@ from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
 from cpq_train.common.errors import UserError
 from cpq_train.models import NetworkConfig
+from cpq_train.quantization.coverage import coverage_of
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.prepare import coverage, leave_in_float
+from cpq_train.quantization.prepare import leave_in_float
 from cpq_train.quantization.ranges.calibration import check_ranges, collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 
@@ -148,7 +149,7 @@ def _unsigned_at(layers: str) -> Scheme:
 
 def _leaver(subject: Subject) -> Callable[..., None]:
     def leave(problems: list) -> None:
-        subject.scheme = leave_in_float(subject.network, subject.prepared, subject.scheme, problems)
+        subject.scheme = leave_in_float(subject.network, problems)
         subject.calibration = {"left_in_float": subject.prepared.left_in_float}
 
     return leave
@@ -165,7 +166,7 @@ def test_unfit_layers_left_in_float_survive_a_checkpoint(tmp_path: Path) -> None
     names = subject.calibration["left_in_float"]
     assert {"backbone_3d.conv1.0.conv1", "backbone_3d.conv1.0.quant_add"} <= set(names)
     assert all(name.startswith("backbone_3d.conv1.") for name in names)
-    assert coverage(subject.prepared)["Conv2d"] == (85, 85)
+    assert coverage_of(subject.prepared).counts["Conv2d"] == (85, 85)
     assert all(subject.prepared.schemes[name].is_float for name in names)
     rows = subject.describe()["layers"]
     assert rows["backbone_3d.conv1.0.conv1"]["arithmetic"] == "float"

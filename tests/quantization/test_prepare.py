@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.structure import build, tensors_read_together
+from cpq_train.arms.structure import build
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.quantization.batchnorm import fold_batchnorm, followed_by_batchnorm
+from cpq_train.quantization.batchnorm import fold_batchnorm
+from cpq_train.quantization.coverage import coverage_of
 from cpq_train.quantization.layers import QuantAdd, QuantConv2d, QuantSubMConv3d, integer_convolution
 from cpq_train.quantization.numerics import fake_quant
-from cpq_train.quantization.prepare import coverage, prepare
+from cpq_train.quantization.prepare import prepare
+from cpq_train.quantization.prepared import prepared_of
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers
+from cpq_train.quantization.wiring import trace
 
 SMALL = NetworkConfig(
     point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0),
@@ -48,8 +51,9 @@ def _trained_looking(network: nn.Module) -> nn.Module:
 def test_folding_changes_nothing_layer_by_layer() -> None:
     float_network = _trained_looking(CenterPoint(SMALL))
     folded_network = copy.deepcopy(float_network)
-    assert len(list(followed_by_batchnorm(folded_network))) == 72
-    fold_batchnorm(folded_network)
+    folds = trace(folded_network, folded_network.example_input()).folds
+    assert len(folds) == 72
+    fold_batchnorm(folded_network, folds)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded_network.modules())
     outputs: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
     for which, network in enumerate((float_network, folded_network)):
@@ -70,7 +74,7 @@ def test_folding_changes_nothing_layer_by_layer() -> None:
 
 def test_full_size_coverage() -> None:
     subject = build(NetworkConfig(), "ptq", INT8)
-    assert coverage(subject.prepared) == {
+    assert coverage_of(subject.prepared).counts == {
         "sparse": (20, 21),
         "Conv2d": (85, 85),
         "ConvTranspose2d": (2, 2),
@@ -153,20 +157,24 @@ def test_codes_are_forgotten_after_a_forward() -> None:
     subject = build(SMALL, "ptq", INT8)
     with collecting_ranges(subject.network):
         subject.network(*_voxels())
+        assert not prepared_of(subject.network).scope.collected
     subject.network(*_voxels())
-    assert all(q._memo is None for q in quantizers(subject.network).values())
+    scope = prepared_of(subject.network).scope
+    assert all(q.scope is scope for q in quantizers(subject.network).values())
+    assert not scope.codes
+    assert not scope.ranges
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
     off = Scheme.from_dict({"defaults": {"weight": {"mode": "off"}, "input": {"mode": "off"}}})
     with pytest.raises(UserError, match="nothing to quantize"):
-        prepare(CenterPoint(SMALL), off)
+        prepare(network := CenterPoint(SMALL), off, network.example_input())
 
 
 def test_groups_name_layers_of_the_network() -> None:
     network = CenterPoint(SMALL)
-    groups = tensors_read_together(network)
-    assert [len(g) for g in groups] == [36, *[2] * 8, 2]
+    groups = trace(network, network.example_input()).one_tensor
+    assert [len(g) for g in groups] == [*[2] * 8, 2, 36]
     for name in (n.removesuffix(":residual") for g in groups for n in g):
         network.get_submodule(name)
 

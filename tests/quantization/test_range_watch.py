@@ -14,13 +14,14 @@ from small_networks import calibrated, dense_batches, run, scheme, sparse_batche
 from torch import Tensor, nn
 
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.prepare import prepare
+from cpq_train.quantization.prepare import prepare_as
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.ranges.watch import MAX_SAMPLE, RangeReading, RangeWatch, stride_for
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
-from cpq_train.quantization.switches import quantizers_off
+from cpq_train.quantization.switches import quantized_layers, quantizers_off
+from cpq_train.quantization.wiring import Wiring
 from cpq_train.sparse import ResidualAdd
 
 X = [[-3.0, -1.0, 0.0, 0.5], [0.25, 1.0, 2.0, 2.5]]
@@ -54,7 +55,7 @@ def _watched(
     for x in inputs:
         run(network, x)
     watch.finish()
-    assert not any(m._forward_pre_hooks for m in network.modules())
+    assert not any(m._forward_pre_hooks for m in quantized_layers(network).values())
     return {reading.quantizer: reading for reading in watch.readings()}
 
 
@@ -185,7 +186,7 @@ def test_a_shared_tensor_counts_once_and_both_sides_of_an_add_count() -> None:
     for shared in (["conv1", "conv2", "quant_add:residual"], ["conv1", "conv2"]):
         copy = Block()
         copy.load_state_dict(network.state_dict())
-        prepare(copy, scheme(), [shared])
+        prepare_as(copy, scheme(), Wiring(one_tensor=(tuple(shared),)))
         for quantizer in copy.modules():
             if isinstance(quantizer, Quantizer) and quantizer.is_per_tensor:
                 quantizer.set_amax(torch.tensor(3.5))

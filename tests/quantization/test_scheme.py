@@ -172,7 +172,7 @@ def rule(**settings: object) -> dict[str, object]:
         ({1: 2}, "unknown key 1; accepted: defaults"),
         (
             {"default": {}},
-            "unknown key 'default'; accepted: defaults, name, on_small_step, on_unfit_range, rules",
+            "unknown key 'default'; accepted: defaults, name, on_reuse, on_small_step, on_unfit_range, rules",
         ),
         ({"rules": [{"weight": "off"}]}, "rule 1: needs 'layers'"),
         ({"rules": [{"layers": "*", "kinds": ["Linear"]}]}, "got 'Linear', accepted: SubMConv3d"),

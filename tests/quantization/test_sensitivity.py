@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cpq_train.arms.structure import build, tensors_read_together
+from cpq_train.arms.structure import build
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.topology import blocks_of
@@ -80,7 +80,7 @@ def test_one_layer_alone_is_the_scheme_of_that_layer(calibrated: nn.Module) -> N
         "rules": [{"layers": "*", **off}, {"layers": name, "weight": {"mode": "static"}}],
     }
     content["rules"][1]["input"] = {"mode": "static"}
-    prepare(network, Scheme.from_dict(content), tensors_read_together(network))
+    prepare(network, Scheme.from_dict(content), network.example_input())
     with collecting_ranges(network):
         network(*_voxels())
     assert torch.equal(bypassed, _outputs(network.eval()))
@@ -158,7 +158,7 @@ def _toy(
 
     def prepare_(scheme: Scheme) -> tuple[nn.Module, Callable[[], Scores]]:
         network = CenterPoint(SMALL)
-        prepare(network, scheme, tensors_read_together(network))
+        prepare(network, scheme, network.example_input())
         done.append(scheme.name)
 
         def score() -> Scores:

@@ -15,7 +15,6 @@ from cpq_train.common.errors import UserError
 from cpq_train.data.dataset import collate
 from cpq_train.quantization.batchnorm import (
     fold_batchnorm,
-    followed_by_batchnorm,
     joins_batches_of_ranks,
     trains_on_parts_of_a_batch,
 )
@@ -43,6 +42,10 @@ def new_detector(tmp_path: Path) -> NewDetector:
 
 
 @torch.no_grad()
+def _norms(network: nn.Module) -> list[str]:
+    return [n for n, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def _outputs(detector: CenterPointDetector) -> list[Tensor]:
     batch = collate([DrawnData(2, 8)[i] for i in range(3)])
     return [value for head in detector(batch) for value in head.values()]
@@ -58,7 +61,7 @@ def _converted(detector: CenterPointDetector) -> CenterPointDetector:
 @pytest.mark.parametrize("policy", ["float", "trained", "frozen"])
 def test_every_batchnorm_is_converted_in_its_place(policy: str, new_detector: NewDetector) -> None:
     detector = new_detector(policy)
-    names = [name for name, *_ in followed_by_batchnorm(detector.network)]
+    names = _norms(detector.network)
     state = {name: value.clone() for name, value in detector.state_dict().items()}
     expected = _outputs(detector)
     detector.load_state_dict(state)  # trained statistics have moved
@@ -66,7 +69,7 @@ def test_every_batchnorm_is_converted_in_its_place(policy: str, new_detector: Ne
     norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == len(names) > 20
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-    assert [name for name, *_ in followed_by_batchnorm(synced.network)] == names
+    assert _norms(synced.network) == names
     assert list(synced.state_dict()) == list(state)
     assert not trains_on_parts_of_a_batch(synced.network)
     assert joins_batches_of_ranks(synced.network) == (policy != "frozen")
@@ -78,7 +81,7 @@ def test_every_batchnorm_is_converted_in_its_place(policy: str, new_detector: Ne
 def test_a_synced_batchnorm_folds(new_detector: NewDetector) -> None:
     synced = _converted(new_detector("trained")).eval()
     expected = _outputs(synced)
-    fold_batchnorm(synced.network)
+    fold_batchnorm(synced.network, synced.subject.wiring.folds)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in synced.modules())
     for one, other in zip(_outputs(synced), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))

@@ -23,7 +23,7 @@ from cpq_train.common.nuscenes import DETECTION_CLASSES
 from cpq_train.export import writing
 from cpq_train.export.sidecar import read_sidecar
 from cpq_train.models import NetworkConfig
-from cpq_train.quantization.prepare import coverage
+from cpq_train.quantization.coverage import coverage_of
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.training.detector import CenterPointDetector
@@ -145,7 +145,8 @@ def test_kinds_of_checkpoints(
     assert said.checkpoint["arm"] == arm
     assert said.checkpoint["sha256"] == sha256_of(CHECKPOINTS[name])
     assert said.checkpoint["parents"] == detector.subject.parents
-    assert said.coverage == {kind: list(n) for kind, n in coverage(detector.subject.prepared).items()}
+    counts = coverage_of(detector.subject.prepared).counts
+    assert said.coverage == {kind: list(n) for kind, n in counts.items()}
     assert said.data["num_sweeps"] == 10
     assert tuple(said.data["voxel_size"]) == detector.network_config.voxel_size
 

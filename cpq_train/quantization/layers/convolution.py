@@ -58,7 +58,7 @@ class QuantizedConvolution(nn.Module):
         self.bias_kind, self.widens_steps = scheme.bias, scheme.widens_steps
         if self._weight_quantizer is not None:
             on_grid = self.bias_kind == "accumulator"
-            self._weight_quantizer.set_step_of_zero(STEP_OF_ZERO_CHANNEL if on_grid else 1.0)
+            self._weight_quantizer.step_of_zero = STEP_OF_ZERO_CHANNEL if on_grid else 1.0
 
     def unit(self) -> Tensor:
         """The value of 1 in the layer's sums, (C',) or one number; its input's range has to be static."""

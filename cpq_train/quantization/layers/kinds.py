@@ -29,6 +29,17 @@ ADDED = (
 """What a quantized layer has beyond the float one."""
 
 
+def kind_of(layer: nn.Module) -> str | None:
+    """The kind of a float or quantized layer, None if it is none that is quantized."""
+    kind = getattr(layer, "kind", None)
+    return kind if kind is not None else type(layer).__name__ if type(layer) in QUANTIZED else None
+
+
+def why_refused(layer: nn.Module) -> str:
+    """Why a layer cannot be quantized; empty where it can."""
+    return ""
+
+
 def quantize_layer(layer: nn.Module, scheme: LayerScheme) -> None:
     """Make a float layer a quantized one, in place: its class changes, its parameters stay.
 

@@ -134,7 +134,6 @@ def _round_block(twins: Twins, name: str, num_steps: int) -> BlockRounding | Non
     _set_weights(layers, {n: rounding.hard() for n, rounding in roundings.items()})
     with torch.no_grad():
         learned = sum(float(squared_error(block(*call.inputs), call.target)) for call in calls) / len(calls)
-    _forget(block)
     result = BlockRounding(name, nearest, learned)
     if not result.is_kept:
         _set_weights(layers, before)
@@ -174,7 +173,6 @@ def _recorded(twins: Twins, network: nn.Module, name: str) -> list[tuple[tuple[A
         with suppress(_Stop):
             twins.forward(network, batch)
     handle.remove()
-    _forget(network)
     return seen
 
 
@@ -194,7 +192,6 @@ def _learn(block: nn.Module, calls: Sequence[_Call], roundings: dict[str, _Round
             for logit, grad in zip(logits, torch.autograd.grad(loss, logits), strict=True):
                 logit.grad = grad
             optimizer.step()
-            _forget(block)
 
 
 @contextmanager
@@ -213,8 +210,3 @@ def _weights_as_they_are(block: nn.Module) -> Iterator[None]:
 def _set_weights(layers: dict[str, QuantizedConvolution], weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         layers[name].weight.copy_(weight)
-
-
-def _forget(module: nn.Module) -> None:
-    for quantizer in quantizers(module).values():
-        quantizer.forget()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cpq_train.quantization.batchnorm import followed_by_batchnorm
+from cpq_train.quantization.batchnorm import kept_batchnorms
 from cpq_train.quantization.layers import QuantizedConvolution
+from cpq_train.quantization.prepared import prepared_of
 from cpq_train.quantization.ptq.twins import Twins
 from cpq_train.sparse import SparseConvTensor
 
@@ -53,7 +54,8 @@ def correct_biases(twins: Twins) -> None:
     errors = {name: _MeanError() for name in _convolutions(twins.network)}
     for batch in twins.track(twins.batches, "Correcting biases"):
         _measure(twins, batch, errors)
-    norms = {name: getattr(parent, bn) for name, parent, _, bn in followed_by_batchnorm(twins.network)}
+    kept = kept_batchnorms(twins.network, prepared_of(twins.network).folds)
+    norms = {layer: cast(_BatchNorm, twins.network.get_submodule(norm)) for norm, layer in kept.items()}
     for name, layer in _convolutions(twins.network).items():
         _take_off(errors[name].value, layer, norms.get(name))
 

@@ -178,7 +178,7 @@ def _range(quantizer: Quantizer) -> reference.Range:
         scheme.bits,
         scheme.signed,
         scheme.narrow_range,
-        amax=None if scheme.mode == "dynamic" else _array(quantizer.amax),
+        amax=None if scheme.mode == "dynamic" else _array(cast(Tensor, quantizer.amax)),
         axis=None if quantizer.is_per_tensor else quantizer._axis[0],
         step_of_zero=quantizer.step_of_zero,
     )
