@@ -13,8 +13,8 @@ from cpq_train.arms.starting_point import Batches, CalibrationConfig, improve
 from cpq_train.arms.subject import Subject
 from cpq_train.common.console import print_plain
 from cpq_train.common.progress import track
-from cpq_train.quantization.health import Problem, refuse, table
-from cpq_train.quantization.prepare import leave_in_float
+from cpq_train.quantization.health import Problem, table
+from cpq_train.quantization.prepare import settle_unfit
 from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 
@@ -91,10 +91,8 @@ def _fit_biases(network: nn.Module, show: bool) -> None:
 
 def _on_unfit(subject: Subject, show: bool, problems: list[Problem]) -> None:
     """What the scheme has done about unfit ranges: an error, or a warning and layers left in float."""
-    assert subject.scheme is not None
-    if subject.scheme.on_unfit_range == "error":
-        refuse(problems)
-    subject.scheme = leave_in_float(subject.network, problems)
+    settle_unfit(subject.network, problems)
+    subject.scheme = subject.prepared.scheme
     if show:
         text = f"warning: {len(subject.prepared.left_in_float)} layers stay float:\n{table(problems)}"
         print_plain(text, style="yellow")

@@ -17,13 +17,16 @@ from cpq_train.quantization.ranges.calibration import AMAX, problems_of_state
 NUM_SHOWN = 2
 
 
-def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+def check_state(
+    network: nn.Module, state: Mapping[str, Tensor], path: str | Path, what: str = "model.network"
+) -> None:
     """Compare tensors with those of the network, by name and shape, and look at every value.
 
     Args:
         network: In the structure of the checkpoint.
         state: The checkpoint's tensors by the network's names.
         path: For messages.
+        what: What the network is called in messages.
 
     Raises:
         UserError: They differ, and how many are of another kind, missing, unexpected or of another shape;
@@ -36,7 +39,7 @@ def check_state(network: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     state = {name: tensor for name, tensor in state.items() if name not in unfit}
     own = {name: tensor for name, tensor in network.state_dict().items() if name not in unfit}
     if differences := _differences(own, state):
-        raise UserError(f"{where} is of another architecture than model.network: {differences}")
+        raise UserError(f"{where} is of another architecture than {what}: {differences}")
     refuse(problems, f"{where}: ")
     check_finite(state, where)
 

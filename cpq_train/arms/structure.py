@@ -36,8 +36,7 @@ def build(
 def build_described(config: NetworkConfig, said: Description) -> Subject:
     """The structure that a checkpoint describes, its tensors not loaded yet."""
     network = CenterPoint(config)
-    wiring = said.wiring or registered_wiring(network, said.groups_of_schema_1)
-    wiring = wiring.within({name for name, _ in network.named_modules()})
+    wiring = wiring_said_by(said, network)
     subject = restructure(network, said.arm, said.scheme, said.batchnorm, wiring)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
@@ -84,7 +83,18 @@ def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
     apply_policy(subject.network, amax)
 
 
-def registered_wiring(network: nn.Module, groups: Sequence[Sequence[str]]) -> Wiring:
+def wiring_said_by(said: Description, network: nn.Module) -> Wiring:
+    """How a checkpoint has the layers of its network connected, as far as `network` has them.
+
+    Args:
+        said: What the checkpoint says.
+        network: A float network.
+    """
+    wiring = said.wiring or _registered_wiring(network, said.groups_of_schema_1)
+    return wiring.within({name for name, _ in network.named_modules()})
+
+
+def _registered_wiring(network: nn.Module, groups: Sequence[Sequence[str]]) -> Wiring:
     """How the layers of a file of schema 1 are connected, which does not say.
 
     Its releases folded a BatchNorm into the layer registered directly before it.

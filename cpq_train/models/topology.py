@@ -1,4 +1,4 @@
-"""How a CenterPoint network is built: its blocks, and layers that other rooms look for.
+"""How a CenterPoint network is built: its blocks, by the names of their layers.
 
 Everything is found through the network's own attributes, so that a network whose layers were replaced in
 place, such as a quantized one, gives the same answers.
@@ -7,18 +7,14 @@ place, such as a quantized one, gives the same answers.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TypeVar
 
 from torch import nn
 
-from cpq_train.models.backbone_3d import SparseBasicBlock
 from cpq_train.models.centerpoint import CenterPoint
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
 
 LAYERS = (SubMConv3d, SparseConv3d, nn.Conv2d, nn.ConvTranspose2d, ResidualAdd)
 """The types of a network's layers; BatchNorm, activations and padding are no layers of their own."""
-
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def names_of(network: nn.Module) -> dict[nn.Module, str]:
@@ -51,30 +47,3 @@ def _blocks(network: CenterPoint) -> list[nn.Module]:
         head.shared_conv,
         *head.heads_list,
     ]
-
-
-def residual_blocks(network: CenterPoint) -> list[SparseBasicBlock]:
-    """The residual blocks of the sparse backbone, in the order of the pass."""
-    return [block for block in _blocks(network) if isinstance(block, SparseBasicBlock)]
-
-
-def hidden_convolutions(network: CenterPoint) -> list[nn.Conv2d]:
-    """The first convolution of each branch of the head; all of them read the shared convolution's output."""
-    branches = chain.from_iterable(head.children() for head in network.dense_head.heads_list)
-    return [_first(branch, nn.Conv2d) for branch in branches]
-
-
-def bev_levels(network: CenterPoint) -> list[tuple[nn.Conv2d, nn.ConvTranspose2d]]:
-    """The first convolution and the upsampling of each level of the BEV backbone.
-
-    The output of a level is read by its upsampling and by the first convolution of the next level.
-    """
-    bev = network.backbone_2d
-    return [
-        (_first(level, nn.Conv2d), _first(upsampling, nn.ConvTranspose2d))
-        for level, upsampling in zip(bev.blocks, bev.deblocks, strict=True)
-    ]
-
-
-def _first(module: nn.Module, kind: type[_Layer]) -> _Layer:
-    return next(layer for layer in module.modules() if isinstance(layer, kind))

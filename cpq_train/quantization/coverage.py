@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cpq_train.quantization.prepared import Prepared
+from torch import nn
+
+from cpq_train.quantization.prepared import Prepared, prepared_of
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 
 SPARSE = "sparse"
@@ -64,6 +66,15 @@ class Coverage(NamedTuple):
 def coverage_of(prepared: Prepared) -> Coverage:
     """What `prepare` quantized, and why it left the rest in float."""
     return Coverage(tuple(_layers(prepared)))
+
+
+def coverage(network: nn.Module) -> Coverage:
+    """What of a prepared network is quantized, and why the rest is not.
+
+    Raises:
+        UserError: The network is not prepared.
+    """
+    return coverage_of(prepared_of(network))
 
 
 def count_as(kind: str) -> str:

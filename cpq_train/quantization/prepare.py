@@ -41,13 +41,15 @@ def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool =
         UserError: The network is prepared already, a rule of the scheme matches no layer, nothing would be
             quantized, or a layer that the scheme quantizes cannot be quantized right; names it and says why.
     """
-    _check_float(network)
-    return prepare_as(network, scheme, trace(network, example_input), fold)
+    check_float(network)
+    prepared = prepare_as(network, scheme, trace(network, example_input), fold)
+    prepared.remember_weights(network)
+    return prepared
 
 
 def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = True) -> Prepared:
     """`prepare` of a network whose layers are known to be connected as `wiring` says."""
-    _check_float(network)
+    check_float(network)
     prepared = unquantized(network)
     prepared.scheme, prepared.wiring = scheme, wiring
     prepared.schemes = _schemes(network, scheme, prepared.layers, wiring)
@@ -66,7 +68,12 @@ def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = 
     return prepared
 
 
-def _check_float(network: nn.Module) -> None:
+def check_float(network: nn.Module) -> None:
+    """Refuse a network that was prepared before.
+
+    Raises:
+        UserError: It was.
+    """
     if is_prepared(network):
         raise UserError(
             f"this {type(network).__name__} is prepared already, {len(quantized_layers(network))} layers are "
@@ -122,6 +129,19 @@ def remove_quantizers(network: nn.Module) -> None:
     for hook in prepared_of(network).hooks:
         hook.remove()
     del network.__dict__[ATTRIBUTE]
+
+
+def settle_unfit(network: nn.Module, problems: list[Problem]) -> None:
+    """What the network's scheme has done about unfit ranges: an error, or their layers left in float.
+
+    Raises:
+        UserError: It is an error, or layers cannot be left in float; see `leave_in_float`.
+    """
+    scheme = prepared_of(network).scheme
+    assert scheme is not None
+    if scheme.on_unfit_range == "error":
+        refuse(problems)
+    leave_in_float(network, problems)
 
 
 def leave_in_float(network: nn.Module, problems: list[Problem]) -> Scheme:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
+from zlib import crc32
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,6 +32,7 @@ class Prepared:
         scheme: What the network was prepared with; None where nothing is quantized.
         wiring: How its layers are connected; None where nobody looked.
         shares_input_with: Name -> the first consumer whose input quantizer it shares.
+        provenance: What a checkpoint says of how the network came about: calibration, parents, trained_on.
         left_in_float: Names of the layers that `leave_in_float` took the quantizers out of.
         scope: What the network's quantizers remember while it computes.
         hooks: What opens and closes that around each forward pass.
@@ -41,14 +44,33 @@ class Prepared:
     scheme: Scheme | None = None
     wiring: Wiring | None = None
     shares_input_with: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     left_in_float: list[str] = field(default_factory=list)
     scope: Scope = field(default_factory=Scope)
     hooks: tuple[RemovableHandle, ...] = ()
+    _untuned: int | None = None
 
     @property
     def folds(self) -> dict[str, str]:
         """BatchNorm -> the layer that takes it up; nothing where nobody looked."""
         return {} if self.wiring is None else dict(self.wiring.folds)
+
+    def remember_weights(self, network: nn.Module) -> None:
+        """Take the network's present weights for those that no training has changed."""
+        self._untuned = _checksum(network)
+
+    def is_tuned(self, network: nn.Module) -> bool:
+        """Whether the network's weights are others than those that were remembered, or none were."""
+        return self._untuned != _checksum(network)
+
+
+def _checksum(network: nn.Module) -> int:
+    """CRC-32 of the weights, learned ranges aside."""
+    found = 0
+    for name, parameter in network.named_parameters():
+        if not name.endswith("_log_amax"):
+            found = crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data, found)
+    return found
 
 
 def prepared_of(network: nn.Module) -> Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from cpq_train.models.flip_averaging import Network, check_flippable, flip_avera
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
 )
+from cpq_train.quantization.prepared import frozen
 from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
@@ -128,6 +130,7 @@ class CenterPointDetector(ArmModule):
         self.distillation = distillation
         self._teacher: Teacher | None = None
         self._moving_ranges = MovingRanges(ranges)
+        self._evaluation = ExitStack()
 
     @classmethod
     def of_engine(cls, file: Path) -> Self:
@@ -207,6 +210,7 @@ class CenterPointDetector(ArmModule):
         elif self.is_global_zero:
             print_plain(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
+        self._evaluation.close()  # of a fit that an exception ended
         self.freeze_batchnorm()
         if self.trainer.world_size > 1:
             check_batch_statistics(self.network, self.device)
@@ -262,6 +266,21 @@ class CenterPointDetector(ArmModule):
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is written until the epoch ends: callbacks that swap weights for averages have done so."""
+        if self.engine is None:
+            self._evaluation.close()
+            self._evaluation.enter_context(frozen(self.network))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Weights and ranges may be written to again."""
+        self._evaluation.close()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch with its tensors on the network's device; pinned ones travel while the step starts."""

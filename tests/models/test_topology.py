@@ -4,7 +4,7 @@ import pytest
 
 from cpq_train.arms.structure import build
 from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.models.topology import LAYERS, bev_levels, blocks_of, hidden_convolutions, names_of
+from cpq_train.models.topology import LAYERS, blocks_of
 from cpq_train.quantization.layers import QUANTIZED
 from cpq_train.quantization.scheme import Scheme
 
@@ -60,15 +60,6 @@ def test_blocks_of_a_network_of_other_depth() -> None:
     expected += ["dense_head.shared_conv", "dense_head.heads_list.0"]
     assert list(blocks_of(network)) == expected
     assert blocks_of(network)["backbone_2d.blocks.0"] == ["backbone_2d.blocks.0.1"]
-
-
-def test_layers_that_are_looked_for() -> None:
-    network = CenterPoint()
-    names = names_of(network)
-    levels = [(names[first], names[upsampling]) for first, upsampling in bev_levels(network)]
-    assert levels == [(f"backbone_2d.blocks.{i}.1", f"backbone_2d.deblocks.{i}.0") for i in (0, 1)]
-    hidden = [names[layer] for layer in hidden_convolutions(network)]
-    assert hidden == [f"dense_head.heads_list.{i}.{branch}.0.0" for i in range(6) for branch in BRANCHES]
 
 
 def test_every_layer_is_one_that_can_be_quantized() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpq_train.quantization.health import Problem, is_weight, refuse, state_problems, value_problems
+from cpq_train.quantization.prepared import frozen
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.switches import quantizers, quantizers_off
@@ -39,7 +40,7 @@ def collecting_ranges(
     for quantizer in inputs.values():
         quantizer.start_collecting()
     try:
-        with quantizers_off(network), torch.no_grad():
+        with quantizers_off(network), frozen(network), torch.no_grad():
             yield
         problems = _set_ranges(network, inputs)
     finally:
