@@ -38,7 +38,7 @@ def calibrate(network: nn.Module, batches: Iterable[Any]) -> None:
     assert prepared.scheme is not None
     if any(is_searched(quantizer) for quantizer in quantizers(network).values()):
         raise UserError(
-            "method foreground looks at the heads of a CenterPoint: it needs the verb calibrate; accepted: max, "
+            "method foreground looks at heads of a CenterPoint and needs the verb calibrate; accepted: max, "
             "mse, percentile, entropy"
         )
     num_batches = 0

@@ -75,7 +75,7 @@ def joins_batches_of_ranks(network: nn.Module) -> bool:
 def _remove(network: nn.Module, norm: nn.Module) -> None:
     """Put an Identity in the place of a module, under all its names."""
     for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children has each but once
             if child is norm:
                 setattr(parent, name, nn.Identity())
 
