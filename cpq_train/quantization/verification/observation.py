@@ -49,13 +49,8 @@ def why_not_covered(layer: QuantizedLayer) -> str:
     """Why the integer reference says nothing of a quantized layer; empty where it does."""
     if layer.why_simulated:
         return f"simulated: {layer.why_simulated}"
-    if isinstance(layer, QuantAdd):
-        is_on, groups = layer._input_quantizer.is_active, 1
-    else:
-        is_on, groups = len(layer._active()) == 2, cast(int, layer.groups)
-    if layer.is_bypassed or not is_on:
-        return "its quantizers are switched off"
-    return "" if groups == 1 else f"the reference has no convolution in {groups} groups"
+    is_on = layer._input_quantizer.is_active if isinstance(layer, QuantAdd) else len(layer._active()) == 2
+    return "its quantizers are switched off" if layer.is_bypassed or not is_on else ""
 
 
 @contextmanager
