@@ -40,6 +40,8 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         )
         if self._input_quantizer.is_shared:
             x, _ = self._input_quantizer.codes(x)
+        if x.dim() < self.weight.dim():  # not in the node: its output must not be a view
+            return convolution(x.unsqueeze(0), self.weight, bias.values).squeeze(0)
         return convolution(x, self.weight, bias.values)
 
     def _exact_sum(

@@ -45,9 +45,10 @@ class DenseConvolution:
         return cls(geometry, more_behind if any(more_behind) else ())
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, C', ...)."""
-        out = torch.convolution(self._laid_out(x, weight), weight, None, *self.geometry)
-        return out if x.dim() == weight.dim() else out.squeeze(0)
+        """(B, C, ...) -> (B, C', ...), or both without B."""
+        if x.dim() < weight.dim():
+            return self(x.unsqueeze(0), weight).squeeze(0)
+        return torch.convolution(self._padded(x), weight, None, *self.geometry)
 
     def gradients(
         self,
@@ -57,21 +58,16 @@ class DenseConvolution:
         num_biases: list[int] | None,
         needed: tuple[bool, bool, bool],
     ) -> Gradients:
-        """Gradients of input, weight and bias, of each that is needed."""
-        is_batch = x.dim() == weight.dim()
+        """Gradients of input, weight and bias, of each that is needed; x is (B, C, ...)."""
         grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
-            *(grad if is_batch else grad.unsqueeze(0), self._laid_out(x, weight), weight),
-            *(num_biases, *self.geometry, needed),
+            grad, self._padded(x), weight, num_biases, *self.geometry, needed
         )
-        if grad_x is not None:
-            for axis, more in enumerate(self.more_behind, 2):
-                grad_x = grad_x.narrow(axis, 0, grad_x.shape[axis] - more)
-            grad_x = grad_x if is_batch else grad_x.squeeze(0)
+        if self.more_behind and needed[0]:
+            grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         return grad_x, grad_w, grad_bias
 
-    def _laid_out(self, x: Tensor, weight: Tensor) -> Tensor:
-        """With B, and with the zeros that torch.convolution does not add."""
-        x = x if x.dim() == weight.dim() else x.unsqueeze(0)
+    def _padded(self, x: Tensor) -> Tensor:
+        """With the zeros that torch.convolution does not add."""
         if not self.more_behind:
             return x
         return functional.pad(x, [number for more in reversed(self.more_behind) for number in (0, more)])
