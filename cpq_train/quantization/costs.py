@@ -90,9 +90,9 @@ def num_macs(module: Any, inputs: Any, output: Any) -> int:
         rulebook = output.find_indice_pair(module.indice_key)  # none where there was no voxel
         return 0 if rulebook is None else num_pairs(rulebook) * module.in_channels * module.out_channels
     if isinstance(module, _ConvTransposeNd):  # every weight meets every input position
-        return int(inputs[0][:, 0].numel() * module.weight.numel())
+        return int(inputs[0].numel() // module.in_channels * module.weight.numel())
     if isinstance(module, _ConvNd):  # every weight meets every output position
-        return int(output[:, 0].numel() * module.weight.numel())
+        return int(output.numel() // module.out_channels * module.weight.numel())
     if isinstance(module, nn.Linear):
-        return int(output[..., 0].numel() * module.weight.numel())
+        return int(output.numel() // module.out_features * module.weight.numel())
     return 0
