@@ -61,10 +61,12 @@ def count_costs(network: nn.Module, layers: Iterable[str], run: Callable[[], int
     modules = {name: network.get_submodule(name) for name in layers}
     macs = dict.fromkeys(modules, 0)
 
-    def count(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
-        macs[name] += num_macs(module, inputs, output)
+    def count(module: nn.Module, inputs: Any, by_name: Any, output: Any, *, name: str) -> None:
+        macs[name] += num_macs(module, inputs or tuple(by_name.values()), output)
 
-    handles = [m.register_forward_hook(partial(count, name=name)) for name, m in modules.items()]
+    handles = [
+        m.register_forward_hook(partial(count, name=name), with_kwargs=True) for name, m in modules.items()
+    ]
     try:
         num_samples = run()
     finally:

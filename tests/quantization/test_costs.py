@@ -53,7 +53,7 @@ def test_macs_of_dense_layers() -> None:
 )
 def test_macs_of_groups_and_of_single_samples(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
     def run() -> int:
-        layer(torch.randn(shape))
+        layer(input=torch.randn(shape))
         return 1
 
     assert count_costs(layer, [""], run)[""].num_macs == macs

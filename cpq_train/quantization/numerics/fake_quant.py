@@ -230,7 +230,9 @@ class _Rescale(Function):
         ctx.save_for_backward(step_w)
         ctx.mark_dirty(acc)
         acc.mul_(step_x * step_w)
-        return acc if bias is None or is_in_sum else acc.add_(bias.reshape(shape))
+        if bias is not None and not is_in_sum:
+            acc.add_(bias.reshape(shape))
+        return acc
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None, None]:
