@@ -61,10 +61,12 @@ def count_costs(network: nn.Module, layers: Iterable[str], run: Callable[[], int
     modules = {name: network.get_submodule(name) for name in layers}
     macs = dict.fromkeys(modules, 0)
 
-    def count(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
-        macs[name] += num_macs(module, inputs, output)
+    def count(module: nn.Module, inputs: Any, by_name: Any, output: Any, *, name: str) -> None:
+        macs[name] += num_macs(module, inputs or tuple(by_name.values()), output)
 
-    handles = [m.register_forward_hook(partial(count, name=name)) for name, m in modules.items()]
+    handles = [
+        m.register_forward_hook(partial(count, name=name), with_kwargs=True) for name, m in modules.items()
+    ]
     try:
         num_samples = run()
     finally:
@@ -90,9 +92,9 @@ def num_macs(module: Any, inputs: Any, output: Any) -> int:
         rulebook = output.find_indice_pair(module.indice_key)  # none where there was no voxel
         return 0 if rulebook is None else num_pairs(rulebook) * module.in_channels * module.out_channels
     if isinstance(module, _ConvTransposeNd):  # every weight meets every input position
-        return int(inputs[0][:, 0].numel() * module.weight.numel())
+        return int(inputs[0].numel() // module.in_channels * module.weight.numel())
     if isinstance(module, _ConvNd):  # every weight meets every output position
-        return int(output[:, 0].numel() * module.weight.numel())
+        return int(output.numel() // module.out_channels * module.weight.numel())
     if isinstance(module, nn.Linear):
-        return int(output[..., 0].numel() * module.weight.numel())
+        return int(output.numel() // module.out_features * module.weight.numel())
     return 0

@@ -18,9 +18,9 @@
 `bias` is float where it is not set. Only a layer with an integer sum, and a static input range that gives it
 a step, has an accumulator bias.
 
-`kinds` restricts a rule to kinds of layer (`Conv2d`, `ConvTranspose2d`, `SubMConv3d`, `SparseConv3d`,
-`ResidualAdd`). A quantizer's settings are the fields of `QuantizerScheme`; `off` is short for `{mode: off}`.
-The types of the fields are what a file is checked against.
+`kinds` restricts a rule to some of the kinds of layer (`KINDS`). A quantizer's settings are the fields of
+`QuantizerScheme`; `off` is short for `{mode: off}`. The types of the fields are what a file is checked
+against.
 """
 
 from __future__ import annotations
@@ -40,11 +40,24 @@ from cpq_train.common.schema import Flag, accepts, known_keys, validated
 from cpq_train.quantization.numerics.biases import BiasKind
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
-Kind = Literal["SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd"]
+Kind = Literal[
+    "SubMConv3d",
+    "SparseConv3d",
+    "SparseInverseConv3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose2d",
+    "Linear",
+    "ResidualAdd",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The kinds of layer that can be quantized."""
 
-OUTPUT_CHANNEL_AXIS = {"SubMConv3d": 0, "SparseConv3d": 0, "Conv2d": 0, "ConvTranspose2d": 1}
+KINDS_WRITTEN_AS_ALL = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
+"""What the first releases, which had no others, wrote into a checkpoint for a rule without `kinds`."""
+
+OUTPUT_CHANNEL_AXIS = {str(kind): int(kind == "ConvTranspose2d") for kind in KINDS if kind != "ResidualAdd"}
 """Axis of the output channels in a weight: spconv 2 stores KRSC; ConvTranspose2d stores (in, out, kH, kW)."""
 
 CONV_TRANSPOSE_INPUT_AXIS = 0
@@ -184,7 +197,7 @@ def _settings(value: Any) -> Any:
 def _kinds(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         raise UserError(f"got {shown(value)}, accepted: a list of {', '.join(KINDS)}")
-    return value
+    return KINDS if tuple(value) == KINDS_WRITTEN_AS_ALL else value
 
 
 ForWeights = Annotated[WeightScheme, known_keys(WeightScheme), BeforeValidator(_settings)]
@@ -270,6 +283,8 @@ class Scheme:
         for rule in rules:
             if rule["bias"] is None:
                 del rule["bias"]
+            if rule["kinds"] == list(KINDS):
+                del rule["kinds"]
         return {**asdict(self), "rules": rules}
 
     def with_float(self, names: Iterable[str]) -> Scheme:

@@ -1,5 +1,6 @@
 """MACs and stored sizes against counting by hand."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,6 +37,26 @@ def test_macs_of_dense_layers() -> None:
     costs = count_costs(network, ["0", "1"], lambda: len(network(torch.randn(2, 3, 9, 9))))
     assert costs["0"] == LayerCost(3 * 4 * 9, 4 * 4 * 3 * 4 * 9)
     assert costs["1"] == LayerCost(4 * 6 * 4, 4 * 4 * 4 * 6 * 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), (4, 9), 7 * 6 * 2 * 3),
+        (nn.Conv2d(4, 6, 2, padding="same", groups=2), (1, 4, 9, 8), 9 * 8 * 6 * 2 * 4),
+        (nn.Conv2d(4, 6, 3), (4, 9, 8), 7 * 6 * 4 * 6 * 9),
+        (nn.Conv3d(4, 6, 2), (1, 4, 5, 6, 7), 4 * 5 * 6 * 4 * 6 * 8),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 7), 5 * 7 * 4 * 3 * 9),
+        (nn.Linear(4, 6), (1, 3, 5, 4), 3 * 5 * 4 * 6),
+        (nn.Linear(4, 6), (4,), 4 * 6),
+    ],
+)
+def test_macs_of_groups_and_of_single_samples(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    def run() -> int:
+        layer(input=torch.randn(shape))
+        return 1
+
+    assert count_costs(layer, [""], run)[""].num_macs == macs
 
 
 def test_a_residual_add_costs_nothing() -> None:

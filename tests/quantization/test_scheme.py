@@ -8,7 +8,7 @@ import yaml
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.prepare import quantizable_layers
-from cpq_train.quantization.scheme import KINDS, Scheme
+from cpq_train.quantization.scheme import KINDS, KINDS_WRITTEN_AS_ALL, Scheme
 
 SMALL = NetworkConfig(point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0))
 LAYERS = {
@@ -37,7 +37,7 @@ def test_shipped_schemes_fit_the_network(file: Path) -> None:
     layers = quantizable_layers(CenterPoint(SMALL))
     quantized = {k for n, k in layers.items() if not scheme.resolve(layers)[n].is_float}
     only = {"conv2d": {"Conv2d"}, "nvidia": {"SubMConv3d", "SparseConv3d", "ResidualAdd"}}
-    assert quantized == only.get(file.stem.split("_")[0], set(KINDS))
+    assert quantized == only.get(file.stem.split("_")[0], set(layers.values()))
 
 
 def test_the_axis_is_that_of_the_kind() -> None:
@@ -77,6 +77,18 @@ def test_later_rules_win_and_kinds_restrict() -> None:
         "dynamic",
     )
     assert resolved["backbone_2d.deblocks.1.0"].is_float
+
+
+def test_a_rule_without_kinds_means_all_of_them() -> None:
+    """Those too that came after the release that wrote a checkpoint."""
+    scheme = Scheme.from_dict({"rules": [{"layers": "*", "weight": {"bits": 4}}]})
+    assert scheme.rules[0].kinds == KINDS
+    assert "kinds" not in scheme.to_dict()["rules"][0]
+    written = {**scheme.to_dict()["rules"][0], "kinds": list(KINDS_WRITTEN_AS_ALL)}
+    assert Scheme.from_dict({**scheme.to_dict(), "rules": [written]}) == scheme
+    some = Scheme.from_dict({"rules": [{**written, "kinds": list(KINDS_WRITTEN_AS_ALL[:4])}]})
+    assert some.rules[0].kinds == KINDS_WRITTEN_AS_ALL[:4]
+    assert Scheme.from_dict(some.to_dict()) == some
 
 
 @pytest.mark.parametrize("file", sorted(Path("configs/schemes").glob("*.yaml")), ids=lambda file: file.stem)
@@ -175,7 +187,7 @@ def rule(**settings: object) -> dict[str, object]:
             "unknown key 'default'; accepted: defaults, name, on_reuse, on_small_step, on_unfit_range, rules",
         ),
         ({"rules": [{"weight": "off"}]}, "rule 1: needs 'layers'"),
-        ({"rules": [{"layers": "*", "kinds": ["Linear"]}]}, "got 'Linear', accepted: SubMConv3d"),
+        ({"rules": [{"layers": "*", "kinds": ["LSTM"]}]}, "got 'LSTM', accepted: SubMConv3d"),
         (["int8"], r"scheme: got \['int8'\], accepted: a mapping"),
     ],
 )

@@ -17,19 +17,36 @@ layers.
 """
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
-from cpq_train.quantization.layers.dense import QuantConv2d, QuantConvTranspose2d
-from cpq_train.quantization.layers.kinds import QUANTIZED, quantize_layer, unquantize_layer
+from cpq_train.quantization.layers.dense import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)
+from cpq_train.quantization.layers.kinds import (
+    QUANTIZED,
+    kind_of,
+    quantize_layer,
+    unquantize_layer,
+    why_refused,
+)
 from cpq_train.quantization.layers.residual import QuantAdd
 from cpq_train.quantization.layers.sparse import QuantSparseConv3d, QuantSubMConv3d
 
 __all__ = [
     "QUANTIZED",
     "QuantAdd",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConv3d",
     "QuantConvTranspose2d",
+    "QuantLinear",
     "QuantSparseConv3d",
     "QuantSubMConv3d",
     "QuantizedConvolution",
+    "kind_of",
     "quantize_layer",
     "unquantize_layer",
+    "why_refused",
 ]

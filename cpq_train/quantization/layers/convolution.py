@@ -21,12 +21,13 @@ from cpq_train.quantization.scheme import LayerScheme
 
 
 class QuantizedConvolution(nn.Module):
-    """What the four quantized convolutions share; mixed in before the float layer.
+    """What all of them share; mixed in before the float layer.
 
     `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float; `bias_kind` says what
     the bias is in the layer's arithmetic, `widens_steps` what becomes of steps too small for it. While
     `is_bypassed` the layer is the float one, whatever its quantizers, which other layers may share, are
     doing. `why_simulated` is empty where the layer is an integer sum, see `LayerScheme.why_simulated`.
+    `float_class` is what the layer was.
     """
 
     kind: ClassVar[str]
@@ -34,7 +35,9 @@ class QuantizedConvolution(nn.Module):
 
     weight: Any
     bias: Any
+    groups = 1  # a convolution has its own
     is_bypassed = False
+    float_class: type[nn.Module]
     _input_quantizer: Quantizer | None
     _weight_quantizer: Quantizer | None
     why_simulated: str
@@ -67,7 +70,17 @@ class QuantizedConvolution(nn.Module):
         assert w_quantizer is not None
         assert x_quantizer.amax is not None
         step_w = w_quantizer.range_of(self.weight).step
-        return x_quantizer.range_of(x_quantizer.amax).step * step_w.reshape(-1)
+        return x_quantizer.range_of(x_quantizer.amax).step * self.per_output(step_w)
+
+    def per_output(self, step_w: Tensor) -> Tensor:
+        """The steps of the weight as the output channels have them, (C',), or one number.
+
+        Groups lie along axis 0 of a weight. Where that is the input axis, channel j of every group shares one
+        range, as in pytorch-quantization.
+        """
+        step_w = step_w.reshape(-1)
+        is_shared = self.axes.input == 0 and step_w.numel() > 1
+        return step_w.repeat(self.groups) if is_shared else step_w
 
     def rounds(self, x: Tensor) -> bool:
         """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""
@@ -105,14 +118,16 @@ class QuantizedConvolution(nn.Module):
         assert self._weight_quantizer is not None
         x_codes, step_x = self._input_quantizer.codes(x)
         w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
-        bias = as_deployed(self.bias, self.bias_kind, step_x, step_w)
+        step_w = self.per_output(step_w)
+        bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
         acc = self._exact_sum(x_codes, w_codes, convolve, bias.codes)
         return rescale(acc, step_x, step_w, bias.values, self.axes.feature, bias.is_in_sum)
 
     def _exact_sum(
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
     ) -> Tensor:
-        return exact_sum(x_codes, w_codes, *self._formats(), convolve, self.axes, bias_codes)
+        axes = self.axes._replace(groups=self.groups)
+        return exact_sum(x_codes, w_codes, *self._formats(), convolve, axes, bias_codes)
 
     def _formats(self) -> tuple[IntegerFormat, IntegerFormat]:
         both = (self._input_quantizer, self._weight_quantizer)

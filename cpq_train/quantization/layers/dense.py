@@ -4,79 +4,105 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
 from cpq_train.quantization.layers.integer_convolution import IntegerConvolution
 from cpq_train.quantization.numerics import int8_kernel
 from cpq_train.quantization.numerics.biases import as_deployed
+from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, add_bias_codes, are_exact
-from cpq_train.quantization.numerics.int8_kernel import Geometry
 
 
 class _QuantizedDenseConvolution(QuantizedConvolution):
-    """The dense layers: (B, C, H, W) -> (B, C', H', W')."""
+    """The dense convolutions: (B, C, ...) -> (B, C', ...), with or without B."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
+        """(B, C, ...) -> (B, C', ...)."""
         if not self.rounds(input):
             return cast(Tensor, super().forward(input))
-        return self.quantized(input, self.convolve)
-
-    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution with a given weight, without a bias."""
-        return torch.convolution(x, weight, None, *self._geometry())
+        layer = cast(_ConvNd, self)
+        return self.quantized(input, DenseConvolution.of(layer, layer.output_padding))
 
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
+        assert isinstance(convolve, DenseConvolution)
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         x_format, w_format = self._formats()
         x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
-        bias = as_deployed(self.bias, self.bias_kind, x_range.step, w_range.step)
+        unit = x_range.step * self.per_output(w_range.step)
+        bias = as_deployed(self.bias, self.bias_kind, unit)
         convolution = IntegerConvolution(
-            x_range,
-            None if self._input_quantizer.is_shared else x_format,
-            w_range,
-            w_format,
-            lambda codes_x, codes_w: self._exact_sum(codes_x, codes_w, convolve, bias.codes),
-            self._geometry(),
-            bias.is_in_sum,
+            *(x_range, None if self._input_quantizer.is_shared else x_format, w_range, w_format),
+            *(convolve, lambda x, w: self._exact_sum(x, w, convolve, bias.codes), unit, bias.is_in_sum),
         )
         if self._input_quantizer.is_shared:
             x, _ = self._input_quantizer.codes(x)
+        if x.dim() < self.weight.dim():  # not in the node: its output must not be a view
+            return convolution(x.unsqueeze(0), self.weight, bias.values).squeeze(0)
         return convolution(x, self.weight, bias.values)
 
     def _exact_sum(
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
     ) -> Tensor:
-        (x_format, w_format), geometry = self._formats(), self._geometry()
+        assert isinstance(convolve, DenseConvolution)
+        x_format, w_format = self._formats()
         largest_x, largest_w = x_format.qmax, w_format.largest_magnitude
-        if int8_kernel.takes(x_codes, w_codes, largest_x, largest_w, geometry):
-            sums = int8_kernel.convolve(x_codes, w_codes, geometry)
+        sum_of = (x_codes, w_codes)
+        if not convolve.more_behind and int8_kernel.takes(*sum_of, largest_x, largest_w, convolve.geometry):
+            sums = int8_kernel.convolve(*sum_of, convolve.geometry)
             # It rounds its sums once; with a bias they must not have been rounded yet.
             if bias_codes is None or are_exact(sums, w_codes[0].numel() * largest_x * largest_w):
                 return add_bias_codes(sums, bias_codes, self.axes)
         return super()._exact_sum(x_codes, w_codes, convolve, bias_codes)
 
-    def _geometry(self) -> Geometry:
-        layer = cast(_ConvNd, self)
-        padding = cast(tuple[int, ...], layer.padding)
-        return Geometry(
-            layer.stride, padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups
-        )
+
+class QuantConv1d(_QuantizedDenseConvolution, nn.Conv1d):
+    """Conv1d with a quantized weight (axis 0) and input."""
+
+    kind = "Conv1d"
+    axes = Axes(output=0, input=1, feature=-2)
 
 
 class QuantConv2d(_QuantizedDenseConvolution, nn.Conv2d):
     """Conv2d with a quantized weight (axis 0) and input."""
 
     kind = "Conv2d"
-    axes = Axes(output=0, input=1)
+    axes = Axes(output=0, input=1, feature=-3)
 
 
-class QuantConvTranspose2d(_QuantizedDenseConvolution, nn.ConvTranspose2d):  # type: ignore[misc]  # no output_size
-    """ConvTranspose2d with a quantized weight (axis 1, the output channels) and input."""
+class QuantConv3d(_QuantizedDenseConvolution, nn.Conv3d):
+    """Conv3d with a quantized weight (axis 0) and input."""
+
+    kind = "Conv3d"
+    axes = Axes(output=0, input=1, feature=-4)
+
+
+class QuantConvTranspose2d(_QuantizedDenseConvolution, nn.ConvTranspose2d):
+    """ConvTranspose2d with a quantized weight (axis 1, the output channels of a group) and input."""
 
     kind = "ConvTranspose2d"
-    axes = Axes(output=1, input=0)
+    axes = Axes(output=1, input=0, feature=-3)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W'); `output_size` as nn.ConvTranspose2d has it."""
+        if not self.rounds(input):
+            return nn.ConvTranspose2d.forward(self, input, output_size)
+        sizes = (self.stride, self.padding, self.kernel_size)
+        output_padding = self._output_padding(input, output_size, *sizes, 2, self.dilation)  # type: ignore[arg-type]
+        return self.quantized(input, DenseConvolution.of(self, tuple(output_padding)))
+
+
+class QuantLinear(QuantizedConvolution, nn.Linear):
+    """Linear with a quantized weight (axis 0) and input."""
+
+    kind = "Linear"
+    axes = Axes(output=0, input=1, feature=-1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        if not self.rounds(input):
+            return nn.Linear.forward(self, input)
+        return self.quantized(input, functional.linear)

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.fake_quant import pass_inside, round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat
-from cpq_train.quantization.numerics.int8_kernel import Geometry
 from cpq_train.quantization.quantizer import Range
 
 
@@ -33,8 +32,9 @@ class IntegerConvolution(NamedTuple):
             values they stand for.
         w_range: Range of the weight.
         w_format: Integers of the weight.
-        exact_sum: The convolution of two code tensors; what it returns is overwritten.
-        geometry: Of that convolution.
+        convolution: The layer's.
+        exact_sum: That of two code tensors; what it returns is overwritten.
+        unit: Value of 1 in that sum, (C',) or one number.
         is_bias_in_sum: Whether that sum has the bias already, as a code.
     """
 
@@ -42,15 +42,13 @@ class IntegerConvolution(NamedTuple):
     x_format: IntegerFormat | None
     w_range: Range
     w_format: IntegerFormat
+    convolution: DenseConvolution
     exact_sum: Callable[[Tensor, Tensor], Tensor]
-    geometry: Geometry
+    unit: Tensor
     is_bias_in_sum: bool = False
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`y = acc * (step_x * step_w) + bias`, acc being the exact sum, which may have the bias in it.
-
-        x and y are (B, C, H, W).
-        """
+        """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it."""
         log_x = None if self.x_format is None else self.x_range.log_amax
         return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, log_x, self.w_range.log_amax, self))
 
@@ -71,12 +69,12 @@ class _IntegerConvolution(Function):
         of: IntegerConvolution,
     ) -> Tensor:
         w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
-        scale = of.x_range.step * of.w_range.step.view(1, -1, 1, 1)
-        y = of.exact_sum(of.codes_of(x), w_codes).mul_(scale)
+        per_channel = (-1, *[1] * (weight.dim() - 2))
+        y = of.exact_sum(of.codes_of(x), w_codes).mul_(of.unit.view(per_channel))
         ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.save_for_backward(x, weight, w_codes.mul_(of.w_range.step))
-        return y if bias is None or of.is_bias_in_sum else y.add_(bias.view(1, -1, 1, 1))
+        return y if bias is None or of.is_bias_in_sum else y.add_(bias.view(per_channel))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,17 +83,16 @@ class _IntegerConvolution(Function):
         needs_x, needs_w, needs_bias, needs_log_x, needs_log_w, _ = ctx.needs_input_grad
         needed = (needs_x or needs_log_x, needs_w or needs_log_w, needs_bias)
         x_codes = of.codes_of(x)
-        grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x_codes, w_values, ctx.bias_shape, *of.geometry, needed
-        )
+        grad_x, grad_w, grad_bias = of.convolution.gradients(grad, x_codes, w_values, ctx.bias_shape, needed)
         grad_log_x = grad_log_w = None
         if grad_w is not None:
             grad_w.mul_(of.x_range.step)
         if needs_log_x:
-            grad_log_x = of.x_range.log_gradient(grad_x, x, x_codes, cast(IntegerFormat, of.x_format))
+            fmt = cast(IntegerFormat, of.x_format)
+            grad_log_x = of.x_range.log_gradient(cast(Tensor, grad_x), x, x_codes, fmt)
         if needs_log_w:
             w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
-            grad_log_w = of.w_range.log_gradient(grad_w, weight, w_codes, of.w_format)
+            grad_log_w = of.w_range.log_gradient(cast(Tensor, grad_w), weight, w_codes, of.w_format)
         if grad_x is not None and of.x_format is not None:
             grad_x = pass_inside(grad_x, x, of.x_range.limit)
         if grad_w is not None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
-from cpq_train.quantization.layers.dense import QuantConv2d, QuantConvTranspose2d
+from cpq_train.quantization.layers.dense import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)
 from cpq_train.quantization.layers.residual import QuantAdd
 from cpq_train.quantization.layers.sparse import QuantSparseConv3d, QuantSubMConv3d
 from cpq_train.quantization.scheme import LayerScheme
@@ -16,45 +23,82 @@ from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     SubMConv3d: QuantSubMConv3d,
     SparseConv3d: QuantSparseConv3d,
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Linear: QuantLinear,
     ResidualAdd: QuantAdd,
 }
 """Float layer -> quantized layer."""
 
 ADDED = (
     *("_input_quantizer", "_weight_quantizer", "_residual_quantizer"),
-    *("why_simulated", "bias_kind", "widens_steps"),
+    *("why_simulated", "bias_kind", "widens_steps", "float_class"),
 )
 """What a quantized layer has beyond the float one."""
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The kind of a float or quantized layer, None if it is none that is quantized."""
-    kind = getattr(layer, "kind", None)
-    return kind if kind is not None else type(layer).__name__ if type(layer) in QUANTIZED else None
+    """The kind of a layer, float or quantized; None where it is none that can be quantized."""
+    plain = _plain_class(layer)
+    return None if plain is None else plain.__name__
 
 
 def why_refused(layer: nn.Module) -> str:
-    """Why a layer cannot be quantized; empty where it can."""
-    return ""
+    """Why a layer that has a kind cannot be quantized right; empty where it can.
+
+    Reads on from "conv1 (Conv2d) cannot be quantized: ".
+    """
+    mode = getattr(layer, "padding_mode", "zeros")
+    if mode != "zeros":
+        return f"padding_mode {mode!r}; accepted: 'zeros'"
+    changed = [name for name in ("forward", "_conv_forward") if _has_its_own(layer, name)]
+    if changed:
+        return f"its class {type(layer).__name__!r} has a {changed[0]} of its own, which would not be called"
+    reasons = [_why_unfit(layer, name) for name in ("weight", "bias")]
+    return next((reason for reason in reasons if reason), "")
+
+
+def _plain_class(layer: nn.Module) -> type[nn.Module] | None:
+    return next((c for c in QUANTIZED if isinstance(layer, c)), None)
+
+
+def _has_its_own(layer: nn.Module, method: str) -> bool:
+    """Whether it is neither that of the kind nor that of its quantized class."""
+    plain = cast("type[nn.Module]", _plain_class(layer))
+    known = {getattr(cls, method, None) for cls in (plain, QUANTIZED[plain])}
+    return method in vars(layer) or getattr(type(layer), method, None) not in known
+
+
+def _why_unfit(layer: nn.Module, name: str) -> str:
+    tensor = getattr(layer, name, None)
+    if tensor is None:
+        return ""
+    if name not in layer._parameters:
+        return f"its {name} is no parameter but computed from others (parametrized, normalised or pruned)"
+    if nn.parameter.is_lazy(tensor):
+        return f"its {name} has no shape before the first call"
+    dtype = cast(Tensor, tensor).dtype
+    return "" if dtype == torch.float32 else f"its {name} is {dtype}; accepted: torch.float32"
 
 
 def quantize_layer(layer: nn.Module, scheme: LayerScheme) -> None:
     """Make a float layer a quantized one, in place: its class changes, its parameters stay.
 
     Args:
-        layer: One of the float types in `QUANTIZED`.
+        layer: One that has a kind (`kind_of`) and is not refused (`why_refused`).
         scheme: What to quantize; at least one of weight and input.
     """
-    layer.__class__ = QUANTIZED[type(layer)]
-    cast(QuantizedConvolution, layer).attach(scheme)
+    quantized = cast(QuantizedConvolution, layer)
+    quantized.float_class = type(layer)
+    layer.__class__ = QUANTIZED[cast("type[nn.Module]", _plain_class(layer))]
+    quantized.attach(scheme)
 
 
 def unquantize_layer(layer: nn.Module) -> None:
     """Make a quantized layer the float one again, in place: its quantizers go, its parameters stay."""
-    float_types = {quantized: plain for plain, quantized in QUANTIZED.items()}
-    layer.__class__ = float_types[type(layer)]
+    layer.__class__ = cast(QuantizedConvolution, layer).float_class
     for name in ADDED:
         if hasattr(layer, name):
             delattr(layer, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpq_train.quantization.numerics.fake_quant import add_codes
 from cpq_train.quantization.quantizer import Quantizer
@@ -20,6 +20,7 @@ class QuantAdd(ResidualAdd):
     kind = "ResidualAdd"
     is_bypassed = False
 
+    float_class: type[nn.Module]
     why_simulated: str
     _input_quantizer: Quantizer
     _residual_quantizer: Quantizer | None

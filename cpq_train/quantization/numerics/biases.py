@@ -75,17 +75,16 @@ class _HalfPrecision(Function):
         return grad
 
 
-def as_deployed(bias: Tensor | None, kind: BiasKind, step_x: Tensor, step_w: Tensor) -> Bias:
+def as_deployed(bias: Tensor | None, kind: BiasKind, unit: Tensor) -> Bias:
     """A bias as its kind has it.
 
     Args:
         bias: (C',) the parameter, or None.
         kind: Of it.
-        step_x: Value of code 1 of the input, one number.
-        step_w: Of the weight, of as many numbers as it has ranges.
+        unit: Value of 1 in the layer's sums, (C',) or one number.
     """
     if bias is None or kind == "float":
         return Bias(bias)
     if kind == "fp16":
         return Bias(rounded_to_half(bias))
-    return Bias(bias, bias_codes(bias, step_x * step_w.reshape(-1)))
+    return Bias(bias, bias_codes(bias, unit))

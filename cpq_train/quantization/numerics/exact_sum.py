@@ -4,6 +4,9 @@ fp32 holds every whole number up to 2^24. A sum that could pass it is split over
 parts are added in fp64. Codes of 9 to 16 bits are split first, into two digits of 8 bits each:
 `code = 256 * high + low`; a convolution is linear, so the sums of digits are put together in fp64, which is
 exact up to 2^53. The total is rounded to fp32 once, as an integer engine's 64-bit sum would be.
+
+While a network is traced (torch.compile, torch.export) a sum is split for the largest codes that there could
+be, not for those that there are: the parts are more, the total is the same.
 """
 
 from __future__ import annotations
@@ -32,11 +35,18 @@ class Axes(NamedTuple):
         output: Axis of the output channels in the weight.
         input: Axis of the input channels in the weight.
         feature: Axis of the channels in features.
+        groups: In so many groups the channels are; they lie along axis 0 of the weight.
     """
 
     output: int
     input: int
     feature: int = 1
+    groups: int = 1
+
+    @property
+    def groups_of_input(self) -> int:
+        """Groups along the weight's input axis, which otherwise has the channels of one."""
+        return self.groups if self.input == 0 else 1
 
 
 class Codes(NamedTuple):
@@ -146,22 +156,42 @@ def _sum_of_bytes(x: Codes, w: Codes, convolve: Convolve, axes: Axes) -> Tensor:
     num_parts = num_exact_parts(x, w, axes)
     if num_parts == 1:
         return convolve(x.values, w.values)
-    parts = zip(x.values.chunk(num_parts, axes.feature), w.values.chunk(num_parts, axes.input), strict=True)
-    return torch.stack([convolve(*part).double() for part in parts]).sum(0)
+    if num_parts == 0:
+        return convolve(x.values.double(), w.values.double())
+    of_x = _chunks(x.values, num_parts, axes.feature, axes.groups)
+    of_w = _chunks(w.values, num_parts, axes.input, axes.groups_of_input)
+    return torch.stack([convolve(*part).double() for part in zip(of_x, of_w, strict=True)]).sum(0)
+
+
+def _chunks(values: Tensor, num_parts: int, axis: int, groups: int) -> list[Tensor]:
+    """Parts of the channels along an axis, each with a share of every group."""
+    if groups == 1:
+        return list(values.chunk(num_parts, axis))
+    axis = axis % values.dim()
+    parts = values.unflatten(axis, (groups, -1)).chunk(num_parts, axis + 1)
+    return [part.flatten(axis, axis + 1) for part in parts]
 
 
 def num_exact_parts(x: Codes, w: Codes, axes: Axes) -> int:
-    """Into how many groups of input channels a sum must be split so that every part stays below 2^24.
+    """Into how many parts of the input channels a sum must be split so that each stays below 2^24.
 
     A layer's bound is the largest sum of |code_w| * max|code_x| over an output channel. Without negative
     codes in the input (behind a ReLU) positive and negative products never add up, and the bound is about
     half as large.
+
+    Returns:
+        0 where the products of a single channel could pass it.
     """
-    num_terms = w.values.numel() // w.values.shape[axes.output]
-    if num_terms * x.magnitude * w.magnitude < EXACT_LIMIT:
+    num_channels = w.values.shape[axes.input] // axes.groups_of_input
+    num_outputs = w.values.shape[axes.output] * axes.groups_of_input
+    of_a_channel = w.values.numel() // (num_outputs * num_channels) * x.magnitude * w.magnitude
+    if num_channels * of_a_channel < EXACT_LIMIT:
         return 1
+    if torch.compiler.is_compiling():
+        most = int((EXACT_LIMIT - 1) // of_a_channel)
+        return -(-num_channels // most) if most else 0
     num_parts = _num_parts(w.values, x.magnitude, axes, one_sided=False)
-    if num_parts > 1 and x.values.numel() and float(x.values.detach().amin()) >= 0:
+    if num_parts != 1 and x.values.numel() and float(x.values.detach().amin()) >= 0:
         num_parts = _num_parts(w.values, x.largest, axes, one_sided=True)
     return num_parts
 
@@ -173,13 +203,15 @@ def _num_parts(w_codes: Tensor, largest_x: int, axes: Axes, one_sided: bool) -> 
         worst = max(float(part.sum(1).max()) for part in parts)
         if worst * largest_x < EXACT_LIMIT and len(parts) == num_parts:
             return num_parts
-    raise AssertionError("one input channel alone passes 2^24: no kernel of this network is that large")
+    return 0
 
 
 def _magnitudes(w_codes: Tensor, axes: Axes, one_sided: bool) -> Tensor:
-    """Sums of |code_w| by output (rows) and input channel (columns); one-sided, by sign too."""
-    output_axis, input_axis = axes.output, axes.input % w_codes.dim()
-    kernel = [d for d in range(w_codes.dim()) if d not in (output_axis, input_axis)]
+    """Sums of |code_w| by output (rows) and input channel of its group (columns); one-sided, by sign too."""
+    kernel = [d for d in range(w_codes.dim()) if d not in (axes.output, axes.input % w_codes.dim())]
     signs = (w_codes.clamp(min=0), w_codes.clamp(max=0)) if one_sided else (w_codes,)
-    sums = torch.cat([w.abs().sum(kernel) for w in signs], output_axis)
-    return sums if output_axis == 0 else sums.T
+    sums = torch.cat([w.abs().sum(kernel) if kernel else w.abs() for w in signs], axes.output)
+    if axes.output == 0:
+        return sums
+    by_group = sums.view(axes.groups, -1, sums.shape[1])
+    return by_group.transpose(1, 2).flatten(0, 1)

@@ -225,19 +225,22 @@ class _Rescale(Function):
         shape = [1] * acc.dim()
         shape[channel_dim] = -1
         step_w = step_w.reshape(shape)
-        ctx.channel_dim = channel_dim
+        ctx.channel_dim = channel_dim % acc.dim()
         ctx.has_bias = bias is not None
         ctx.save_for_backward(step_w)
         ctx.mark_dirty(acc)
         acc.mul_(step_x * step_w)
-        return acc if bias is None or is_in_sum else acc.add_(bias.reshape(shape))
+        if bias is not None and not is_in_sum:
+            acc.add_(bias.reshape(shape))
+        return acc
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None, None]:
         (step_w,) = ctx.saved_tensors
         bias_grad = None
         if ctx.has_bias and ctx.needs_input_grad[3]:
-            bias_grad = grad.sum([d for d in range(grad.dim()) if d != ctx.channel_dim])
+            others = [d for d in range(grad.dim()) if d != ctx.channel_dim]
+            bias_grad = grad.sum(others) if others else grad  # over no axis torch sums over all
         return grad * step_w, None, None, bias_grad, None, None
 
 

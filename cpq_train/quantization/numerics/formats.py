@@ -6,7 +6,6 @@ A format rounds a tensor that was scaled so that amax lies on its largest number
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -27,12 +26,12 @@ class IntegerFormat:
     signed: bool = True
     narrow_range: bool = False
 
-    @cached_property
+    @property
     def qmax(self) -> int:
         """Largest code, the one that amax is mapped to."""
         return int(2 ** (self.bits - int(self.signed)) - 1)
 
-    @cached_property
+    @property
     def qmin(self) -> int:
         """Smallest code."""
         if not self.signed:

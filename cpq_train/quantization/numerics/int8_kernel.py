@@ -39,7 +39,7 @@ IS_AVAILABLE = _is_available()
 
 
 def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geometry: Geometry) -> bool:
-    """Whether `convolve` computes this sum: 8 bits, no negative code in the input, a plain convolution.
+    """Whether `convolve` computes this sum: 8 bits, no negative code in the input, a plain 2-D convolution.
 
     Args:
         x_codes: Codes of the input, (B, C, H, W).
@@ -50,9 +50,11 @@ def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geom
     """
     return (
         IS_AVAILABLE
+        and not torch.compiler.is_compiling()  # the last condition looks at values
         and x_codes.device.type == "cpu"
         and largest_x <= LARGEST_CODE
         and largest_w <= 128
+        and x_codes.dim() == 4
         and not geometry.transposed
         and geometry.groups == 1
         and w_codes[0].numel() < MAX_TERMS

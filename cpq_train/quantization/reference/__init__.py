@@ -14,6 +14,7 @@ from cpq_train.quantization.reference.layers import (
     LayerResult,
     add,
     dense_convolution,
+    linear,
     sparse_convolution,
 )
 from cpq_train.quantization.reference.rulebook import Kernel, RowOf
@@ -27,5 +28,6 @@ __all__ = [
     "add",
     "dense_convolution",
     "encode",
+    "linear",
     "sparse_convolution",
 ]

@@ -118,7 +118,7 @@ def _compare(name: str, kind: str, seen: Observed, expected: reference.LayerResu
         + _num_unequal(seen.weight_codes, expected.weight_codes),
         # The layer's sums are fp32 by now: the whole number, rounded once.
         mismatched_sums=0 if seen.sums is None else _num_unequal(seen.sums, expected.sums.astype(np.float32)),
-        mismatched_outputs=_num_unequal(seen.output, expected.output) + num_lost * expected.output.shape[1],
+        mismatched_outputs=_num_unequal(seen.output, expected.output) + num_lost * expected.output.shape[-1],
         largest_difference=largest,
         where=_place(difference, seen.positions) if largest else "",
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
-from cpq_train.quantization.layers import QuantAdd
+from cpq_train.quantization.layers import QuantAdd, QuantLinear
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.switches import QuantizedLayer
 from cpq_train.sparse import SparseConvTensor
@@ -49,13 +51,8 @@ def why_not_covered(layer: QuantizedLayer) -> str:
     """Why the integer reference says nothing of a quantized layer; empty where it does."""
     if layer.why_simulated:
         return f"simulated: {layer.why_simulated}"
-    if isinstance(layer, QuantAdd):
-        is_on, groups = layer._input_quantizer.is_active, 1
-    else:
-        is_on, groups = len(layer._active()) == 2, cast(int, layer.groups)
-    if layer.is_bypassed or not is_on:
-        return "its quantizers are switched off"
-    return "" if groups == 1 else f"the reference has no convolution in {groups} groups"
+    is_on = layer._input_quantizer.is_active if isinstance(layer, QuantAdd) else len(layer._active()) == 2
+    return "its quantizers are switched off" if layer.is_bypassed or not is_on else ""
 
 
 @contextmanager
@@ -67,7 +64,7 @@ def observing(layers: Mapping[str, Any], take: Take) -> Iterator[None]:
         if not isinstance(layer, QuantAdd):
             _tap_sums(layer, tap)
             tapped.append(layer)
-        handles.append(layer.register_forward_hook(_hook(name, tap, take)))
+        handles.append(layer.register_forward_hook(_hook(name, tap, take), with_kwargs=True))
     try:
         yield
     finally:
@@ -89,8 +86,9 @@ def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
     layer._exact_sum = tapped
 
 
-def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[..., None]:
+    def hook(layer: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any], output: Any) -> None:
+        arguments = arguments_of(layer, given, by_name)
         if isinstance(layer, QuantAdd):
             pairs = zip(_add_quantizers(layer), arguments, strict=True)
             codes = np.stack([_array(quantizer.codes(tensor)[0]) for quantizer, tensor in pairs])
@@ -101,9 +99,16 @@ def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[[nn.Module, tupl
             place = _array(output.indices).astype(np.int64), tuple(output.spatial_shape)
             take(name, layer, arguments, Observed(codes, weight_codes, sums, _array(output.features), *place))
         else:
+            # A single sample meets the sum as a batch of one.
+            codes, sums = codes.reshape(arguments[0].shape), sums.reshape(output.shape)
             take(name, layer, arguments, Observed(codes, weight_codes, sums, _array(output)))
 
     return hook
+
+
+def arguments_of(layer: nn.Module, given: tuple[Any, ...], by_name: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All arguments of a call in the order that the layer's forward pass has them."""
+    return signature(type(layer).forward).bind(layer, *given, **by_name).args[1:]
 
 
 def evaluate(name: str, layer: Any, arguments: tuple[Any, ...]) -> reference.LayerResult:
@@ -122,12 +127,15 @@ def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.LayerResult:
     if isinstance(layer, QuantAdd):
         branch, identity = (_range(q) for q in _add_quantizers(layer))
         return reference.add(_array(arguments[0]), branch, _array(arguments[1]), identity)
-    (x,) = arguments
+    x, *output_size = arguments
+    convolution = _convolution(layer)
+    if isinstance(layer, QuantLinear):
+        return reference.linear(convolution, _array(x.float()))
     if not isinstance(x, SparseConvTensor):
-        return reference.dense_convolution(_convolution(layer), _array(x))
+        return reference.dense_convolution(_sized(convolution, x, *output_size), _array(x.float()))
     positions = _array(x.indices).astype(np.int64)
     grid = tuple(x.spatial_shape)
-    return reference.sparse_convolution(_convolution(layer), _array(x.features), positions, grid)
+    return reference.sparse_convolution(convolution, _array(x.features.float()), positions, grid)
 
 
 def in_the_order_of(seen: Observed, expected: reference.LayerResult) -> tuple[reference.LayerResult, int]:
@@ -158,18 +166,48 @@ def run(network: nn.Module, inputs: Sequence[Any]) -> Any:
 
 
 def _convolution(layer: Any) -> reference.Convolution:
-    return reference.Convolution(
+    convolution = reference.Convolution(
         kind=layer.kind,
         weight=_array(layer.weight),
         bias=None if layer.bias is None else _array(layer.bias),
         weight_range=_range(layer._weight_quantizer),
         input_range=_range(layer._input_quantizer),
-        kernel=reference.Kernel(
-            *(tuple(g) for g in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
-        ),
-        output_padding=tuple(layer.output_padding),
         bias_kind=layer.bias_kind,
     )
+    if isinstance(layer, QuantLinear):
+        return convolution
+    size, stride, dilation = (tuple(g) for g in (layer.kernel_size, layer.stride, layer.dilation))
+    before, behind = _padding(layer)
+    return replace(
+        convolution,
+        kernel=reference.Kernel(size, stride, before, dilation),
+        output_padding=tuple(layer.output_padding),
+        groups=layer.groups,
+        more_behind=tuple(b - a for a, b in zip(before, behind, strict=True)),
+    )
+
+
+def _padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zeros before and behind each axis."""
+    if not isinstance(layer.padding, str):
+        return tuple(layer.padding), tuple(layer.padding)
+    # "same" makes up for what a kernel takes away, at the end if one is left over; "valid" does not.
+    taken = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    taken = taken if layer.padding == "same" else [0] * len(taken)
+    before = tuple(t // 2 for t in taken)
+    return before, tuple(t - b for t, b in zip(taken, before, strict=True))
+
+
+def _sized(
+    convolution: reference.Convolution, x: Tensor, output_size: Sequence[int] | None = None
+) -> reference.Convolution:
+    """With the output padding that gives the size which a call asked for."""
+    if output_size is None:
+        return convolution
+    num_dims = len(convolution.kernel.size)
+    least = convolution.kernel.transposed_shape(x.shape[-num_dims:], [0] * num_dims)
+    extra = tuple(size - n for size, n in zip(output_size[-num_dims:], least, strict=True))
+    return replace(convolution, output_padding=extra)
 
 
 def _range(quantizer: Quantizer) -> reference.Range:

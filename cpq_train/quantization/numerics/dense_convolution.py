@@ -1,0 +1,73 @@
+"""A dense convolution of two given tensors, and its gradients.
+
+Letters: B batch, C C' input and output channels; `...` one to three axes of space. B may be missing, as it
+may in PyTorch's layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cpq_train.quantization.numerics.int8_kernel import Geometry
+
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True)
+class DenseConvolution:
+    """The convolution of a torch.nn layer, without its weight and bias.
+
+    Attributes:
+        geometry: Of it.
+        more_behind: Zeros that each axis has at its end beyond the padding; empty where none has any.
+    """
+
+    geometry: Geometry
+    more_behind: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: Any, output_padding: tuple[int, ...]) -> DenseConvolution:
+        """That of a layer; `output_padding` is that of the call, which may ask for a size."""
+        padding, more_behind = layer.padding, ()
+        if isinstance(padding, str):
+            factor = int(padding == "same")  # 0: valid
+            span = [factor * d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            # Of an odd number of zeros one more is at the end, as PyTorch pads.
+            padding, more_behind = tuple(s // 2 for s in span), tuple(s % 2 for s in span)
+        geometry = Geometry(
+            layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
+        )
+        return cls(geometry, more_behind if any(more_behind) else ())
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C', ...), or both without B."""
+        if x.dim() < weight.dim():
+            return self(x.unsqueeze(0), weight).squeeze(0)
+        return torch.convolution(self._padded(x), weight, None, *self.geometry)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        num_biases: list[int] | None,
+        needed: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Gradients of input, weight and bias, of each that is needed; x is (B, C, ...)."""
+        grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
+            grad, self._padded(x), weight, num_biases, *self.geometry, needed
+        )
+        if self.more_behind and needed[0]:
+            grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
+        return grad_x, grad_w, grad_bias
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """With the zeros that torch.convolution does not add."""
+        if not self.more_behind:
+            return x
+        return functional.pad(x, [number for more in reversed(self.more_behind) for number in (0, more)])
