@@ -34,5 +34,12 @@ def as_said_today(quantization: dict[str, Any]) -> dict[str, Any]:
     scheme = quantization["scheme"]
     if scheme is not None:
         defaults = {**scheme["defaults"], "bias": "float"}
-        scheme = {**scheme, "on_small_step": "error", "on_reuse": "error", "defaults": defaults}
+        rules = [{key: value for key, value in rule.items() if key != "kinds"} for rule in scheme["rules"]]
+        scheme = {
+            **scheme,
+            "rules": rules,
+            "on_small_step": "error",
+            "on_reuse": "error",
+            "defaults": defaults,
+        }
     return {**quantization, "schema": 2, "layers": rows, "scheme": scheme}

@@ -128,7 +128,7 @@ class Description:
             parents=dict(entry["parents"]),
             trained_on=dict(entry.get("trained_on", {})),
             wiring=None if entry.get("wiring") is None else Wiring.from_dict(entry["wiring"]),
-            groups_of_schema_1=_groups(entry["layers"]) if entry["schema"] == 1 else (),
+            groups_of_schema_1=_groups(entry["layers"]) if entry.get("wiring") is None else (),
         )
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dense layers of every setting: equal to integers at every bit, gradients as pytorch-quantization has them."""
+"""Dense layers of every setting: integers at every bit, gradients as pytorch-quantization has them."""
 
 from typing import Any, NamedTuple
 
