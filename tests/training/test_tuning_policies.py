@@ -1,5 +1,6 @@
 """Policies of ranges and of BatchNorm through the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -100,3 +101,24 @@ def test_a_folded_batchnorm_cannot_be_trained(
     with pytest.raises(SystemExit):
         _fit(simulated_root, tmp_path / "q", arms["ptq"] / "ptq.ckpt", "--model.batchnorm", "trained")
     assert "is folded; accepted: folded" in " ".join(capsys.readouterr().err.split())
+
+
+def test_averaged_weights_are_scored_with_averaged_ranges(
+    arms: dict[str, Path], simulated_root: Path, tmp_path: Path
+) -> None:
+    """The average takes the network's place by writes that torch does not count: no range may be remembered."""
+    run = tmp_path / "run"
+    averaging = "lightning.pytorch.callbacks.EMAWeightAveraging"
+    moving = ("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "1")
+    options = (*moving, "--model.ranges.momentum", "1.0", "--trainer.max_epochs", "2")
+    averaged = (f"--trainer.callbacks+={averaging}", "--trainer.callbacks.decay", "0.5")
+    _fit(simulated_root, run, arms["ptq"] / "ptq.ckpt", *options, *averaged)
+    main(
+        [
+            *("validate", "-c", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints/last.ckpt")),
+            *("--trainer.default_root_dir", str(tmp_path / "again"), "--trainer.callbacks", "null"),
+        ]
+    )
+    scores = [json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "again")]
+    assert scores[0]["metrics"] == scores[1]["metrics"]
+    assert (run / "results_nusc.json").read_text() == (tmp_path / "again/results_nusc.json").read_text()
