@@ -106,11 +106,11 @@ def test_a_folded_batchnorm_cannot_be_trained(
 def test_averaged_weights_are_scored_with_averaged_ranges(
     arms: dict[str, Path], simulated_root: Path, tmp_path: Path
 ) -> None:
-    """The average takes the network's place by writes that torch does not count: no range may be remembered."""
+    """The average takes the place of the weights by writes that torch does not count."""
     run = tmp_path / "run"
     averaging = "lightning.pytorch.callbacks.EMAWeightAveraging"
     moving = ("--model.ranges.amax", "moving", "--model.ranges.every_num_steps", "1")
-    options = (*moving, "--model.ranges.momentum", "1.0", "--trainer.max_epochs", "2")
+    options = (*moving, "--model.ranges.momentum", "1.0")
     averaged = (f"--trainer.callbacks+={averaging}", "--trainer.callbacks.decay", "0.5")
     _fit(simulated_root, run, arms["ptq"] / "ptq.ckpt", *options, *averaged)
     main(
