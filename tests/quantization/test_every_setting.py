@@ -144,7 +144,7 @@ def _quantize(case: Case, is_shared: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", NUM_DIMS)
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(data=st.data())
 def test_forward_equals_integers(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
@@ -159,7 +159,7 @@ def test_forward_equals_integers(kind: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", NUM_DIMS)
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(data=st.data())
 def test_gradients_are_those_of_pytorch_quantization(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cpq_train.quantization.layers import quantize_layer
-from cpq_train.quantization.numerics.exact_sum import Axes, exact_sum
+from cpq_train.quantization.numerics.exact_sum import Axes, Codes, Convolve, exact_sum, num_exact_parts
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
@@ -28,6 +28,60 @@ def test_equals_whole_numbers(x_bits: int, w_bits: int, signed: bool) -> None:
     result = exact_sum(x, w, x_format, w_format, nn.functional.conv2d, AXES)
     whole = nn.functional.conv2d(x.double(), w.double())  # below 2^53
     assert torch.equal(result, whole.float())
+
+
+def _in_groups(transposed: bool) -> Convolve:
+    convolve = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+    return lambda x, w: convolve(x, w, groups=3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_sum_in_groups_is_split_within_each(bits: int, transposed: bool) -> None:
+    fmt, convolve = IntegerFormat(bits), _in_groups(transposed)
+    least = fmt.qmax // 2
+    x = _codes(fmt, 2, 3 * 250, 3, 3).abs().clamp(min=least)
+    w = _codes(fmt, *((3 * 250, 2) if transposed else (3 * 2, 250)), 3, 3).abs().clamp(min=least)
+    axes = Axes(output=int(transposed), input=int(not transposed), feature=-3, groups=3)
+    assert num_exact_parts(Codes.of(x, fmt), Codes.of(w, fmt), axes) != 1
+    whole = convolve(x.double(), w.double())
+    assert torch.equal(exact_sum(x, w, fmt, fmt, convolve, axes), whole.float())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_are_not_added_up_for_the_bound(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    """250 channels of 3x3 codes of 127 need three parts, however many groups there are."""
+    fmt = IntegerFormat()
+    x = torch.full((1, 3 * 250, 3, 3), 127.0)
+    w = torch.full((3 * 250, 2, 3, 3) if transposed else (3 * 2, 250, 3, 3), 127.0)
+    axes = Axes(output=int(transposed), input=int(not transposed), feature=-3, groups=3)
+    for is_traced in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_traced: value)
+        assert num_exact_parts(Codes.of(x, fmt), Codes.of(w, fmt), axes) == 3
+
+
+def test_one_channel_alone_passes_fp32() -> None:
+    fmt = IntegerFormat()
+    x, w = torch.full((1, 1, 1500), 126.0), torch.full((1, 1, 1500), 127.0)
+    x[0, 0, 0], axes = 125.0, Axes(output=0, input=1, feature=-2)
+    assert num_exact_parts(Codes.of(x, fmt), Codes.of(w, fmt), axes) == 0
+    result = exact_sum(x, w, fmt, fmt, nn.functional.conv1d, axes)
+    assert result.item() == torch.tensor(126 * 127 * 1500 - 127.0, dtype=torch.float64).float()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("size", [3, 40])
+def test_a_traced_sum_is_split_for_the_largest_codes(
+    monkeypatch: pytest.MonkeyPatch, bits: int, size: int
+) -> None:
+    """At 40 x 40 cells one channel alone could pass 2^24."""
+    fmt = IntegerFormat(bits)
+    x, w = _codes(fmt, 1, 128, size, size), _codes(fmt, 2, 128, size, size)
+    known = exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    num_parts = num_exact_parts(Codes(x, -128, 127), Codes(w, -128, 127), AXES)
+    assert num_parts == {3: 2, 40: 0}[size]  # 128 * 9 * 128^2 is just above 2^24
+    assert torch.equal(exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES), known)
 
 
 def test_wide_sums_have_the_gradient_of_the_convolution() -> None:

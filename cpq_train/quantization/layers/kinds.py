@@ -55,7 +55,7 @@ def why_refused(layer: nn.Module) -> str:
         return f"padding_mode {mode!r}; accepted: 'zeros'"
     changed = [name for name in ("forward", "_conv_forward") if _has_its_own(layer, name)]
     if changed:
-        return f"its class {type(layer).__name__!r} has a {changed[0]} of its own, which would not be called"
+        return f"it has a {changed[0]} of its own, which would not be called"
     reasons = [_why_unfit(layer, name) for name in ("weight", "bias")]
     return next((reason for reason in reasons if reason), "")
 
