@@ -7,6 +7,7 @@ from cpq_train.sparse.importing import importing_spconv
 with importing_spconv():
     from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
+from cpq_train.sparse.adoption import adopt, why_not_adopted
 from cpq_train.sparse.convolution import SparseConv3d, SparseInverseConv3d, SubMConv3d
 from cpq_train.sparse.products import use_regular_products
 from cpq_train.sparse.residual import ResidualAdd
@@ -23,4 +24,6 @@ __all__ = [
     "SparseModule",
     "SparseSequential",
     "SubMConv3d",
+    "adopt",
+    "why_not_adopted",
 ]
