@@ -82,11 +82,11 @@ class _ConvolveMixin(SparseConvolution):
             out.indices, out.spatial_shape = rulebook.out_indices, rulebook.out_spatial_shape
         return out
 
-    def forward(self, x: SparseConvTensor) -> SparseConvTensor:
+    def forward(self, input: SparseConvTensor) -> SparseConvTensor:
         """Convolves with the layer's own weight and adds its bias, if it has one.
 
         Args:
-            x: sparse tensor with features (V_in, C_in).
+            input: sparse tensor with features (V_in, C_in).
 
         Returns:
             Sparse tensor with features (V_out, C_out).
@@ -94,7 +94,7 @@ class _ConvolveMixin(SparseConvolution):
         Raises:
             UserError: As `find_rulebook`.
         """
-        out = self.convolve(x, self.weight)
+        out = self.convolve(input, self.weight)
         return out if self.bias is None else out.replace_feature(out.features + self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
