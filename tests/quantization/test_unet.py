@@ -25,7 +25,7 @@ def _quantized() -> nn.Module:
     for seed in range(3):  # running statistics
         network(*unet_inputs(seed))
     network.eval()
-    prepare(network, Scheme.from_dict({"defaults": INT8}))
+    prepare(network, Scheme.from_dict({"defaults": INT8}), unet_inputs())
     with collecting_ranges(network):
         for seed in range(3):
             network(*unet_inputs(seed))
