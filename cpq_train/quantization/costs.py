@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
-from cpq_train.sparse import SparseConv3d, SubMConv3d
-from cpq_train.sparse.rulebook import num_pairs
+from cpq_train.sparse import SparseConv3d, SparseInverseConv3d, SubMConv3d
+from cpq_train.sparse.rulebook import count_pairs
 
 FLOAT_BITS = 32
 BITS_PER_MIB = 8 * 2**20
@@ -88,9 +88,8 @@ def num_macs(module: Any, inputs: Any, output: Any) -> int:
         inputs: What it was called with.
         output: What it returned.
     """
-    if isinstance(module, (SubMConv3d, SparseConv3d)):
-        rulebook = output.find_indice_pair(module.indice_key)  # none where there was no voxel
-        return 0 if rulebook is None else num_pairs(rulebook) * module.in_channels * module.out_channels
+    if isinstance(module, (SubMConv3d, SparseConv3d, SparseInverseConv3d)):
+        return count_pairs(module, inputs[0]) * int(module.in_channels * module.out_channels)
     if isinstance(module, _ConvTransposeNd):  # every weight meets every input position
         return int(inputs[0].numel() // module.in_channels * module.weight.numel())
     if isinstance(module, _ConvNd):  # every weight meets every output position

@@ -81,7 +81,7 @@ class QuantizerScheme:
             the least error at the detector's foreground cells).
         mode: static (amax found by calibration), dynamic (max of each tensor), off (stays float).
         percentile: Share of the values kept inside amax, in percent, for `method: percentile`.
-        count_zeros: Whether zeros take part in percentile and entropy. A BEV map is mostly zeros, which
+        count_zeros: Whether zeros take part in a percentile. A BEV map is mostly zeros, which
             say nothing about the range.
 
     Raises:

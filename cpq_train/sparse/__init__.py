@@ -7,7 +7,8 @@ from cpq_train.sparse.importing import importing_spconv
 with importing_spconv():
     from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
-from cpq_train.sparse.convolution import SparseConv3d, SubMConv3d
+from cpq_train.sparse.adoption import adopt, why_not_adopted
+from cpq_train.sparse.convolution import SparseConv3d, SparseInverseConv3d, SubMConv3d
 from cpq_train.sparse.products import use_regular_products
 from cpq_train.sparse.residual import ResidualAdd
 
@@ -19,7 +20,10 @@ __all__ = [
     "ResidualAdd",
     "SparseConv3d",
     "SparseConvTensor",
+    "SparseInverseConv3d",
     "SparseModule",
     "SparseSequential",
     "SubMConv3d",
+    "adopt",
+    "why_not_adopted",
 ]

@@ -2,22 +2,30 @@
 
 Letters: V active voxels. A rulebook is spconv's own `IndiceData` (Native, on the CPU) or
 `ImplicitGemmIndiceData` (MaskImplicitGemm, on CUDA), kept in the sparse tensor's `indice_dict` under the
-layer's `indice_key`, as spconv does it.
+layer's `indice_key`, as spconv does it. An inverse convolution reads the one of the layer that it undoes from
+its outputs to its inputs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from math import prod
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import torch
 from spconv.core import ConvAlgo
 from spconv.pytorch import SparseConvTensor, functional, ops
 from spconv.pytorch.core import ImplicitGemmIndiceData, IndiceData
 from torch import Tensor
 
+from cpq_train.common.errors import UserError
+
 if TYPE_CHECKING:
     from spconv.pytorch.conv import SparseConvolution
 
 Rulebook: TypeAlias = IndiceData | ImplicitGemmIndiceData
+
+MOST_MASKED_CELLS = 128
+"""The largest kernel for which spconv 2.3 ever chooses MaskImplicitGemm; Native takes any."""
 
 
 def output_shape(layer: SparseConvolution, spatial_shape: list[int]) -> list[int]:
@@ -32,23 +40,55 @@ def find_or_build(layer: SparseConvolution, x: SparseConvTensor) -> Rulebook:
     """The layer's rulebook for the voxels of `x`; built once per indice key and kept with the tensor.
 
     A strided layer reuses its own rulebook too: its output rows come in no guaranteed order on CUDA, so that
-    two convolutions of one tensor (a sum split over channels) have to share one.
+    two convolutions of one tensor (a sum split over channels) have to share one. An inverse convolution takes
+    the one that it finds.
 
     Raises:
-        AssertionError: the indice key already belongs to other voxels or another kernel.
+        UserError: What lies under the indice key belongs to other voxels or another kernel, or an inverse
+            convolution finds nothing there.
     """
     found = x.find_indice_pair(layer.indice_key)
     if found is not None:
-        same_kernel = all(getattr(found, name) == value for name, value in _kernel(layer).items())
-        same_voxels = found.is_subm == layer.subm and found.indices is x.indices
-        if not (same_kernel and same_voxels):
-            raise AssertionError(f"indice key {layer.indice_key!r} belongs to another kernel or other voxels")
+        _check_fits(layer, x, found)
         return found
-    build = _build_implicit_gemm if x.features.is_cuda else _build_native
-    rulebook = build(layer, x)
+    if layer.inverse:
+        _refuse(
+            layer, f"there is no rulebook; keys that have one: {', '.join(map(str, x.indice_dict)) or 'none'}"
+        )
+    rulebook = _build(layer, x)
     if layer.indice_key is not None:
         x.indice_dict[layer.indice_key] = rulebook
     return rulebook
+
+
+def _check_fits(layer: SparseConvolution, x: SparseConvTensor, found: Rulebook) -> None:
+    if found.is_subm != layer.subm:
+        _refuse(layer, f"the rulebook is of a {'submanifold' if found.is_subm else 'strided'} layer")
+    for name, value in _shared_settings(layer).items():
+        if list(getattr(found, name)) != list(value):
+            _refuse(layer, f"the rulebook has {name} {getattr(found, name)}, the layer {value}")
+    indices, shape = found.indices, found.spatial_shape
+    if layer.inverse:
+        indices, shape = found.out_indices, found.out_spatial_shape
+    if list(shape) != list(x.spatial_shape) or not _are_same(indices, x.indices):
+        _refuse(layer, "the rulebook belongs to other voxels")
+
+
+def _refuse(layer: SparseConvolution, reason: str) -> NoReturn:
+    said = f"{type(layer).__name__}({layer.extra_repr()})"
+    raise UserError(f"{said} cannot use its indice key {layer.indice_key!r}: {reason}")
+
+
+def _shared_settings(layer: SparseConvolution) -> dict[str, Any]:
+    """What layers with one rulebook have in common; a submanifold layer's stride and padding mean nothing."""
+    kernel = _kernel(layer)
+    if layer.inverse:
+        return {"ksize": kernel["ksize"]}
+    return {name: kernel[name] for name in ("ksize", "dilation")} if layer.subm else kernel
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.device == b.device and torch.equal(a, b))
 
 
 def _kernel(layer: SparseConvolution) -> dict[str, Any]:
@@ -68,6 +108,20 @@ def _record(layer: SparseConvolution, x: SparseConvTensor, algo: ConvAlgo) -> di
         "out_spatial_shape": output_shape(layer, x.spatial_shape),
         "algo": algo,
     }
+
+
+def _build(layer: SparseConvolution, x: SparseConvTensor) -> Rulebook:
+    if not len(x.indices):
+        return _build_empty(layer, x)
+    is_small = prod(layer.kernel_size) <= MOST_MASKED_CELLS
+    return _build_implicit_gemm(layer, x) if x.features.is_cuda and is_small else _build_native(layer, x)
+
+
+def _build_empty(layer: SparseConvolution, x: SparseConvTensor) -> IndiceData:
+    """No voxel in, none out; spconv's kernels do not take that case."""
+    num_cells = prod(layer.kernel_size)
+    pairs, num_pairs = x.indices.new_empty((2, num_cells, 0)), x.indices.new_zeros(num_cells)
+    return IndiceData(x.indices, x.indices, pairs, num_pairs, **_record(layer, x, ConvAlgo.Native))
 
 
 def _build_native(layer: SparseConvolution, x: SparseConvTensor) -> IndiceData:
@@ -112,8 +166,13 @@ def _build_implicit_gemm(layer: SparseConvolution, x: SparseConvTensor) -> Impli
     )
 
 
-def num_pairs(rulebook: Rulebook) -> int:
+def count_pairs(layer: SparseConvolution, x: SparseConvTensor) -> int:
     """How often an input voxel meets an output voxel: a convolution costs C_in * C_out products for each."""
+    return len(x.indices) if layer.conv1x1 else num_pairs(find_or_build(layer, x))
+
+
+def num_pairs(rulebook: Rulebook) -> int:
+    """The pairs that a rulebook lists."""
     if isinstance(rulebook, ImplicitGemmIndiceData):
         return int((rulebook.pair_fwd >= 0).sum())
     listed = int(rulebook.indice_pair_num.sum())
@@ -121,33 +180,49 @@ def num_pairs(rulebook: Rulebook) -> int:
     return 2 * listed + len(rulebook.indices) if rulebook.is_subm else listed
 
 
-def gather_multiply_scatter(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
+def gather_multiply_scatter(
+    features: Tensor, weight: Tensor, rulebook: Rulebook, inverse: bool = False
+) -> Tensor:
     """The convolution proper, differentiable in features and weight.
 
     Args:
         features: input features, shape (V_in, C_in).
         weight: KRSC weight, shape (C_out, kz, ky, kx, C_in).
         rulebook: what `find_or_build` returned for these voxels.
+        inverse: read it from its outputs to its inputs.
 
     Returns:
         Output features without a bias, shape (V_out, C_out).
     """
-    num_out = rulebook.out_indices.shape[0]
+    num_out = len(rulebook.indices if inverse else rulebook.out_indices)
+    if not len(features):
+        # The product keeps the weight in the graph, so that its gradient is zero and not missing.
+        return features.new_zeros((num_out, weight.shape[0])) * weight.sum()
     if isinstance(rulebook, IndiceData):
-        convolve = functional.indice_subm_conv if rulebook.is_subm else functional.indice_conv
-        out: Tensor = convolve(
-            features, weight, rulebook.indice_pairs, rulebook.indice_pair_num, num_out, ConvAlgo.Native
-        )
-        return out
-    out = functional.implicit_gemm(
+        return _native(features, weight, rulebook, num_out, inverse)
+    return _implicit_gemm(features, weight, rulebook, num_out, inverse)
+
+
+def _native(features: Tensor, weight: Tensor, rulebook: IndiceData, num_out: int, inverse: bool) -> Tensor:
+    plain = functional.indice_inverse_conv if inverse else functional.indice_conv
+    convolve = functional.indice_subm_conv if rulebook.is_subm else plain
+    out: Tensor = convolve(
+        features, weight, rulebook.indice_pairs, rulebook.indice_pair_num, num_out, ConvAlgo.Native
+    )
+    return out
+
+
+def _implicit_gemm(
+    features: Tensor, weight: Tensor, rulebook: ImplicitGemmIndiceData, num_out: int, inverse: bool
+) -> Tensor:
+    forth = (rulebook.pair_fwd, rulebook.pair_mask_fwd_splits, rulebook.mask_argsort_fwd_splits)
+    back = (rulebook.pair_bwd, rulebook.pair_mask_bwd_splits, rulebook.mask_argsort_bwd_splits)
+    if inverse:
+        forth, back = back, forth
+    out: Tensor = functional.implicit_gemm(
         features,
         weight,
-        rulebook.pair_fwd,
-        rulebook.pair_bwd,
-        rulebook.pair_mask_fwd_splits,
-        rulebook.pair_mask_bwd_splits,
-        rulebook.mask_argsort_fwd_splits,
-        rulebook.mask_argsort_bwd_splits,
+        *(tensor for both in zip(forth, back, strict=True) for tensor in both),
         num_out,
         rulebook.masks,
         True,  # is_train: keeps what backward needs, and the same kernel in train and eval

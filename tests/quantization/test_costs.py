@@ -6,7 +6,7 @@ from torch import nn
 
 from cpq_train.quantization.costs import LayerCost, bit_macs, count_costs, stored_mib
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
-from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d
 
 COORDS = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 2], [0, 5, 5, 5], [1, 1, 1, 1]], dtype=torch.int32)
 
@@ -16,12 +16,16 @@ def test_macs_of_sparse_layers_are_pairs_of_voxels() -> None:
         {
             "same": SubMConv3d(3, 5, 3, padding=1, bias=False, indice_key="a"),
             "strided": SparseConv3d(5, 2, 3, stride=2, padding=1, bias=False, indice_key="b"),
+            "inverse": SparseInverseConv3d(2, 3, 3, indice_key="b", bias=False),
+            "cell": SubMConv3d(3, 4, 1, bias=False),
+            "keyless": SubMConv3d(4, 4, 3, padding=1, bias=False),
         }
     )
 
     def run() -> int:
         x = SparseConvTensor(torch.randn(4, 3), COORDS, [8, 8, 8], 2)
-        network["strided"](network["same"](x))
+        for layer in network.values():
+            x = layer(x)
         return 2
 
     costs = count_costs(network, network.keys(), run)
@@ -30,6 +34,9 @@ def test_macs_of_sparse_layers_are_pairs_of_voxels() -> None:
     # At stride 2 and padding 1 an odd coordinate lies in two windows of its axis, an even one in one.
     windows = 8 + 4 + 8 + 8
     assert costs["strided"] == LayerCost(5 * 2 * 27, windows * 5 * 2 / 2)
+    assert costs["inverse"] == LayerCost(2 * 3 * 27, windows * 2 * 3 / 2)  # the same pairs, read backwards
+    assert costs["cell"] == LayerCost(3 * 4, 4 * 3 * 4 / 2)
+    assert costs["keyless"] == LayerCost(4 * 4 * 27, (4 + 2) * 4 * 4 / 2)
 
 
 def test_macs_of_dense_layers() -> None:

@@ -20,7 +20,7 @@ from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import only_quantized, quantizers_off
 from cpq_train.quantization.verification.end_to_end import Flips, verify_end_to_end
 from cpq_train.quantization.verification.layers import LayerReport, verify_layers
-from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d
 
 INT8 = LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme())
 
@@ -97,6 +97,10 @@ def _voxels(channels: int) -> SparseConvTensor:
     return SparseConvTensor(torch.randn(len(coords), channels), coords, [9, 9, 9], 2)
 
 
+def _strided(**settings: Any) -> SparseConvTensor:
+    return SparseConv3d(3, 12, stride=2, padding=(0, 1, 1), indice_key="k", **settings)(_voxels(3))
+
+
 def _subm() -> nn.Module:
     return SubMConv3d(12, 5, 3, padding=1, bias=True, indice_key="k")
 
@@ -117,6 +121,13 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] 
         lambda: SparseConv3d(12, 5, (3, 1, 1), stride=(2, 1, 1), bias=False),
         lambda: (_voxels(12),),
     ),
+    "inverse": (lambda: SparseInverseConv3d(12, 5, 3, indice_key="k"), lambda: (_strided(kernel_size=3),)),
+    "inverse, conv4": (
+        lambda: SparseInverseConv3d(12, 5, (3, 2, 1), indice_key="k", bias=False),
+        lambda: (_strided(kernel_size=(3, 2, 1), dilation=(2, 1, 1)),),
+    ),
+    "inverse, one cell": (lambda: SparseInverseConv3d(12, 5, 1, indice_key="none"), lambda: (_voxels(12),)),
+    "submanifold, one cell": (lambda: SubMConv3d(12, 5, 1), lambda: (_voxels(12),)),
     "add": (ResidualAdd, lambda: (torch.randn(50, 8), torch.randn(50, 8).relu() * 3)),
 }
 
@@ -169,7 +180,7 @@ def test_residual_add_with_the_range_of_the_block() -> None:
     assert report.num_mismatched == 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "transposed", "submanifold", "sparse"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "submanifold", "sparse", "inverse"])
 def test_a_wrong_sum_is_found_where_it_is(kind: str) -> None:
     layer, inputs = _quantized(kind)
     exact_sum = type(layer)._exact_sum

@@ -14,7 +14,7 @@ from cpq_train.quantization.numerics.exact_sum import EXACT_LIMIT, Codes, num_ex
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import quantizers_off
-from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d, convolution
 
 INT8 = LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme())
 
@@ -173,6 +173,23 @@ def test_sparse_split_sum_is_exact(cls: type) -> None:
     dense = torch.zeros(4, 4, 4)
     dense[tuple(out.indices[:, 1:].long().T)] = out.features.detach()[:, 0]
     torch.testing.assert_close(dense, expected, rtol=2e-7, atol=0)
+
+
+def test_parts_of_a_split_sum_share_a_rulebook_without_an_indice_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA two rulebooks of one strided layer have their rows in different orders."""
+    layer = SparseConv3d(16, 2, 3, stride=2, padding=1)
+    quantize_layer(layer, LayerScheme(*[QuantizerScheme(bits=16)] * 2))
+    _calibrate(layer, _sparse_input(16))
+    found, convolved = [], []
+    find, convolve = convolution.find_or_build, convolution.gather_multiply_scatter
+    monkeypatch.setattr(convolution, "find_or_build", lambda *a: found.append(find(*a)) or found[-1])
+    monkeypatch.setattr(
+        convolution, "gather_multiply_scatter", lambda *a: convolved.append(a[2]) or convolve(*a)
+    )
+    layer(_sparse_input(16))
+    assert len(found) == 1
+    assert len(convolved) >= 4
+    assert all(rulebook is found[0] for rulebook in convolved)
 
 
 def test_sparse_layer_without_voxels() -> None:

@@ -2,45 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
+from sparse_grids import DEVICES, SHAPE, at_voxels, dense, dense_reference, sparse_input
 from torch.nn import functional as F
 
+from cpq_train.common.errors import UserError
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SparseSequential, SubMConv3d
 from cpq_train.sparse.rulebook import find_or_build, num_pairs
-
-SHAPE = (9, 12, 10)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
-]
-
-
-def sparse_input(
-    channels: int, device: str = "cpu", batch_size: int = 2, fraction: float = 0.1
-) -> SparseConvTensor:
-    """Random voxels of a small grid."""
-    generator = torch.Generator().manual_seed(channels)
-    occupied = torch.rand((batch_size, *SHAPE), generator=generator) < fraction
-    coords = occupied.nonzero().int()
-    features = torch.randn((len(coords), channels), generator=generator)
-    return SparseConvTensor(features.to(device), coords.to(device), list(SHAPE), batch_size)
-
-
-def dense(x: SparseConvTensor) -> Tensor:
-    """The whole grid, (B, C, D, H, W)."""
-    b, z, y, column = x.indices.long().unbind(1)
-    grid = x.features.new_zeros((x.batch_size, *x.spatial_shape, x.features.shape[1]))
-    return grid.index_put((b, z, y, column), x.features).permute(0, 4, 1, 2, 3)
-
-
-def dense_reference(x: SparseConvTensor, weight: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
-    """Convolution of the dense grid, (B, C, D, H, W)."""
-    return F.conv3d(dense(x), weight.permute(0, 4, 1, 2, 3), stride=stride, padding=padding)
-
-
-def at_voxels(grid: Tensor, indices: Tensor) -> Tensor:
-    b, z, y, x = indices.long().unbind(1)
-    return grid[b, :, z, y, x]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,8 +100,13 @@ def test_one_key_builds_one_rulebook_and_refuses_other_kernels() -> None:
     rulebook = x.indice_dict["a"]
     SubMConv3d(5, 5, 3, padding=1, indice_key="a")(first(x))
     assert x.indice_dict["a"] is rulebook
-    with pytest.raises(AssertionError, match="indice key"):
-        SubMConv3d(5, 5, 1, padding=0, indice_key="a")(x)
+    with pytest.raises(UserError, match=r"SubMConv3d\(.*indice key 'a'.*ksize \[3, 3, 3\]"):
+        SubMConv3d(5, 5, 5, padding=2, indice_key="a")(x)
+    moved, wider = x.replace_feature(x.features), x.replace_feature(x.features)
+    moved.indices, wider.spatial_shape = x.indices.flip(0), [20, 20, 20]
+    for other in (moved, wider):
+        with pytest.raises(UserError, match=r"indice key 'a'.*other voxels"):
+            first(other)
 
 
 def test_autocast_leaves_the_sum_alone() -> None:

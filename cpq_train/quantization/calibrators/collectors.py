@@ -96,8 +96,8 @@ class Collector:
 class HistogramCollector(Collector):
     """A histogram of magnitudes, and amax from it by percentile, mean squared error or entropy.
 
-    Zeros are counted where `scheme.count_zeros` says so; never for mse, to which they add no error whatever
-    the range.
+    Zeros are left out of it: whatever the range, they have a code of their own. Only a percentile may count
+    them, where `scheme.count_zeros` says so.
 
     Args:
         scheme: `method`, `percentile`, `count_zeros` and the format whose rounding the methods weigh.
@@ -115,8 +115,7 @@ class HistogramCollector(Collector):
     def collect(self, values: Tensor) -> None:
         """Take in one tensor."""
         super().collect(values)
-        if not self._scheme.count_zeros or self._scheme.method == "mse":
-            values = values[values != 0]
+        values = values[values != 0]
         if not values.numel():
             return
         magnitude = values.abs().float().flatten()
@@ -143,16 +142,29 @@ class HistogramCollector(Collector):
         self._grow(int(largest_over_ranks(exponent)))
         self._counts = sum_over_ranks(torch.from_numpy(self._counts).to(device)).cpu().numpy()
 
+    def problem(self) -> tuple[str, str] | None:
+        """What makes the range unfit and in how many of the values seen, None where it is fit."""
+        found = super().problem()
+        if found is None and self._scheme.method == "percentile" and not self._percentile():
+            share = f"zero, as {self._scheme.percentile:g} % of the values it saw are"
+            return f"{share}: use count_zeros: false", f"{self._num_zeros} of {self._num_values}"
+        return found
+
+    @property
+    def _num_zeros(self) -> int:
+        return self._num_values - int(self._counts.sum())
+
     def compute_amax(self) -> float:
-        """The amax that the scheme's method picks; NaN where nothing was seen."""
+        """The amax that the scheme's method picks; NaN where nothing was seen, 0 where a percentile is."""
         if not math.isfinite(self.largest) or not self._counts.any():
             return self.largest
         method = {"percentile": self._percentile, "mse": self._mse, "entropy": self._entropy}
         return float(min(method[self._scheme.method](), self.largest))
 
     def _percentile(self) -> float:
-        share = np.cumsum(self._counts) / self._counts.sum()
-        return float(np.searchsorted(share, self._scheme.percentile / 100) + 1) * self._width
+        num_zeros = self._num_zeros if self._scheme.count_zeros else 0
+        below = num_zeros + np.concatenate([[0], np.cumsum(self._counts)])
+        return float(np.searchsorted(below / below[-1], self._scheme.percentile / 100)) * self._width
 
     def _mse(self) -> float:
         """The candidate with the least squared rounding and clipping error over the bin centres."""
@@ -169,18 +181,19 @@ class HistogramCollector(Collector):
         return float(candidates[int(np.argmin([error(amax) for amax in candidates]))])
 
     def _entropy(self) -> float:
-        """The range whose quantized distribution has the least Kullback-Leibler divergence, as TensorRT does.
+        """The range whose quantized distribution has the least divergence from what was seen.
 
-        Every candidate range keeps its clipped counts in its last bin; the distribution quantized to as many
-        levels as the format has codes for magnitudes spreads each level's count evenly over the bins that
-        were not empty.
+        After TensorRT: every candidate range keeps the counts beyond it in its last bin. That has to be a
+        filled one, and the whole range is among the candidates.
         """
         fmt = self._scheme.number_format
         levels = 2 ** (fmt.bits - int(fmt.signed))
-        num_used = int(np.flatnonzero(self._counts)[-1]) + 1
-        ends = range(min(levels, num_used), num_used + 1, max(1, NUM_BINS // 512))
-        divergences = [_divergence(self._counts, end, levels) for end in ends]
-        return ends[int(np.argmin(divergences))] * self._width
+        filled = np.flatnonzero(self._counts)
+        num_used = int(filled[-1]) + 1
+        ends = np.arange(min(levels, num_used), num_used + 1, NUM_BINS // 512)
+        ends = np.union1d(filled[np.searchsorted(filled, ends - 1)], filled[-1]) + 1
+        divergences = [_divergence(self._counts, int(end), levels) for end in ends]
+        return float(ends[int(np.argmin(divergences))]) * self._width
 
 
 def _exponent_above(magnitude: float) -> int:
@@ -189,15 +202,18 @@ def _exponent_above(magnitude: float) -> int:
 
 
 def _divergence(counts: NDArray[np.int64], end: int, levels: int) -> float:
+    """Kullback-Leibler divergence of the counts and those quantized to levels up to a filled bin.
+
+    A level's count is spread evenly over those of its bins that are not empty. Unlike in TensorRT, what is
+    clipped is missing from the quantized distribution, so that to clip a share s costs at least -log(1 - s):
+    else the best range may be one so narrow that most values are clipped into its last bin.
+    """
     kept = counts[:end].astype(np.float64)
     level = np.arange(end) * levels // end
     filled = kept > 0
     per_level = np.bincount(level, kept, levels)
     num_filled = np.bincount(level, filled, levels)
-    spread = np.where(filled, per_level[level] / np.maximum(num_filled[level], 1), 0.0)
+    spread = per_level[level[filled]] / num_filled[level[filled]]
     kept[-1] += counts[end:].sum()
-    if spread[-1] == 0 and kept[-1] > 0:
-        return float("inf")
-    p, q = kept / kept.sum(), spread / spread.sum()
-    mask = p > 0
-    return float(np.sum(p[mask] * np.log(p[mask] / q[mask])))
+    share = kept[filled] / kept.sum()
+    return float(np.sum(share * np.log(kept[filled] / spread)))

@@ -32,7 +32,11 @@ from cpq_train.quantization.layers.kinds import (
     why_refused,
 )
 from cpq_train.quantization.layers.residual import QuantAdd
-from cpq_train.quantization.layers.sparse import QuantSparseConv3d, QuantSubMConv3d
+from cpq_train.quantization.layers.sparse import (
+    QuantSparseConv3d,
+    QuantSparseInverseConv3d,
+    QuantSubMConv3d,
+)
 
 __all__ = [
     "QUANTIZED",
@@ -43,6 +47,7 @@ __all__ = [
     "QuantConvTranspose2d",
     "QuantLinear",
     "QuantSparseConv3d",
+    "QuantSparseInverseConv3d",
     "QuantSubMConv3d",
     "QuantizedConvolution",
     "kind_of",

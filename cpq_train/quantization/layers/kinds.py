@@ -16,13 +16,18 @@ from cpq_train.quantization.layers.dense import (
     QuantLinear,
 )
 from cpq_train.quantization.layers.residual import QuantAdd
-from cpq_train.quantization.layers.sparse import QuantSparseConv3d, QuantSubMConv3d
+from cpq_train.quantization.layers.sparse import (
+    QuantSparseConv3d,
+    QuantSparseInverseConv3d,
+    QuantSubMConv3d,
+)
 from cpq_train.quantization.scheme import LayerScheme
-from cpq_train.sparse import ResidualAdd, SparseConv3d, SubMConv3d
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseInverseConv3d, SubMConv3d
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     SubMConv3d: QuantSubMConv3d,
     SparseConv3d: QuantSparseConv3d,
+    SparseInverseConv3d: QuantSparseInverseConv3d,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,

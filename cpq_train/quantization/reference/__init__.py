@@ -14,6 +14,7 @@ from cpq_train.quantization.reference.layers import (
     LayerResult,
     add,
     dense_convolution,
+    inverse_sparse_convolution,
     linear,
     sparse_convolution,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "add",
     "dense_convolution",
     "encode",
+    "inverse_sparse_convolution",
     "linear",
     "sparse_convolution",
 ]

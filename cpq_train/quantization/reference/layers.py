@@ -27,6 +27,7 @@ from cpq_train.quantization.reference.sums import exact_sums
 CHANNELS_AROUND = {
     "SubMConv3d": (0, 1, 2, 3, 4),
     "SparseConv3d": (0, 1, 2, 3, 4),
+    "SparseInverseConv3d": (0, 1, 2, 3, 4),
     "Conv1d": (0, 2, 1),
     "Conv2d": (0, 2, 3, 1),
     "Conv3d": (0, 2, 3, 4, 1),
@@ -158,6 +159,27 @@ def sparse_convolution(
         shape = kernel.output_shape(shape)
         targets = output_positions(positions, shape, kernel)
     found = rules(positions, targets, shape, kernel)
+    result = _of_rows(layer, encode(features, layer.input_range), found, len(targets))
+    return result._replace(positions=targets)
+
+
+def inverse_sparse_convolution(
+    layer: Convolution, features: Float32, positions: Coordinates, shape: Sequence[int], targets: Coordinates
+) -> LayerResult:
+    """SparseInverseConv3d: the convolution that it undoes, read from its outputs to its inputs.
+
+    Args:
+        layer: The layer, with the geometry of that convolution.
+        features: (V, C).
+        positions: (V, 4) batch, z, y, x; outputs of that convolution.
+        shape: Cells of their grid.
+        targets: (V', 4) inputs of that convolution.
+
+    Returns:
+        Features (V', C') in the order of the targets.
+    """
+    backwards = rules(targets, positions, shape, layer.kernel)
+    found = [(row_in, row_out) for row_out, row_in in backwards]
     result = _of_rows(layer, encode(features, layer.input_range), found, len(targets))
     return result._replace(positions=targets)
 

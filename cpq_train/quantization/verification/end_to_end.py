@@ -151,6 +151,7 @@ def _reference_forward(
         if num_lost or np.isnan(result.output).any():
             raise UserError(f"layer {name!r}: its output has other voxels than the reference finds")
         out = x.replace_feature(torch.from_numpy(result.output).to(x.features.device))
+        out.indice_dict = seen[name].indice_dict  # a later inverse convolution asks for what it undoes
         if not layer.subm:
             out.indices = torch.from_numpy(result.positions).to(x.indices)
             out.spatial_shape = list(seen[name].shape)

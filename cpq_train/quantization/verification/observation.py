@@ -34,6 +34,7 @@ class Observed(NamedTuple):
         output: Features or map.
         positions: Of the output rows of a sparse layer, (V, 4) batch, z, y, x.
         shape: Grid of these positions.
+        indice_dict: The rulebooks that its output brings along.
     """
 
     codes: Array
@@ -42,6 +43,7 @@ class Observed(NamedTuple):
     output: Array
     positions: Array | None = None
     shape: tuple[int, ...] = ()
+    indice_dict: Mapping[str, Any] | None = None
 
 
 Take: TypeAlias = Callable[[str, nn.Module, tuple[Any, ...], Observed], None]
@@ -96,7 +98,8 @@ def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[..., None]:
             return
         codes, weight_codes, sums = map(_array, tap)
         if isinstance(output, SparseConvTensor):
-            place = _array(output.indices).astype(np.int64), tuple(output.spatial_shape)
+            positions = _array(output.indices).astype(np.int64)
+            place = positions, tuple(output.spatial_shape), output.indice_dict
             take(name, layer, arguments, Observed(codes, weight_codes, sums, _array(output.features), *place))
         else:
             # A single sample meets the sum as a batch of one.
@@ -135,7 +138,19 @@ def _evaluate(layer: Any, arguments: tuple[Any, ...]) -> reference.LayerResult:
         return reference.dense_convolution(_sized(convolution, x, *output_size), _array(x.float()))
     positions = _array(x.indices).astype(np.int64)
     grid = tuple(x.spatial_shape)
+    if layer.inverse and not layer.conv1x1:
+        return _evaluate_inverse(layer, x, positions)
     return reference.sparse_convolution(convolution, _array(x.features.float()), positions, grid)
+
+
+def _evaluate_inverse(layer: Any, x: SparseConvTensor, positions: Array) -> reference.LayerResult:
+    """Geometry and targets are those of the layer that it undoes."""
+    undone = x.find_indice_pair(layer.indice_key)
+    geometry = (undone.ksize, undone.stride, undone.padding, undone.dilation)
+    convolution = replace(_convolution(layer), kernel=reference.Kernel(*map(tuple, geometry)))
+    targets = _array(undone.indices).astype(np.int64)
+    features, shape = _array(x.features.float()), tuple(x.spatial_shape)
+    return reference.inverse_sparse_convolution(convolution, features, positions, shape, targets)
 
 
 def in_the_order_of(seen: Observed, expected: reference.LayerResult) -> tuple[reference.LayerResult, int]:
