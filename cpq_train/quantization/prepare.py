@@ -20,6 +20,7 @@ from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.switches import quantized_layers, quantizers
 from cpq_train.quantization.wiring import NEVER_CALLED, RESIDUAL, Wiring, trace
+from cpq_train.sparse import adopt
 
 OFF = QuantizerScheme(mode="off")
 
@@ -27,7 +28,8 @@ OFF = QuantizerScheme(mode="off")
 def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool = True) -> Prepared:
     """Turn a float network into its quantized structure, in place.
 
-    The network runs once, to find which layers read one tensor, which BatchNorm reads which layer, and what
+    spconv's own layers become this project's, which have the same parameters and compute the same. The
+    network runs once, to find which layers read one tensor, which BatchNorm reads which layer, and what
     is never called (`wiring.trace`). Weight ranges are set; activation ranges are NaN until they are
     calibrated or loaded.
 
@@ -42,6 +44,7 @@ def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool =
             quantized, or a layer that the scheme quantizes cannot be quantized right; names it and says why.
     """
     check_float(network)
+    adopt(network)
     prepared = prepare_as(network, scheme, trace(network, example_input), fold)
     prepared.remember_weights(network)
     return prepared
@@ -50,6 +53,7 @@ def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool =
 def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = True) -> Prepared:
     """`prepare` of a network whose layers are known to be connected as `wiring` says."""
     check_float(network)
+    adopt(network)
     prepared = unquantized(network)
     prepared.scheme, prepared.wiring = scheme, wiring
     prepared.schemes = _schemes(network, scheme, prepared.layers, wiring)

@@ -41,16 +41,9 @@ from cpq_train.quantization.numerics.biases import BiasKind
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
 Kind = Literal[
-    "SubMConv3d",
-    "SparseConv3d",
-    "SparseInverseConv3d",
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "ConvTranspose2d",
-    "Linear",
-    "ResidualAdd",
-]
+    "SubMConv3d", "SparseConv3d", "SparseInverseConv3d",
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "ResidualAdd",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The kinds of layer that can be quantized."""
 

@@ -22,7 +22,8 @@ from cpq_train.quantization.layers.sparse import (
     QuantSubMConv3d,
 )
 from cpq_train.quantization.scheme import LayerScheme
-from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseInverseConv3d, SubMConv3d
+from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseInverseConv3d, SubMConv3d, why_not_adopted
+from cpq_train.sparse.adoption import OURS
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     SubMConv3d: QuantSubMConv3d,
@@ -45,8 +46,13 @@ ADDED = (
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """The kind of a layer, float or quantized; None where it is none that can be quantized."""
-    plain = _plain_class(layer)
+    """The kind of a layer, float or quantized; None where it is none that can be quantized.
+
+    spconv's own layers have the kind of those that `adopt` makes of them.
+    """
+    plain = _plain_class(layer) or next(
+        (ours for base, ours in OURS.items() if isinstance(layer, base)), None
+    )
     return None if plain is None else plain.__name__
 
 
@@ -55,6 +61,8 @@ def why_refused(layer: nn.Module) -> str:
 
     Reads on from "conv1 (Conv2d) cannot be quantized: ".
     """
+    if why := why_not_adopted(layer) if _plain_class(layer) is None else "":
+        return why
     mode = getattr(layer, "padding_mode", "zeros")
     if mode != "zeros":
         return f"padding_mode {mode!r}; accepted: 'zeros'"
