@@ -40,10 +40,9 @@ from cpq_train.common.schema import Flag, accepts, known_keys, validated
 from cpq_train.quantization.numerics.biases import BiasKind
 from cpq_train.quantization.numerics.formats import Float8Format, IntegerFormat, NumberFormat
 
-Kind = Literal[
-    "SubMConv3d", "SparseConv3d", "SparseInverseConv3d",
-    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear", "ResidualAdd",
-]  # fmt: skip
+SparseKind = Literal["SubMConv3d", "SparseConv3d", "SparseInverseConv3d"]
+DenseKind = Literal["Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "Linear"]
+Kind = Literal[SparseKind, DenseKind, "ResidualAdd"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The kinds of layer that can be quantized."""
 

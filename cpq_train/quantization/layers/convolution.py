@@ -36,6 +36,7 @@ class QuantizedConvolution(nn.Module):
     weight: Any
     bias: Any
     groups = 1  # a convolution has its own
+    out_channels: int
     is_bypassed = False
     float_class: type[nn.Module]
     _input_quantizer: Quantizer | None
@@ -80,7 +81,7 @@ class QuantizedConvolution(nn.Module):
         """
         step_w = step_w.reshape(-1)
         is_shared = self.axes.input == 0 and step_w.numel() > 1
-        return step_w.repeat(self.groups) if is_shared else step_w
+        return step_w.repeat(self.out_channels // step_w.numel()) if is_shared else step_w
 
     def rounds(self, x: Tensor) -> bool:
         """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""
