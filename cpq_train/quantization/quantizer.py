@@ -161,10 +161,9 @@ class Quantizer(TensorQuantizer):
         with torch.inference_mode(False):
             return self._static_range()
 
-    @torch.no_grad()
     def _static_range(self) -> Range:
         if self._log_amax is not None:
-            return self._new_range(self._log_amax.exp(), log_amax=self._log_amax)
+            return self._new_range(self._log_amax.detach().exp(), log_amax=self._log_amax)
         is_at_hand = self.is_per_tensor and self._amax.device.type == "cpu" and not is_compiling()
         return self._new_range(self._amax, float(self._amax) if is_at_hand else None)
 

@@ -237,15 +237,24 @@ def test_a_step_too_small_is_widened_where_the_scheme_says_so() -> None:
 
 
 def test_a_step_for_the_whole_weight_is_widened_for_its_largest_bias() -> None:
-    layer = _conv()
+    _widened(_conv(), QuantizerScheme(granularity="per_tensor"))
+
+
+def test_a_step_for_the_channels_of_all_groups_is_widened_for_the_largest_of_their_biases() -> None:
+    torch.manual_seed(0)
+    network = _widened(nn.ConvTranspose2d(6, 8, 2, 2, groups=2), W8)
+    assert network[0]._weight_quantizer.amax.numel() == 4
+
+
+def _widened(layer: nn.Module, weight: QuantizerScheme) -> nn.Sequential:
     with torch.no_grad():
         layer.weight *= 1e-6
-    weight = QuantizerScheme(granularity="per_tensor")
     network = nn.Sequential(_quantized(layer, "accumulator", _map(), weight, widens_steps=True))
     (channels,) = widen_steps(network).values()
-    assert 0 < len(channels) <= 5
+    assert 0 < len(channels) <= layer.out_channels
     assert check_ranges(network) == 0
     _assert_verified(network, _map())
+    return network
 
 
 def test_moving_ranges_leave_a_widened_step_wide() -> None:

@@ -46,7 +46,7 @@ def _widen(quantizer: Quantizer, weight: Tensor, factor: Tensor) -> None:
     """Multiply steps; the factors of all channels of a step are there, and the largest counts."""
     assert quantizer.amax is not None
     step = quantizer.range_of(weight).step
-    factor = factor.amax() if quantizer.is_per_tensor else factor.view_as(step)
+    factor = factor.view(-1, step.numel()).amax(0).view_as(step)
     amax = (step * factor * quantizer.format.qmax).to(quantizer.amax)
     quantizer.set_amax(torch.where(factor > 1, amax, quantizer.amax))
 
