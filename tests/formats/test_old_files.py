@@ -11,7 +11,10 @@ import pytest
 import torch
 import yaml
 from old_files import CHECKPOINTS, SCHEMA_1, as_said_today, small_options
+from own_network import FOLDER as SCHEMA_2
+from own_network import OwnNetwork, voxels
 
+import cpq_train
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
@@ -19,7 +22,8 @@ from cpq_train.export.planning import plan_of
 from cpq_train.export.portable.writer import portable_graph
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.profiling.latency_file import read_latency
-from cpq_train.quantization.wiring import trace
+from cpq_train.quantization.prepared import prepared_of
+from cpq_train.quantization.wiring import Wiring, trace
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 
@@ -187,3 +191,26 @@ def test_what_is_no_schema_is_refused(schema: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "odd.ckpt")
     with pytest.raises(UserError, match=rf"schema is {schema!r}; accepted: 1 to 2$"):
         CenterPointDetector.load_from_checkpoint(tmp_path / "odd.ckpt")
+
+
+# Schema 2, which came with networks of others
+
+
+def test_a_network_of_others_loads_without_an_example() -> None:
+    """BatchNorm is kept, folded or unfoldable as the file says; a layer never called stays float."""
+    file = SCHEMA_2 / "own.ckpt"
+    network = cpq_train.load(file, OwnNetwork()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(*voxels()), torch.load(SCHEMA_2 / "own_output.pt"), rtol=0, atol=1e-5
+        )
+    assert cpq_train.coverage(network).left_in_float == {
+        "unused": "never called on the example input",
+        "scale": "this kind of layer is not quantized",
+        "norm_first": "cannot be folded: it reads no layer's output",
+    }
+    said = torch.load(file)["quantization"]["wiring"]
+    assert prepared_of(network).wiring == Wiring.from_dict(said)
+    assert Wiring.from_dict(said) == trace(OwnNetwork(), voxels())
+    cpq_train.fold(network)
+    assert sum(report.num_mismatched for report in cpq_train.verify(network, voxels())) == 0

@@ -61,8 +61,8 @@ def why_refused(layer: nn.Module) -> str:
 
     Reads on from "conv1 (Conv2d) cannot be quantized: ".
     """
-    if why := why_not_adopted(layer) if _plain_class(layer) is None else "":
-        return why
+    if _plain_class(layer) is None:  # one of spconv's own
+        return why_not_adopted(layer)
     mode = getattr(layer, "padding_mode", "zeros")
     if mode != "zeros":
         return f"padding_mode {mode!r}; accepted: 'zeros'"
