@@ -19,7 +19,8 @@ from cpq_train.quantization.layers.kinds import kind_of
 from cpq_train.quantization.prepare import prepare_as, unquantized
 from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.wiring import Wiring, trace
+from cpq_train.quantization.trace import trace
+from cpq_train.quantization.wiring import Wiring
 
 
 def build(

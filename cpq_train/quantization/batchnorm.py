@@ -40,11 +40,24 @@ def fold_batchnorm(network: nn.Module, folds: Mapping[str, str]) -> None:
             round differently.
     """
     pairs = kept_batchnorms(network, folds)
-    for norm, layer in pairs.items():
-        _check_folds(layer, network.get_submodule(layer), norm)
+    check_folds(network, pairs)
     for norm, layer in pairs.items():
         _fold(network.get_submodule(layer), cast(_BatchNorm, network.get_submodule(norm)))
         _remove(network, network.get_submodule(norm))
+
+
+def check_folds(network: nn.Module, folds: Mapping[str, str]) -> None:
+    """Whether BatchNorm can be folded, now or behind training.
+
+    Args:
+        network: See `fold_batchnorm`.
+        folds: BatchNorm -> its layer.
+
+    Raises:
+        UserError: See `fold_batchnorm`.
+    """
+    for norm, layer in folds.items():
+        _check_fold(layer, network.get_submodule(layer), norm)
 
 
 def kept_batchnorms(network: nn.Module, folds: Mapping[str, str]) -> dict[str, str]:
@@ -92,7 +105,7 @@ def _weight_quantizer(conv: nn.Module) -> Quantizer | None:
     return cast(Quantizer | None, getattr(conv, "_weight_quantizer", None))
 
 
-def _check_folds(name: str, layer: nn.Module, norm: str) -> None:
+def _check_fold(name: str, layer: nn.Module, norm: str) -> None:
     quantizer = _weight_quantizer(layer)
     if quantizer is None:
         return
@@ -100,10 +113,11 @@ def _check_folds(name: str, layer: nn.Module, norm: str) -> None:
     if quantizer._axis == (_axis(layer),):
         if not (_shares_ranges_over_groups(layer)):
             return
-        per = "channel of all groups"
+        per = "channel of every group alike"
     raise UserError(
         f"{name}: its weight is quantized per {per}, and {norm} folded into it would change its codes; "
-        "accepted: granularity per_channel, or model.batchnorm folded from the start"
+        "accepted: granularity per_channel, without groups in a ConvTranspose2d, or BatchNorm folded before "
+        "(model.batchnorm folded; prepare(..., fold=True))"
     )
 
 
@@ -121,7 +135,8 @@ def _fold(conv: Any, bn: _BatchNorm) -> None:
         weight = _values(weight, quantizer, per_channel)
         quantizer.scale_amax(per_channel.abs())
     conv.weight.copy_(weight * per_channel)
-    conv.bias = nn.Parameter((beta + (bias - mean) * factor).to(conv.weight.dtype))
+    trains = any(p is not None and p.requires_grad for p in (conv.weight, conv.bias, bn.weight, bn.bias))
+    conv.bias = nn.Parameter((beta + (bias - mean) * factor).to(conv.weight.dtype), requires_grad=trains)
 
 
 def _like_weight(layer: Any, per_output: Tensor) -> Tensor:

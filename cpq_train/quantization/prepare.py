@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.batchnorm import fold_batchnorm
+from cpq_train.quantization.batchnorm import check_folds, fold_batchnorm
 from cpq_train.quantization.health import Problem, is_weight, refuse
 from cpq_train.quantization.layers import quantize_layer, unquantize_layer
 from cpq_train.quantization.layers.kinds import kind_of, why_refused
@@ -19,7 +19,8 @@ from cpq_train.quantization.prepared import ATTRIBUTE, Prepared, is_prepared, pr
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
 from cpq_train.quantization.switches import quantized_layers, quantizers
-from cpq_train.quantization.wiring import NEVER_CALLED, RESIDUAL, Wiring, trace
+from cpq_train.quantization.trace import trace
+from cpq_train.quantization.wiring import NEVER_CALLED, RESIDUAL, Wiring
 from cpq_train.sparse import adopt
 
 OFF = QuantizerScheme(mode="off")
@@ -28,10 +29,10 @@ OFF = QuantizerScheme(mode="off")
 def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool = True) -> Prepared:
     """Turn a float network into its quantized structure, in place.
 
-    spconv's own layers become this project's, which have the same parameters and compute the same. The
-    network runs once, to find which layers read one tensor, which BatchNorm reads which layer, and what
-    is never called (`wiring.trace`). Weight ranges are set; activation ranges are NaN until they are
-    calibrated or loaded.
+    spconv's own layers become this project's, which have the same parameters and compute the same, also
+    where an error follows. The network runs once, to find which layers read one tensor, which BatchNorm reads
+    which layer, and what is never called (`trace`). Weight ranges are set; activation ranges are NaN until
+    they are calibrated or loaded.
 
     Args:
         network: Any float network; what of it can be quantized, `coverage` says.
@@ -41,11 +42,12 @@ def prepare(network: nn.Module, scheme: Scheme, example_input: Any, fold: bool =
 
     Raises:
         UserError: The network is prepared already, a rule of the scheme matches no layer, nothing would be
-            quantized, or a layer that the scheme quantizes cannot be quantized right; names it and says why.
+            quantized, a layer that the scheme quantizes cannot be quantized right, or one whose BatchNorm is
+            kept could not take it up afterwards; names it and says why.
     """
     check_float(network)
     adopt(network)
-    prepared = prepare_as(network, scheme, trace(network, example_input), fold)
+    prepared = _prepare(network, scheme, trace(network, example_input), fold)
     prepared.remember_weights(network)
     return prepared
 
@@ -54,6 +56,10 @@ def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = 
     """`prepare` of a network whose layers are known to be connected as `wiring` says."""
     check_float(network)
     adopt(network)
+    return _prepare(network, scheme, wiring, fold)
+
+
+def _prepare(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool) -> Prepared:
     prepared = unquantized(network)
     prepared.scheme, prepared.wiring = scheme, wiring
     prepared.schemes = _schemes(network, scheme, prepared.layers, wiring)
@@ -62,8 +68,11 @@ def prepare_as(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool = 
     for name, layer_scheme in prepared.schemes.items():
         if not layer_scheme.is_float:
             quantize_layer(network.get_submodule(name), layer_scheme)
-    for group in wiring.one_tensor:
-        _share(network, [n for n in group if scheme.share_residual or not n.endswith(RESIDUAL)], prepared)
+    if not fold:
+        check_folds(network, wiring.folds)
+    _take_slow_path(network)
+    for readers in _sharing(prepared):
+        _share(network, readers, prepared)
     for quantizer in quantizers(network).values():
         quantizer.scope = prepared.scope
     begin = network.register_forward_pre_hook(_begin_forward)
@@ -199,28 +208,54 @@ def quantizable_layers(network: nn.Module) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
-def _share(network: nn.Module, group: list[str], prepared: Prepared) -> None:
-    """Give the members of a group with equal input settings one quantizer, that of the first of them."""
+def _sharing(prepared: Prepared) -> list[list[str]]:
+    """Readers of one tensor with equal input settings, in the order of the network.
+
+    A layer that is used on several tensors has one range for all of them, and so have those that it shares
+    each of them with.
+    """
+    assert prepared.scheme is not None
     assert prepared.wiring is not None
-    first: dict[Any, str] = {}
-    for member in group:
-        name = member.removesuffix(RESIDUAL)
-        chosen = prepared.schemes[name].input
-        if chosen.is_off:
-            continue
-        if chosen not in first:
-            first[chosen] = member
-            continue
-        shared = _input_quantizer(network, first[chosen])
-        # Where a member reads several tensors, "the one that it read last" is not known to be this one.
-        shared.is_shared = not set(group) & prepared.wiring.reused.keys()
+    class_of: dict[str, list[str]] = {}
+    for group in prepared.wiring.one_tensor:
+        first: dict[QuantizerScheme, str] = {}
+        for member in group:
+            chosen = prepared.schemes[member.removesuffix(RESIDUAL)].input
+            is_out = member.endswith(RESIDUAL) and not prepared.scheme.share_residual
+            if chosen.is_off or is_out:
+                continue
+            ours = class_of.setdefault(member, [member])
+            theirs = class_of[first.setdefault(chosen, member)]
+            if ours is not theirs:
+                theirs += ours
+                class_of.update(dict.fromkeys(ours, theirs))
+    order = {member: i for i, n in enumerate(prepared.layers) for member in (n, n + RESIDUAL)}
+    classes = {id(members): members for members in class_of.values() if len(members) > 1}
+    return [sorted(members, key=lambda m: (order[m], m)) for members in classes.values()]
+
+
+def _share(network: nn.Module, readers: list[str], prepared: Prepared) -> None:
+    """Give readers of one tensor one quantizer: that of the first of them that is a layer's only input."""
+    assert prepared.wiring is not None
+    owner = next((m for m in readers if not m.endswith(RESIDUAL)), readers[0])
+    if owner.endswith(RESIDUAL):  # adds alone: the quantizer of an add is that of its branch
+        shared = Quantizer(prepared.schemes[owner.removesuffix(RESIDUAL)].input)
+    else:
+        shared = cast(Quantizer, network.get_submodule(owner)._input_quantizer)
+    # Where a member reads several tensors, "the one that it read last" is not known to be this one.
+    shared.is_shared = not set(readers) & prepared.wiring.reused.keys()
+    for member in readers:
         attribute = "_residual_quantizer" if member.endswith(RESIDUAL) else "_input_quantizer"
-        setattr(network.get_submodule(name), attribute, shared)
-        prepared.shares_input_with[member] = first[chosen]
+        setattr(network.get_submodule(member.removesuffix(RESIDUAL)), attribute, shared)
+        if member != owner:
+            prepared.shares_input_with[member] = owner
 
 
-def _input_quantizer(network: nn.Module, member: str) -> Quantizer:
-    return cast(Quantizer, network.get_submodule(member.removesuffix(RESIDUAL))._input_quantizer)
+def _take_slow_path(network: nn.Module) -> None:
+    """In evaluation PyTorch's transformer layers read the weights of their Linear layers past these."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def _begin_forward(network: nn.Module, inputs: Any) -> None:

@@ -24,7 +24,8 @@ from cpq_train.export.portable.writer import portable_graph
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.quantization.prepared import prepared_of
-from cpq_train.quantization.wiring import Wiring, trace
+from cpq_train.quantization.trace import trace
+from cpq_train.quantization.wiring import Wiring
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.cli import main
 

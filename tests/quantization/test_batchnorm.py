@@ -12,7 +12,7 @@ from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
-from cpq_train.quantization.wiring import trace
+from cpq_train.quantization.trace import trace
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SubMConv3d
 
 

@@ -18,7 +18,7 @@ from cpq_train.quantization.prepared import prepared_of
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers
-from cpq_train.quantization.wiring import trace
+from cpq_train.quantization.trace import trace
 
 SMALL = NetworkConfig(
     point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0),

@@ -1,6 +1,7 @@
 """Which layers read one tensor, and which BatchNorm folds into which layer: seen by running the network."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import quantizers_off
-from cpq_train.quantization.wiring import NEVER_CALLED, Wiring, trace
+from cpq_train.quantization.trace import trace
+from cpq_train.quantization.wiring import NEVER_CALLED, Wiring
 from cpq_train.sparse import ResidualAdd, SparseConvTensor, SparseSequential, SubMConv3d
 
 INT8 = Scheme.from_dict({"name": "int8"})
@@ -131,6 +133,34 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], dict[str, str], dict[str, str]]]
         {},
         {"bn": "the output of conv is also read by drop"},
     ),
+    "functional dropout in between": (
+        lambda: Net(
+            lambda n, x: n.bn(nn.functional.dropout(n.conv(x), training=n.training)),
+            conv=_conv(), bn=nn.BatchNorm2d(4),
+        ),
+        {},
+        {"bn": "the output of conv is also read by the function dropout"},
+    ),
+    "a weight that is used elsewhere": (
+        lambda: Net(
+            lambda n, x: nn.functional.conv_transpose2d(n.bn(n.conv(x)), n.conv.weight, padding=1),
+            conv=_conv(), bn=nn.BatchNorm2d(4),
+        ),
+        {},
+        {
+            "bn": "conv cannot take it up: its weight is also read by the operation aten.convolution.default"
+        },
+    ),
+    "behind a sum": (
+        lambda: Net(lambda n, x: n.bn(n.add(x, x)), add=ResidualAdd(), bn=nn.BatchNorm2d(4), conv=_conv()),
+        {},
+        {"bn": "add cannot take it up: it has no weight"},
+    ),
+    "changed by a hook": (
+        lambda: _hooked(Net(lambda n, x: n.bn(n.conv(x)), conv=_conv(), bn=nn.BatchNorm2d(4))),
+        {},
+        {"bn": "it reads no layer's output"},
+    ),
     "never called": (
         lambda: Net(lambda n, x: n.conv(x), conv=_conv(), bn=nn.BatchNorm2d(4)),
         {},
@@ -146,6 +176,11 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], dict[str, str], dict[str, str]]]
 
 def _tied(network: Net) -> Net:
     network.a.weight = network.b.weight
+    return network
+
+
+def _hooked(network: Net) -> Net:
+    network.conv.register_forward_hook(lambda module, args, output: output.clamp(-0.3, 0.3))
     return network
 
 
@@ -169,7 +204,63 @@ def test_what_folds_and_what_does_not(case: str) -> None:
 
 def test_an_output_of_the_network_is_not_folded_into() -> None:
     network = Net(lambda n, x: {"raw": (y := n.conv(x)), "norm": n.bn(y)}, conv=_conv(), bn=nn.BatchNorm2d(4))
-    assert trace(network, _x()).unfolded == {"bn": "the output of conv is also read by the network's output"}
+    assert trace(network, _x()).unfolded == {
+        "bn": "the output of conv is also read by what the network returns or keeps"
+    }
+
+
+@dataclass
+class Outputs:
+    raw: Tensor
+    norm: Tensor
+
+
+def _kept(network: Any, x: Tensor) -> Tensor:
+    network.features = network.conv(x)
+    return network.bn(network.features)
+
+
+@pytest.mark.parametrize("run", [lambda n, x: Outputs(y := n.conv(x), n.bn(y)), _kept])
+def test_an_output_that_outlives_the_run_is_not_folded_into(run: Callable[[Any, Tensor], Any]) -> None:
+    network = Net(run, conv=_conv(), bn=nn.BatchNorm2d(4))
+    assert "returns or keeps" in trace(network, _x()).unfolded["bn"]
+
+
+def test_folding_does_not_unfreeze() -> None:
+    network = Net(lambda n, x: n.bn(n.conv(x)), conv=_conv(bias=False), bn=nn.BatchNorm2d(4))
+    network.requires_grad_(False)
+    prepare(network, INT8, _x())
+    assert not network.conv.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("layer", "content"),
+    [
+        (_conv, {"defaults": {"weight": {"granularity": "per_tensor"}}}),
+        (lambda: nn.ConvTranspose2d(4, 4, 3, padding=1, groups=2), {}),
+    ],
+)
+def test_batchnorm_that_could_not_be_folded_afterwards_is_not_kept(
+    layer: Callable[[], nn.Module], content: dict[str, Any]
+) -> None:
+    network = Net(lambda n, x: n.bn(n.conv(x)), conv=layer(), bn=nn.BatchNorm2d(4))
+    with pytest.raises(UserError, match=r"conv: its weight is quantized per .*, and bn folded into it would"):
+        prepare(network, Scheme.from_dict(content), _x(), fold=False)
+
+
+def test_a_transformer_layer_is_quantized_in_evaluation_too() -> None:
+    """PyTorch's fast path, which takes the weights past the layers, is off."""
+    torch.manual_seed(0)
+    network = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = network(x)
+        prepare(network, Scheme.from_dict({"defaults": {"weight": {"bits": 2}}}), x)
+        with collecting_ranges(network):
+            network(x)
+        assert (network(x) - expected).abs().max() > 0.1
+    assert coverage(network).counts["Linear"] == (2, 3)
+    assert coverage(network).left_in_float["self_attn.out_proj"] == NEVER_CALLED
 
 
 def test_readers_of_one_tensor() -> None:
@@ -275,13 +366,57 @@ def test_a_layer_on_one_tensor_twice_is_fine() -> None:
     prepare(network, INT8, _x())
 
 
+def _around_a_reused_layer() -> Net:
+    return Net(lambda n, x: n.conv(y := n.conv(x)) + n.a(x) + n.b(y), a=_conv(), b=_conv(), conv=_conv())
+
+
 def test_readers_of_any_tensor_of_a_reused_layer_share() -> None:
-    network = Net(lambda n, x: n.conv(y := n.conv(x)) + n.a(x) + n.b(y), a=_conv(), b=_conv(), conv=_conv())
+    network = _around_a_reused_layer()
     prepared = prepare(network, Scheme.from_dict({"on_reuse": "one_range"}), _x())
     assert prepared.wiring is not None
-    assert prepared.wiring.one_tensor == (("a", "b", "conv"),)
-    assert network.a._input_quantizer is network.conv._input_quantizer
+    assert prepared.wiring.one_tensor == (("a", "conv"), ("b", "conv"))
+    assert prepared.shares_input_with == {"b": "a", "conv": "a"}
+    assert network.a._input_quantizer is network.b._input_quantizer is network.conv._input_quantizer
     assert not network.a._input_quantizer.is_shared  # what it rounded last need not be this tensor
+
+
+@pytest.mark.parametrize("input_", ["off", {"mode": "dynamic"}, {"bits": 16}])
+def test_a_reused_layer_with_a_range_of_another_kind_joins_nobody(input_: Any) -> None:
+    network = _around_a_reused_layer()
+    rules = [{"layers": "conv", "input": input_}]
+    prepared = prepare(network, Scheme.from_dict({"on_reuse": "one_range", "rules": rules}), _x())
+    assert prepared.shares_input_with == {}
+
+
+@pytest.mark.parametrize(
+    "content", [{"share_residual": False}, {"rules": [{"layers": "add", "input": "off"}]}]
+)
+def test_one_add_for_all_blocks_joins_no_blocks(content: dict[str, Any]) -> None:
+    """With the adds on ranges of their own, or float, the blocks' ranges are their own too."""
+    network = Net(
+        lambda n, x: n.add(n.b(y := 9 * n.add(n.a(x), x)), y), a=_conv(), b=_conv(), add=ResidualAdd()
+    )
+    with pytest.raises(UserError, match=r"add \(ResidualAdd\): it is used 2 times"):
+        prepare(network, INT8, _x())
+    prepared = prepare(network, Scheme.from_dict({**content, "on_reuse": "one_range"}), _x())
+    assert prepared.shares_input_with == {}
+
+
+def test_an_add_that_is_registered_first_owns_nothing() -> None:
+    """Its own quantizer is that of its branch, which is another tensor."""
+    network = Net(lambda n, x: n.add(n.a(x), x), add=ResidualAdd(), a=_conv())
+    assert prepare(network, INT8, _x()).shares_input_with == {"add:residual": "a"}
+    assert network.add._residual_quantizer is network.a._input_quantizer is not network.add._input_quantizer
+
+
+def test_two_adds_of_one_identity_share_it() -> None:
+    network = Net(lambda n, x: n.add1(9 * x, x) + n.add2(x.relu(), x), add1=ResidualAdd(), add2=ResidualAdd())
+    assert prepare(network, INT8, _x()).shares_input_with == {"add2:residual": "add1:residual"}
+    assert network.add1._residual_quantizer is network.add2._residual_quantizer
+    with collecting_ranges(network):
+        network(_x())
+    assert float(network.add1._residual_quantizer.amax) == float(_x().abs().max())
+    assert float(network.add1._input_quantizer.amax) == float((9 * _x()).abs().max())
 
 
 def test_prepared_twice() -> None:
