@@ -152,10 +152,12 @@ class _Run(TorchDispatchMode):
                 self._made.append((self._key(tensor), ref(tensor)))
 
     def note_what_is_left(self) -> None:
-        """Outputs of layers that outlive the run are read by whoever has them: returned, or kept."""
-        if any(tensor() is not None for _, tensor in self._made):
+        """What a normalisation read and outlives the run is read by whoever has it: returned, or kept."""
+        normalised = {key for norm in self._norms for key in self._inputs.get(norm, ())}
+        made = [(key, tensor) for key, tensor in self._made if key in normalised and tensor() is not None]
+        if made:
             gc.collect()
-        for key, tensor in self._made:
+        for key, tensor in made:
             if tensor() is not None:
                 self._readers.setdefault(key, {})["what the network returns or keeps"] = None
 
