@@ -106,7 +106,7 @@ def voxels(seed: int) -> tuple[Tensor, Tensor, int]:
 
 
 NETWORKS = {
-    "resnet": (lambda: ResNet18(width=16), images, nn.functional.cross_entropy),
+    "resnet": (lambda: ResNet18(width=8), images, nn.functional.cross_entropy),
     "unet": (SparseUNet, voxels, nn.functional.cross_entropy),
 }
 """Name -> the float network, its drawn batches, its loss."""

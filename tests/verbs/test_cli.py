@@ -53,7 +53,7 @@ def test_checkpoints_are_plain_and_describe_themselves(arms: Run) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         description = checkpoint["quantization"]
         assert description["arm"] == arm
-        assert description["schema"] == 1
+        assert description["schema"] == 2
         assert description["batchnorm"] == "folded"
         assert description["calibration"]["num_samples"] == 2
         assert len(description["layers"]) == 21 + 85 + 2 + 8
