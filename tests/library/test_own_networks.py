@@ -50,9 +50,15 @@ def _output(network: nn.Module, batch: Any) -> Tensor:
     return network(*_arguments(batch))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_whole_road(name: str, fold: bool, tmp_path: Path) -> None:
+def test_the_whole_road(name: str, fold: bool, tmp_path: Path, folder: Path) -> None:
+    """Its end, a checkpoint and what its network puts out, is left in `folder`."""
     new, batch_of, _ = NETWORKS[name]
     network = _float_network(name)
     expected = _output(network.eval(), batch_of(0))
@@ -80,28 +86,31 @@ def test_the_whole_road(name: str, fold: bool, tmp_path: Path) -> None:
     assert all(report.num_sums and not report.not_covered for report in reports)
     assert sum(report.num_mismatched for report in reports) == 0
 
-    cpq.save(network, tmp_path / "qat.ckpt")
-    arms = {f: torch.load(tmp_path / f"{f}.ckpt")["quantization"]["arm"] for f in ("ptq", "qat")}
-    assert arms == {"ptq": "ptq", "qat": "qat"}
-    assert torch.equal(_in_a_fresh_process(name, tmp_path), trained)
+    file = folder / f"{name}-{fold}.ckpt"
+    cpq.save(network, file)
+    arms = [torch.load(path)["quantization"]["arm"] for path in (tmp_path / "ptq.ckpt", file)]
+    assert arms == ["ptq", "qat"]
+    torch.save(trained, file.with_suffix(".expected"))
 
 
 FRESH = """
+from pathlib import Path
 import sys, torch, cpq_train
 from networks import NETWORKS
-name, folder = sys.argv[1:]
-new, batch_of, _ = NETWORKS[name]
-network = cpq_train.load(f"{folder}/qat.ckpt", new()).eval()
-batch = batch_of(7)
-with torch.no_grad():
-    torch.save(network(*batch) if isinstance(batch, tuple) else network(batch), f"{folder}/output.pt")
+for file in Path(sys.argv[1]).glob("*.ckpt"):
+    new, batch_of, _ = NETWORKS[file.name.split("-")[0]]
+    network, batch = cpq_train.load(file, new()).eval(), batch_of(7)
+    with torch.no_grad():
+        torch.save(network(*batch) if isinstance(batch, tuple) else network(batch), file.with_suffix(".output"))
 """
 
 
-def _in_a_fresh_process(name: str, folder: Path) -> Tensor:
-    here = str(Path(__file__).parent)
-    program = f"import sys; sys.path.insert(0, {here!r})\n{FRESH}"
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, name, str(folder)], check=True, timeout=120
-    )
-    return torch.load(folder / "output.pt")
+def test_a_fresh_process_has_the_same_bits(folder: Path) -> None:
+    """Behind the roads, which fill the folder."""
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{FRESH}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(folder)], check=True, timeout=120)
+    files = sorted(folder.glob("*.ckpt"))
+    assert len(files) == 2 * len(NETWORKS)
+    for file in files:
+        outputs = [torch.load(file.with_suffix(suffix)) for suffix in (".expected", ".output")]
+        assert torch.equal(*outputs), file.name
