@@ -101,7 +101,8 @@ for file in Path(sys.argv[1]).glob("*.ckpt"):
     new, batch_of, _ = NETWORKS[file.name.split("-")[0]]
     network, batch = cpq_train.load(file, new()).eval(), batch_of(7)
     with torch.no_grad():
-        torch.save(network(*batch) if isinstance(batch, tuple) else network(batch), file.with_suffix(".output"))
+        output = network(*batch) if isinstance(batch, tuple) else network(batch)
+    torch.save(output, file.with_suffix(".output"))
 """
 
 
