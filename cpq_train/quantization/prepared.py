@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 from zlib import crc32
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from cpq_train.common.errors import UserError
@@ -56,21 +58,30 @@ class Prepared:
         return {} if self.wiring is None else dict(self.wiring.folds)
 
     def remember_weights(self, network: nn.Module) -> None:
-        """Take the network's present weights for those that no training has changed."""
+        """Take what the network has now for what no training has changed."""
         self._untuned = _checksum(network)
 
     def is_tuned(self, network: nn.Module) -> bool:
-        """Whether the network's weights are others than those that were remembered, or none were."""
+        """Whether what training changes is no longer what was remembered, or nothing was."""
         return self._untuned != _checksum(network)
 
 
 def _checksum(network: nn.Module) -> int:
-    """CRC-32 of the weights, learned ranges aside."""
+    """CRC-32 of all values that training changes, whatever their memory format."""
     found = 0
-    for name, parameter in network.named_parameters():
-        if not name.endswith("_log_amax"):
-            found = crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data, found)
+    for tensor in _trained(network):
+        # A tensor of one value or one pixel may have any strides and count as contiguous.
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1)
+        found = crc32(plain.view(torch.uint8).numpy().data, found)
     return found
+
+
+def _trained(network: nn.Module) -> Iterator[Tensor]:
+    """Parameters, learned ranges among them, and the statistics of normalisations."""
+    yield from network.parameters()
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            yield from module.buffers(recurse=False)
 
 
 def prepared_of(network: nn.Module) -> Prepared:
