@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,13 @@ from cpq_train.common.schema import Count, CountAboveZero, Flag, check_schema, k
 from cpq_train.quantization.batchnorm import BatchNormPolicy
 from cpq_train.quantization.prepared import Prepared
 from cpq_train.quantization.ranges.policy import AmaxPolicy
-from cpq_train.quantization.scheme import QuantizerScheme, Scheme
+from cpq_train.quantization.scheme import KINDS, QuantizerScheme, Scheme
 from cpq_train.quantization.wiring import RESIDUAL, Wiring
 
 SCHEMA = 2
+KINDS_WRITTEN_AS_ALL = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
+"""What the first releases, which had no others, wrote for a rule without `kinds`."""
+
 CHANGES_OF_WEIGHTS = ("bias_correction", "adaround_num_steps")
 """Entries of `calibration` that say, where they are not 0, that weights are no longer the float ones."""
 
@@ -67,6 +70,7 @@ _ENTRY: TypeAdapter[dict[str, Any]] = TypeAdapter(
             "calibration": dict[str, Any] | None,
             "parents": dict[str, str],
             "trained_on": NotRequired[dict[str, str]],
+            "network": NotRequired[str],
             # Files of schema 1 lack it.
             "wiring": NotRequired[_Wiring | None],
         }
@@ -88,6 +92,8 @@ class Description:
         trained_on: Fingerprint of a data set -> the splits, joined by "+", where it or one that it came from
             was trained on samples that it was to be scored on.
         wiring: How its layers are connected; None of a float arm, which does not depend on it.
+        network_class: Name of its class where it is no CenterPoint.
+        kinds: Layer that can be quantized -> its kind, as a file has them.
         groups_of_schema_1: Layers that share a quantizer, in a file of that schema, which has no wiring.
     """
 
@@ -99,6 +105,8 @@ class Description:
     parents: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)
     wiring: Wiring | None = None
+    network_class: str | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
     groups_of_schema_1: tuple[tuple[str, ...], ...] = ()
 
     @staticmethod
@@ -118,18 +126,40 @@ class Description:
             raise UserError(f"{where} does not say what it is (no 'quantization')")
         check_schema(entry.get("schema"), SCHEMA, f"{where}, quantization")
         validated(_ENTRY, entry, f"{where}, quantization")
-        scheme = None if entry["scheme"] is None else Scheme.from_dict(entry["scheme"], where)
         return Description(
             arm=entry["arm"],
-            scheme=scheme,
+            scheme=None if entry["scheme"] is None else _scheme(entry["scheme"], entry["schema"], where),
             batchnorm=entry["batchnorm"],
             amax=_amax_policy(entry["layers"]),
             calibration=entry["calibration"],
             parents=dict(entry["parents"]),
             trained_on=dict(entry.get("trained_on", {})),
             wiring=None if entry.get("wiring") is None else Wiring.from_dict(entry["wiring"]),
+            network_class=entry.get("network"),
+            kinds={name: row["kind"] for name, row in entry["layers"].items()},
             groups_of_schema_1=_groups(entry["layers"]) if entry.get("wiring") is None else (),
         )
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What it says of how the network came about."""
+        return {
+            "calibration": self.calibration,
+            "parents": dict(self.parents),
+            "trained_on": dict(self.trained_on),
+        }
+
+    def check_centerpoint(self, path: str | Path) -> None:
+        """Refuse a checkpoint of another network.
+
+        Raises:
+            UserError: It is of one.
+        """
+        if self.network_class is not None:
+            raise UserError(
+                f"checkpoint {str(path)!r} is of another network than CenterPoint ({self.network_class}): "
+                "cpq_train.load(path, network) takes it, with the float network that it was prepared from"
+            )
 
     def entry(self, prepared: Prepared) -> dict[str, Any]:
         """The `quantization` entry of the checkpoint (plain values only).
@@ -147,12 +177,21 @@ class Description:
             "parents": dict(self.parents),
             "wiring": None if self.wiring is None else self.wiring.to_dict(),
             **({"trained_on": dict(self.trained_on)} if self.trained_on else {}),
+            **({"network": self.network_class} if self.network_class else {}),
         }
 
 
 def changed_weights(calibration: Mapping[str, Any] | None) -> bool:
     """Whether a calibration, as a checkpoint describes it, changed weights."""
     return calibration is not None and any(calibration.get(key) for key in CHANGES_OF_WEIGHTS)
+
+
+def _scheme(content: Mapping[str, Any], schema: int, where: str) -> Scheme:
+    scheme = Scheme.from_dict(content, where)
+    if schema > 1:
+        return scheme
+    rules = (replace(r, kinds=KINDS) if r.kinds == KINDS_WRITTEN_AS_ALL else r for r in scheme.rules)
+    return replace(scheme, rules=tuple(rules))
 
 
 def _layers(prepared: Prepared, amax: AmaxPolicy) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from cpq_train.arms.becoming import become
 from cpq_train.arms.description import Description
 from cpq_train.arms.state import check_groups, check_state
@@ -25,12 +27,13 @@ from cpq_train.common.checkpoint import (
 from cpq_train.common.files import sha256_of
 from cpq_train.models import NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy
+from cpq_train.quantization.prepared import is_prepared, prepared_of
 from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.scheme import Scheme
 
 
 def from_content(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> Subject:
-    """The network that a checkpoint describes, ready for its tensors, which have been checked.
+    """The network that a checkpoint describes, with its tensors, which have been checked.
 
     Args:
         config: Sizes of the network; those of the checkpoint must agree.
@@ -38,13 +41,32 @@ def from_content(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str
         path: For messages.
 
     Raises:
-        UserError: The checkpoint does not say what it is, is of another architecture, or holds tensors that
-            are no good; or its heads are of other classes.
+        UserError: The checkpoint does not say what it is, is of another network or architecture, or holds
+            tensors that are no good; or its heads are of other classes.
     """
+    said, state = Description.of(checkpoint, path), network_state(checkpoint)
+    said.check_centerpoint(path)
     check_groups(config, checkpoint, path)
-    subject = build_described(config, Description.of(checkpoint, path))
-    check_state(subject.network, network_state(checkpoint), path)
+    subject = build_described(config, said, path)
+    check_state(subject.network, state, path)
+    take_tensors(subject.network, said, state)
     return subject
+
+
+def take_tensors(network: nn.Module, said: Description, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a checkpoint, and remember what it says of how they came about.
+
+    Args:
+        network: In the structure of the checkpoint.
+        said: What the checkpoint says.
+        state: Its tensors by the network's names, which have been checked.
+    """
+    network.load_state_dict(state)
+    if is_prepared(network):
+        prepared = prepared_of(network)
+        prepared.provenance = said.provenance
+        if said.arm == "ptq":
+            prepared.remember_weights(network)
 
 
 def load(config: NetworkConfig, path: str | Path) -> Subject:
@@ -53,9 +75,7 @@ def load(config: NetworkConfig, path: str | Path) -> Subject:
     Raises:
         UserError: The file is unreadable, or a layer cannot hold its bias; see `from_content`.
     """
-    checkpoint = read_checkpoint(path)
-    subject = from_content(config, checkpoint, path)
-    subject.network.load_state_dict(network_state(checkpoint))
+    subject = from_content(config, read_checkpoint(path), path)
     check_biases(subject.network, f"checkpoint {str(path)!r}: ")
     return subject
 

@@ -68,6 +68,7 @@ def start_with_parts(
     """
     checkpoint = read_checkpoint(path)
     said = Description.of(checkpoint, path)
+    said.check_centerpoint(path)
     _check_source(said, path)
     subject = build(config, "float", None, batchnorm)
     own = subject.network.state_dict()

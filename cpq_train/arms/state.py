@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cpq_train.common.checkpoint import is_alike
 from cpq_train.common.errors import UserError, shown
 from cpq_train.models.config import NetworkConfig, as_tuples
 from cpq_train.quantization.health import refuse
+from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranges.calibration import AMAX, problems_of_state
 
 NUM_SHOWN = 2
@@ -30,7 +32,7 @@ def check_state(
 
     Raises:
         UserError: They differ, and how many are of another kind, missing, unexpected or of another shape;
-            ranges are missing or unfit, with a table of them; or a tensor holds NaN or infinite numbers.
+            ranges are missing or unfit, with a table of them; or see `check_numbers`.
     """
     where = f"checkpoint {str(path)!r}"
     _check_kinds(network.state_dict(), state, where)
@@ -38,10 +40,28 @@ def check_state(
     unfit = {problem.quantizer + AMAX for problem in problems}
     state = {name: tensor for name, tensor in state.items() if name not in unfit}
     own = {name: tensor for name, tensor in network.state_dict().items() if name not in unfit}
-    if differences := _differences(own, state):
-        raise UserError(f"{where} is of another architecture than {what}: {differences}")
+    if found := differences(own, state, "of another shape", _shape):
+        raise UserError(f"{where} is of another architecture than {what}: {found}")
     refuse(problems, f"{where}: ")
-    check_finite(state, where)
+    check_numbers(network, state, where)
+
+
+def check_numbers(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Look at what training changes of a network; other buffers, such as masks, may hold any number.
+
+    Args:
+        network: Whose tensors they are.
+        state: The tensors by the network's names.
+        where: What the sentence starts with.
+
+    Raises:
+        UserError: A parameter, a range or a statistic of a normalisation is NaN or infinite.
+    """
+    names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    for module_name, module in network.named_modules(remove_duplicate=False):
+        if isinstance(module, _NormBase | Quantizer):
+            names |= {f"{module_name}.{buffer}" for buffer in module._buffers}
+    check_finite({name: tensor for name, tensor in state.items() if name in names}, where)
 
 
 def check_groups(config: NetworkConfig, checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -78,8 +98,8 @@ def check_part(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str
     """
     where = f"checkpoint {str(path)!r}"
     _check_kinds(own, state, where)
-    if differences := _differences(own, state):
-        raise UserError(f"{where} differs from model.network in model.weights_parts: {differences}")
+    if found := differences(own, state, "of another shape", _shape):
+        raise UserError(f"{where} differs from model.network in model.weights_parts: {found}")
     check_finite(state, where)
 
 
@@ -114,20 +134,30 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
     return [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
 
 
-def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What tells the two apart; empty where nothing does."""
-    common = sorted(set(own) & set(state))
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in common
-        if state[name].shape != own[name].shape
-    ]
+def differences(
+    own: Mapping[str, Any], said: Mapping[str, Any], what: str, seen: Callable[[Any], Any]
+) -> str:
+    """What tells a checkpoint and a network apart; empty where nothing does.
+
+    Args:
+        own: Name -> what the network has.
+        said: Name -> what the checkpoint has.
+        what: What those are called that have a name in common and differ.
+        seen: What is compared of them.
+    """
+    pairs = {name: (seen(said[name]), seen(own[name])) for name in sorted(own.keys() & said.keys())}
     parts = {
-        "missing": sorted(set(own) - set(state)),
-        "unexpected": sorted(set(state) - set(own)),
-        "of another shape": shapes,
+        "missing": sorted(own.keys() - said.keys()),
+        "unexpected": sorted(said.keys() - own.keys()),
+        what: [
+            f"{name} {theirs} instead of {mine}" for name, (theirs, mine) in pairs.items() if theirs != mine
+        ],
     }
     return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in parts.items() if names)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 def _some(names: Iterable[str]) -> str:

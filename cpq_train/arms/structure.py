@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
-
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from pathlib import Path
 
 from cpq_train.arms.description import Description
+from cpq_train.arms.said_wiring import wiring_said_by
 from cpq_train.arms.subject import Subject
 from cpq_train.common.arm_names import TUNED_ARMS, Arm
 from cpq_train.common.errors import UserError
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.quantization.batchnorm import BatchNormPolicy, fold_batchnorm
-from cpq_train.quantization.layers.kinds import kind_of
 from cpq_train.quantization.prepare import prepare_as, unquantized
 from cpq_train.quantization.ranges.policy import AmaxPolicy, apply_policy
 from cpq_train.quantization.scheme import Scheme
@@ -34,10 +30,19 @@ def build(
     return restructure(CenterPoint(config), arm, scheme, batchnorm)
 
 
-def build_described(config: NetworkConfig, said: Description) -> Subject:
-    """The structure that a checkpoint describes, its tensors not loaded yet."""
+def build_described(config: NetworkConfig, said: Description, path: str | Path) -> Subject:
+    """The structure that a checkpoint describes, its tensors not loaded yet.
+
+    Args:
+        config: Sizes of the network.
+        said: What the checkpoint says.
+        path: The checkpoint, for messages.
+
+    Raises:
+        UserError: See `wiring_said_by`.
+    """
     network = CenterPoint(config)
-    wiring = wiring_said_by(said, network)
+    wiring = wiring_said_by(said, network, path)
     subject = restructure(network, said.arm, said.scheme, said.batchnorm, wiring)
     set_range_policy(subject, said.amax)
     subject.calibration, subject.parents = said.calibration, dict(said.parents)
@@ -82,32 +87,3 @@ def set_range_policy(subject: Subject, amax: AmaxPolicy) -> None:
     """Say what becomes of the ranges in training; learned ones become parameters."""
     subject.amax = amax
     apply_policy(subject.network, amax)
-
-
-def wiring_said_by(said: Description, network: nn.Module) -> Wiring:
-    """How a checkpoint has the layers of its network connected, as far as `network` has them.
-
-    Args:
-        said: What the checkpoint says.
-        network: A float network.
-    """
-    wiring = said.wiring or _registered_wiring(network, said.groups_of_schema_1)
-    return wiring.within({name for name, _ in network.named_modules()})
-
-
-def _registered_wiring(network: nn.Module, groups: Sequence[Sequence[str]]) -> Wiring:
-    """How the layers of a file of schema 1 are connected, which does not say.
-
-    Its releases folded a BatchNorm into the layer registered directly before it.
-
-    Args:
-        network: A float network.
-        groups: Layers that share a quantizer in the file.
-    """
-    folds = {
-        f"{parent_name}.{norm_name}".lstrip("."): f"{parent_name}.{name}".lstrip(".")
-        for parent_name, parent in network.named_modules()
-        for (name, layer), (norm_name, norm) in pairwise(parent.named_children())
-        if kind_of(layer) is not None and isinstance(norm, _BatchNorm)
-    }
-    return Wiring(one_tensor=tuple(map(tuple, groups)), folds=folds)

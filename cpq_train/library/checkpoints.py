@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cpq_train.arms.description import Description
-from cpq_train.arms.state import check_state
-from cpq_train.arms.structure import wiring_said_by
+from cpq_train.arms.loading import take_tensors
+from cpq_train.arms.said_wiring import wiring_said_by
+from cpq_train.arms.state import check_numbers, check_state
 from cpq_train.common.checkpoint import (
     NETWORK_PREFIX,
     NOT_TRAINED,
+    checked,
     network_state,
     read_checkpoint,
     write_checkpoint,
@@ -33,14 +37,16 @@ def save(network: nn.Module, path: str | Path) -> None:
     """Write a prepared and calibrated network as a checkpoint, for `load` and, of a CenterPoint, all verbs.
 
     It holds tensors and plain values only, and how the network's layers are connected: loading it needs no
-    example input. Its arm is `ptq` while the weights are those that were calibrated, `qat` afterwards.
+    example input. Its arm is `ptq` while weights, learned ranges and statistics of BatchNorm are those that
+    were calibrated, `qat` afterwards.
 
     Args:
         network: What `prepare` made.
         path: Where to; appears only once it is whole.
 
     Raises:
-        UserError: The network is not prepared, or a range is missing or unfit.
+        UserError: The network is not prepared, a range is missing or unfit, a weight is NaN or infinite, or
+            the network's state holds other things than dense tensors.
     """
     prepared = prepared_of(network)
     check_ranges(network)
@@ -50,13 +56,22 @@ def save(network: nn.Module, path: str | Path) -> None:
         batchnorm="trained" if kept_batchnorms(network, prepared.folds) else "folded",
         amax="learned" if range_parameters(network) else "frozen",
         wiring=prepared.wiring,
+        network_class=None if isinstance(network, CenterPoint) else type(network).__name__,
         **prepared.provenance,
     )
-    state = {NETWORK_PREFIX + name: tensor for name, tensor in network.state_dict().items()}
-    content = {**NOT_TRAINED, "state_dict": state, "quantization": said.entry(prepared)}
+    content = {**NOT_TRAINED, "state_dict": _state(network), "quantization": said.entry(prepared)}
     if isinstance(network, CenterPoint):
         content[HYPER_PARAMETERS] = {"network": asdict(network.config)}
+    checked(content, path)
+    check_numbers(network, network_state(content), f"checkpoint {str(path)!r}")
     write_checkpoint(content, path)
+
+
+def _state(network: nn.Module) -> dict[str, Any]:
+    """The network's state on the CPU, as a checkpoint names it."""
+    state: Mapping[str, Any] = network.state_dict()  # modules may add what is no tensor
+    on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {NETWORK_PREFIX + name: value for name, value in on_cpu.items()}
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -79,27 +94,19 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     check_float(network)
     content = read_checkpoint(path)
     said, state = Description.of(content, path), network_state(content)
-    trial = copy.deepcopy(network)
-    _take_structure(trial, said)
-    check_state(trial, state, path, "the network")
-    _take_structure(network, said)
-    network.load_state_dict(state)
-    check_biases(network, f"checkpoint {str(path)!r}: ")
-    if said.arm == "ptq":
-        prepared_of(network).remember_weights(network)
+    for each in (copy.deepcopy(network), network):  # what fails, fails on the copy
+        _fill(each, said, state, path)
     return network
 
 
-def _take_structure(network: nn.Module, said: Description) -> None:
-    wiring = wiring_said_by(said, network)
-    if said.scheme is None:
-        if said.batchnorm == "folded":
-            fold_batchnorm(network, wiring.folds)
-        return
-    prepared = prepare_as(network, said.scheme, wiring, fold=said.batchnorm == "folded")
-    prepared.provenance = {
-        "calibration": said.calibration,
-        "parents": dict(said.parents),
-        "trained_on": dict(said.trained_on),
-    }
-    apply_policy(network, said.amax)
+def _fill(network: nn.Module, said: Description, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Give a float network the structure and the tensors of a checkpoint."""
+    wiring = wiring_said_by(said, network, path, "the network")
+    if said.scheme is not None:
+        prepare_as(network, said.scheme, wiring, fold=said.batchnorm == "folded")
+        apply_policy(network, said.amax)
+    elif said.batchnorm == "folded":
+        fold_batchnorm(network, wiring.folds)
+    check_state(network, state, path, "the network")
+    take_tensors(network, said, state)
+    check_biases(network, f"checkpoint {str(path)!r}: ")

@@ -46,9 +46,6 @@ Kind = Literal[SparseKind, DenseKind, "ResidualAdd"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """The kinds of layer that can be quantized."""
 
-KINDS_WRITTEN_AS_ALL = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
-"""What the first releases, which had no others, wrote into a checkpoint for a rule without `kinds`."""
-
 OUTPUT_CHANNEL_AXIS = {str(kind): int(kind == "ConvTranspose2d") for kind in KINDS if kind != "ResidualAdd"}
 """Axis of the output channels in a weight: spconv 2 stores KRSC; ConvTranspose2d stores (in, out, kH, kW)."""
 
@@ -189,7 +186,7 @@ def _settings(value: Any) -> Any:
 def _kinds(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         raise UserError(f"got {shown(value)}, accepted: a list of {', '.join(KINDS)}")
-    return KINDS if tuple(value) == KINDS_WRITTEN_AS_ALL else value
+    return value
 
 
 ForWeights = Annotated[WeightScheme, known_keys(WeightScheme), BeforeValidator(_settings)]

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from cpq_train.arms.description import Description
 from cpq_train.arms.loading import from_content, load
 from cpq_train.arms.structure import build
 from cpq_train.arms.subject import Subject
@@ -96,6 +97,7 @@ def convert(
 
 def _write_openpcdet(input: Path, output: Path) -> None:
     checkpoint = read_checkpoint(input)
+    Description.of(checkpoint, input).check_centerpoint(input)
     content = openpcdet_content(checkpoint, input)
     settings = settings_of(checkpoint, input, CenterPointDetector)
     from_content(settings.get("network", NetworkConfig()), checkpoint, input)  # every tensor is looked at

@@ -34,10 +34,13 @@ def describe(checkpoint: Path) -> None:
 def _summary(path: Path, content: dict[str, Any]) -> Table:
     table = Table(show_header=False, title=str(path), title_justify="left")
     said, data = Description.of(content, path), DataSettings.of(content, path)
+    unfolded = {} if said.wiring is None else said.wiring.unfolded
     rows = {
+        "network": said.network_class or "CenterPoint",
         "arm": said.arm,
         "scheme": said.scheme.name if said.scheme else "none",
         "batchnorm": said.batchnorm,
+        **({"not folded": "; ".join(f"{norm}: {why}" for norm, why in unfolded.items())} if unfolded else {}),
         "ranges": said.amax if said.scheme else "none",
         "data": data.to_dict() if data else "not stated",
         "not finite": ", ".join(not_finite(network_state(content))) or "none",

@@ -147,9 +147,10 @@ def _check_verifiable(content: dict[str, Any], path: Path) -> None:
     """Whether a checkpoint has layers to verify.
 
     Raises:
-        UserError: It has no integer layer, or does not hold its sizes.
+        UserError: It is of another network, has no integer layer, or does not hold its sizes.
     """
     said, quantization = Description.of(content, path), content["quantization"]
+    said.check_centerpoint(path)
     if not any(layer["arithmetic"] == "integer" for layer in quantization["layers"].values()):
         raise UserError(
             f"checkpoint {str(path)!r}, arm {said.arm!r}, has no integer layer: nothing to "

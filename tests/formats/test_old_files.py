@@ -16,6 +16,7 @@ from own_network import FOLDER as SCHEMA_2
 from own_network import OwnNetwork, voxels
 
 import cpq_train
+from cpq_train.arms.description import Description
 from cpq_train.common.errors import UserError
 from cpq_train.evaluation.matches import read_matches
 from cpq_train.evaluation.metrics_file import read_metrics
@@ -24,6 +25,7 @@ from cpq_train.export.portable.writer import portable_graph
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.quantization.prepared import prepared_of
+from cpq_train.quantization.scheme import KINDS, Scheme
 from cpq_train.quantization.trace import trace
 from cpq_train.quantization.wiring import Wiring
 from cpq_train.training.detector import CenterPointDetector
@@ -155,6 +157,21 @@ def test_verify_counts_as_then(simulated_root: Path, tmp_path: Path) -> None:
     assert now == {**then, "checkpoint": now["checkpoint"]}
 
 
+OLD_KINDS = ("SubMConv3d", "SparseConv3d", "Conv2d", "ConvTranspose2d", "ResidualAdd")
+
+
+def test_only_in_schema_1_do_the_kinds_of_then_mean_all() -> None:
+    content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
+    assert content["quantization"]["scheme"]["rules"][0]["kinds"] == list(OLD_KINDS)
+    assert Description.of(content, "old.ckpt").scheme.rules[0].kinds == KINDS
+    content["quantization"]["schema"] = 2
+    assert Description.of(content, "new.ckpt").scheme.rules[0].kinds == OLD_KINDS
+    rule = {"layers": "*", "kinds": list(OLD_KINDS), "bias": "fp16"}
+    assert Scheme.from_dict({"rules": [rule]}).rules[0].kinds == OLD_KINDS
+    content["quantization"].update(schema=1, scheme={"rules": [{**rule, "kinds": list(OLD_KINDS[:4])}]})
+    assert Description.of(content, "old.ckpt").scheme.rules[0].kinds == OLD_KINDS[:4]
+
+
 def _newer_checkpoint(folder: Path) -> None:
     content = torch.load(CHECKPOINTS["ptq"], weights_only=True)
     content["quantization"]["schema"] = 3
@@ -216,5 +233,6 @@ def test_a_network_of_others_loads_without_an_example() -> None:
     found = trace(OwnNetwork(), voxels())  # of other weights: the ranges of what is reused are others
     assert Wiring.from_dict(said) == replace(found, reused=Wiring.from_dict(said).reused)
     assert found.reused.keys() == said["reused"].keys()
+    assert torch.load(file)["quantization"]["network"] == "OwnNetwork"
     cpq_train.fold(network)
     assert sum(report.num_mismatched for report in cpq_train.verify(network, voxels())) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -47,6 +49,17 @@ def test_every_name_is_there_and_nothing_else() -> None:
     with pytest.raises(AttributeError, match="module 'cpq_train' has no attribute 'quantise'"):
         cpq.quantise  # noqa: B018
     assert files("cpq_train").joinpath("py.typed").is_file()
+
+
+def test_mypy_knows_the_names() -> None:
+    """It is hidden from it that `__getattr__` answers to any name."""
+    (guard,) = (
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(cpq)))
+        if isinstance(node, ast.If)
+        and any(isinstance(inner, ast.FunctionDef) and inner.name == "__getattr__" for inner in node.body)
+    )
+    assert ast.unparse(guard.test) == "not TYPE_CHECKING"
 
 
 def test_comparing_needs_no_torch() -> None:
@@ -154,6 +167,11 @@ def test_centerpoint(tmp_path: Path) -> None:
         )
         assert all(torch.equal(ours[name], theirs[name]) for ours, theirs in heads for name in ours)
     assert cpq.coverage(again) == cpq.coverage(network)
+    cpq.save(again, tmp_path / "again.ckpt")
+    one, other = (torch.load(tmp_path / f"{name}.ckpt")["quantization"] for name in ("a", "again"))
+    assert one["arm"] == "ptq"
+    assert one["calibration"]["num_batches"] == 1
+    assert one == other
     assert sum(report.num_mismatched for report in cpq.verify(again, network.example_input())) == 0
 
 
