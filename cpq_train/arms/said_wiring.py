@@ -36,20 +36,20 @@ def wiring_said_by(
     if found := differences(layers, said.kinds, "of another kind", str):
         raise UserError(f"{where} is of another architecture than {what}: layers: {found}")
     wiring = said.wiring or _registered_wiring(network, said.groups_of_schema_1)
-    for problem in chain(_wrong_groups(wiring.one_tensor, layers), _wrong_folds(wiring.folds, network)):
+    for problem in chain(_wrong_groups(wiring, layers), _wrong_folds(wiring.folds, network)):
         raise UserError(f"{where}, quantization, wiring, {problem}")
     return wiring
 
 
-def _wrong_groups(groups: Sequence[Sequence[str]], layers: Mapping[str, str]) -> Iterator[str]:
+def _wrong_groups(wiring: Wiring, layers: Mapping[str, str]) -> Iterator[str]:
     """What is wrong with groups of layers that read one tensor."""
     seen: set[str] = set()
-    for member in chain.from_iterable(groups):
+    for member in chain.from_iterable(wiring.one_tensor):
         kind = layers.get(member.removesuffix(RESIDUAL))
         if kind is None or (member.endswith(RESIDUAL) and kind != "ResidualAdd"):
-            yield (f"one_tensor: got {shown(member)}, accepted: layers, and NAME{RESIDUAL} of a ResidualAdd")
-        if member in seen:
-            yield f"one_tensor: {shown(member)} is there twice; accepted: one group for each layer"
+            yield f"one_tensor: got {shown(member)}, accepted: layers, and NAME{RESIDUAL} of a ResidualAdd"
+        if member in seen and member not in wiring.reused:
+            yield f"one_tensor: {shown(member)} is there twice; accepted: layers of reused"
         seen.add(member)
 
 

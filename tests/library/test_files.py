@@ -186,6 +186,22 @@ def test_wiring_that_cannot_be(case: str, tmp_path: Path) -> None:
     _refused(tmp_path / "a.ckpt", Net(), rf"a.ckpt', quantization, wiring, .*{message}")
 
 
+def test_a_layer_that_reads_two_tensors_is_in_two_groups(tmp_path: Path) -> None:
+    class Both(Net):
+        def __init__(self) -> None:
+            super().__init__(d=nn.Conv2d(8, 8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.norm(self.a(x)))
+            z = self.b(y)
+            return self.b(z) + self.c(y) + self.d(z)
+
+    network = _calibrated(Both(), {"on_reuse": "one_range"})
+    assert sorted(prepared_of(network).wiring.one_tensor) == [("b", "c"), ("b", "d")]
+    cpq.save(network, tmp_path / "a.ckpt")
+    assert torch.equal(cpq.load(tmp_path / "a.ckpt", Both()).eval()(x(1)), network(x(1)))
+
+
 def test_two_norms_in_one_layer(tmp_path: Path) -> None:
     class Two(Net):
         def __init__(self) -> None:
