@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 RESIDUAL = ":residual"
@@ -38,12 +38,6 @@ class Wiring:
         reused = {member: list(seen) for member, seen in self.reused.items()}
         maps = {"folds": dict(self.folds), "unfolded": dict(self.unfolded), "reused": reused}
         return {"one_tensor": groups, "never_called": list(self.never_called), **maps}
-
-    def within(self, names: Collection[str]) -> Wiring:
-        """What of it speaks of modules of these names alone: the file of another network may have others."""
-        groups = (tuple(m for m in g if m.removesuffix(RESIDUAL) in names) for g in self.one_tensor)
-        folds = {norm: layer for norm, layer in self.folds.items() if {norm, layer} <= set(names)}
-        return replace(self, one_tensor=tuple(groups), folds=folds)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Wiring:
