@@ -239,11 +239,11 @@ def _share(network: nn.Module, readers: list[str], prepared: Prepared) -> None:
     assert prepared.wiring is not None
     owner = next((m for m in readers if not m.endswith(RESIDUAL)), readers[0])
     if owner.endswith(RESIDUAL):  # adds alone: the quantizer of an add is that of its branch
-        shared = Quantizer(prepared.schemes[owner.removesuffix(RESIDUAL)].input)
+        shared = Quantizer(prepared.schemes[owner.removesuffix(RESIDUAL)].input).train(network.training)
     else:
         shared = cast(Quantizer, network.get_submodule(owner)._input_quantizer)
     # Where a member reads several tensors, "the one that it read last" is not known to be this one.
-    shared.is_shared = not set(readers) & prepared.wiring.reused.keys()
+    shared.num_readers = 1 if set(readers) & prepared.wiring.reused.keys() else len(readers)
     for member in readers:
         attribute = "_residual_quantizer" if member.endswith(RESIDUAL) else "_input_quantizer"
         setattr(network.get_submodule(member.removesuffix(RESIDUAL)), attribute, shared)

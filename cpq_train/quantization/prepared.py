@@ -92,9 +92,9 @@ def prepared_of(network: nn.Module) -> Prepared:
     """
     found = network.__dict__.get(ATTRIBUTE)
     if found is None:
-        raise UserError(
-            f"this {type(network).__name__} is not prepared; first: prepare(network, scheme, example_input)"
-        )
+        inner = next((name for name, m in network.named_modules() if ATTRIBUTE in m.__dict__), None)
+        hint = f"its .{inner} is" if inner else "first: prepare(network, scheme, example_input)"
+        raise UserError(f"this {type(network).__name__} is not prepared; {hint}")
     return cast(Prepared, found)
 
 
@@ -111,8 +111,8 @@ def frozen(network: nn.Module) -> AbstractContextManager[None]:
                 network(batch)
 
     A write that torch counts (an optimizer's step, `copy_`, `load_state_dict`) is an error of the next
-    forward pass; behind one that it does not (`.data.copy_`), results are undefined. Nothing happens to a
-    network that is not prepared.
+    forward pass, and of leaving the block; behind one that it does not (`.data.copy_`), results are
+    undefined. Nothing happens to a network that is not prepared.
 
     Raises:
         UserError: See above.

@@ -17,7 +17,7 @@ from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, 
 from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.numerics.formats import NumberFormat
 from cpq_train.quantization.scheme import QuantizerScheme
-from cpq_train.quantization.scope import Scope
+from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
@@ -59,8 +59,8 @@ class Quantizer(TensorQuantizer):
     loads on any device; `calibration.check_ranges` finds what was left NaN. A dynamic quantizer has no
     buffer. A learned range is trained as the parameter `_log_amax`, so that amax stays positive and a
     learning rate means the same for a range of 0.01 and one of 100; the buffer follows it. `step_of_zero` is
-    the value of code 1 where amax is at most 2^-24. A quantizer `is_shared` where several layers read one
-    tensor through it; `scope`, which `prepare` makes one for a network, is what it remembers meanwhile.
+    the value of code 1 where amax is at most 2^-24. `num_readers` layers read one tensor through it; `scope`,
+    which `prepare` makes one for a network, is what it remembers meanwhile.
 
     Args:
         scheme: Bits, granularity, method and mode; `mode` is static or dynamic.
@@ -88,7 +88,7 @@ class Quantizer(TensorQuantizer):
         self._calibrator: Collector | None = None
         self.scheme = scheme
         self.format = scheme.number_format
-        self.is_shared = False
+        self.num_readers = 1
         self._log_amax: nn.Parameter | None = None
         self.scope = Scope()
         self.step_of_zero = 1.0
@@ -106,6 +106,11 @@ class Quantizer(TensorQuantizer):
     def is_per_tensor(self) -> bool:
         """Whether one amax stands for the whole tensor."""
         return self._axis is None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several layers read one tensor through it."""
+        return self.num_readers > 1
 
     @property
     def is_active(self) -> bool:
@@ -132,16 +137,26 @@ class Quantizer(TensorQuantizer):
                 right for `fake_quant.rescale`.
         """
         chosen = self.range_of(inputs)
-        known = None if is_compiling() else self.scope.codes.get(self)
-        if known is not None and known[0] is inputs:
-            return known[1], chosen.step
         factor = None if step_other is None else step_other / chosen.step
-        codes = fake_quant.codes(
-            inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
-        )
-        if self.is_shared and self.scope.is_in_forward and not is_compiling():
-            self.scope.codes[self] = (inputs, codes)
-        return codes, chosen.step
+
+        def make() -> Tensor:
+            return fake_quant.codes(
+                inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
+            )
+
+        if not self._remembers(inputs) or (torch.is_grad_enabled() and are_saved_tensors_hooked()):
+            return make(), chosen.step  # a checkpoint has to save as much in every run, whoever ran before
+        modes = inputs.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return self.scope.codes.once(self, inputs, make, self.num_readers, modes), chosen.step
+
+    def _remembers(self, inputs: Tensor) -> bool:
+        """Whether other readers of a tensor may have what is made of it now.
+
+        Of a tensor of inference mode nobody knows whether it is written to in between, as by dropout in
+        place; in evaluation mode it is not, as the run has shown that `prepare` makes.
+        """
+        is_known = not (self.training and inputs.is_inference())
+        return self.is_shared and is_known and self.scope.is_in_forward and not is_compiling()
 
     def range_of(self, inputs: Tensor) -> Range:
         """The range to quantize `inputs` with; a static one is worked out once in an open scope."""
@@ -151,15 +166,10 @@ class Quantizer(TensorQuantizer):
             return self._static_range()
         known: Range | None = self.scope.ranges.get(self)
         if known is None:
-            known = self.scope.ranges[self] = self._kept_range()
+            # Not in inference mode: what is made there could not be saved for a backward pass in this scope.
+            with torch.inference_mode(False):
+                known = self.scope.ranges[self] = self._static_range()
         return known
-
-    def _kept_range(self) -> Range:
-        if not self.scope.is_frozen:
-            return self._static_range()
-        # Not in inference mode: what is made there could not be saved for a backward pass of the same block.
-        with torch.inference_mode(False):
-            return self._static_range()
 
     def _static_range(self) -> Range:
         if self._log_amax is not None:
@@ -195,12 +205,14 @@ class Quantizer(TensorQuantizer):
 
     def collect(self, inputs: Tensor) -> None:
         """Take in one tensor, once in a forward pass even where it has several consumers."""
-        if self.scope.collected.get(self) is inputs:
-            return
+        if self._remembers(inputs):
+            self.scope.collected.once(self, inputs, lambda: self._take_in(inputs), self.num_readers)
+        else:
+            self._take_in(inputs)
+
+    def _take_in(self, inputs: Tensor) -> None:
         assert self._calibrator is not None
         self._calibrator.collect(fake_quant.full_precision(inputs.detach()))
-        if self.is_shared and self.scope.is_in_forward:
-            self.scope.collected[self] = inputs
 
     def finish_collecting(self, momentum: float | None = None) -> tuple[str, str] | None:
         """Set amax from what all ranks gathered; it is NaN where nothing was seen.

@@ -8,11 +8,12 @@ the network; inside `frozen`, where nothing may be written, ranges are kept from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from cpq_train.common.errors import UserError
 
@@ -29,7 +30,56 @@ class _Watched(NamedTuple):
     @property
     def is_written(self) -> bool:
         is_other = getattr(self.module, self.attribute) is not self.tensor
-        return is_other or _version(self.tensor) != self.version
+        return is_other or version_of(self.tensor) != self.version
+
+
+class _Made(NamedTuple):
+    """What was made of a tensor: in which state of it, and for how many readers that have yet to come."""
+
+    tensor: Tensor
+    state: tuple[int, ...]
+    result: Any
+    num_readers: int
+
+
+class Memo:
+    """Shared quantizer -> what was made of the tensor that it met last, until its last reader has it."""
+
+    def __init__(self) -> None:
+        self._made: dict[nn.Module, _Made] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._made.clear()
+
+    def once(
+        self,
+        quantizer: nn.Module,
+        tensor: Tensor,
+        make: Callable[[], Any],
+        num_readers: int,
+        modes: tuple[bool, ...] = (),
+    ) -> Any:
+        """What `make` makes of a tensor, made once as long as the tensor and the modes are what they were.
+
+        Args:
+            quantizer: Who reads it.
+            tensor: What it reads.
+            make: Called if nothing that was made fits.
+            num_readers: How often the quantizer is expected to read one tensor.
+            modes: What the result depends on beside the tensor.
+        """
+        state = (version_of(tensor), *modes)
+        made = self._made.pop(quantizer, None)
+        if made is None or made.tensor is not tensor or made.state != state:
+            del made  # before the next is made: a map is large
+            made = _Made(tensor, state, make(), num_readers)
+        if made.num_readers > 1:
+            self._made[quantizer] = made._replace(num_readers=made.num_readers - 1)
+        return made.result
 
 
 class Scope:
@@ -37,16 +87,16 @@ class Scope:
 
     Attributes:
         ranges: Quantizer -> its static range.
-        codes: Shared quantizer -> the tensor that it rounded last, and its codes.
-        collected: Shared quantizer -> the tensor that its calibrator took in last.
+        codes: Codes of tensors with several readers.
+        collected: Which of these tensors a calibrator took in.
         is_in_forward: Whether a forward pass is under way; tensors are remembered only then.
         is_frozen: Whether ranges outlive a forward pass.
     """
 
     def __init__(self) -> None:
         self.ranges: dict[nn.Module, Any] = {}
-        self.codes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self.collected: dict[nn.Module, Tensor] = {}
+        self.codes = Memo()
+        self.collected = Memo()
         self.is_frozen = False
         self.is_in_forward = False
         self._watched: list[_Watched] = []
@@ -64,14 +114,22 @@ class Scope:
         """Open it for a forward pass.
 
         Raises:
-            UserError: It is frozen, and a tensor was written to.
+            UserError: See `check_unwritten`.
+        """
+        self.check_unwritten()
+        self.is_in_forward = True
+
+    def check_unwritten(self) -> None:
+        """Look at the tensors that must not be written to.
+
+        Raises:
+            UserError: It is frozen, and one of them was.
         """
         if written := [w.name for w in self._watched if w.is_written]:
             raise UserError(
                 f"{len(written)} tensors were written to while their network is frozen, the first of them "
                 f"{written[0]}; accepted: inside frozen(network) neither weights nor ranges change"
             )
-        self.is_in_forward = True
 
     def end_forward(self) -> None:
         """Close it, and drop what does not outlive the pass."""
@@ -89,7 +147,7 @@ class Scope:
         """
         found = ((name, *place, getattr(*place)) for name, place in tensors.items())
         self._watched = [
-            _Watched(name, module, attribute, tensor, _version(tensor))
+            _Watched(name, module, attribute, tensor, version_of(tensor))
             for name, module, attribute, tensor in found
             if tensor is not None
         ]
@@ -103,16 +161,31 @@ class Scope:
 
 @contextmanager
 def frozen_scope(scope: Scope, tensors: Mapping[str, tuple[nn.Module, str]]) -> Iterator[None]:
-    """See `Scope.freeze`; a block inside another adds nothing."""
+    """See `Scope.freeze`; a block inside another adds nothing.
+
+    Raises:
+        UserError: A tensor was written to, see `Scope.check_unwritten`.
+    """
     if scope.is_frozen:
         yield
         return
     scope.freeze(tensors)
     try:
         yield
+        scope.check_unwritten()  # for what ran since without a forward pass that would have said so
     finally:
         scope.thaw()
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts; always 0 for one of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether hooks take what is saved for a backward pass, as those of a checkpoint do."""
+    try:
+        with disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:  # there are some; torch has no other way to ask that all its releases know
+        return True

@@ -42,6 +42,24 @@ def _prepared(content: dict | None = None) -> nn.Sequential:
     return network
 
 
+def test_modes_are_afterwards_what_they_were() -> None:
+    network = _small()
+    cpq.prepare(network, cpq.Scheme.from_dict({}), images(0), fold=False)
+    network.train()
+    network[1].eval()
+    modes = [module.training for module in network.modules()]
+    cpq.calibrate(network, [images(0)])
+    cpq.verify(network, images(0))
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_the_prepared_part_of_a_network_is_named() -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(_prepared())
+    with pytest.raises(cpq.UserError, match=r"this AveragedModel is not prepared; its \.module is$"):
+        cpq.verify(averaged, images(0))
+    assert cpq.verify(averaged.module, images(0))
+
+
 def test_every_name_is_there_and_nothing_else() -> None:
     for name in cpq.__all__:
         assert getattr(cpq, name).__name__ == name

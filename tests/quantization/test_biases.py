@@ -150,7 +150,7 @@ def test_gradients_are_those_of_a_float_bias(kind: str, shared: bool) -> None:
     found = []
     for bias in ("float", kind):
         layer, leaf = _quantized(_conv(), bias, x), x.clone().requires_grad_()
-        layer._input_quantizer.is_shared = shared
+        layer._input_quantizer.num_readers = 2 if shared else 1
         weights = torch.linspace(-1, 1, 2 * 5 * 9 * 7).view(2, 5, 9, 7)
         found.append(torch.autograd.grad((layer(leaf) * weights).sum(), (leaf, layer.weight, layer.bias)))
     for ours, plain in zip(found[1], found[0], strict=True):

@@ -138,7 +138,7 @@ def _descriptors(scheme: LayerScheme, axis: int) -> dict[str, QuantDescriptor]:
 def _quantize(case: Case, is_shared: bool) -> None:
     layer = case.network.layer
     quantize_layer(layer, case.scheme)
-    layer._input_quantizer.is_shared = is_shared
+    layer._input_quantizer.num_readers = 2 if is_shared else 1
     with collecting_ranges(case.network):
         case.network(case.calibration)
 

@@ -1,6 +1,7 @@
 """What a quantizer remembers of a range follows the range."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -108,27 +109,51 @@ WRITES: dict[str, Callable[[nn.Sequential], object]] = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_writes_inside_a_block_are_errors(name: str) -> None:
-    network = _network()
-    with torch.no_grad(), frozen(network):
+    network, block = _network(), ExitStack()
+    block.enter_context(frozen(network))
+    text = rf"were written to while their network is frozen, the first of them {name}; accepted: inside"
+    with torch.no_grad():
         network(X)
         WRITES[name](network)
-        text = rf"were written to while their network is frozen, the first of them {name}; accepted: inside"
         with pytest.raises(UserError, match=text):
             network(X)
+        with pytest.raises(UserError, match=text):
+            block.close()
     network(X)  # behind the block it is no error any more
+
+
+def test_writes_are_noticed_where_no_pass_of_the_network_follows() -> None:
+    network, block = _network(), ExitStack()
+    block.enter_context(frozen(network))
+    network(X)
+    nn.init.zeros_(network[0].weight)
+    network[0](X)
+    with pytest.raises(UserError, match=r"1 tensors were written to .* the first of them 0\.weight"):
+        block.close()
+    assert not prepared_of(network).scope.is_open
+
+
+def test_an_error_inside_a_block_is_not_replaced() -> None:
+    network = _network()
+    with pytest.raises(KeyError), frozen(network):
+        raise KeyError(nn.init.zeros_(network[0].weight))
+    assert not prepared_of(network).scope.is_open
 
 
 def test_a_learned_range_cannot_be_written_inside_a_block() -> None:
     network = _network("learned")
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    with frozen(network):
-        for q in quantizers(network).values():
-            q.amax  # noqa: B018  # reading it brings the buffer up to date, which is no write
-        network(X).sum().backward()
+    block = ExitStack()
+    block.enter_context(frozen(network))
+    for q in quantizers(network).values():
+        q.amax  # noqa: B018  # reading it brings the buffer up to date, which is no write
+    network(X).sum().backward()
+    network(X)
+    optimizer.step()
+    with pytest.raises(UserError, match="_log_amax"):
         network(X)
-        optimizer.step()
-        with pytest.raises(UserError, match="_log_amax"):
-            network(X)
+    with pytest.raises(UserError, match="_log_amax"):
+        block.close()
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:

@@ -23,7 +23,7 @@ from cpq_train.quantization.layers.sparse import (
 )
 from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseInverseConv3d, SubMConv3d, why_not_adopted
-from cpq_train.sparse.adoption import OURS
+from cpq_train.sparse.adoption import OURS, own_code
 
 QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     SubMConv3d: QuantSubMConv3d,
@@ -66,22 +66,15 @@ def why_refused(layer: nn.Module) -> str:
     mode = getattr(layer, "padding_mode", "zeros")
     if mode != "zeros":
         return f"padding_mode {mode!r}; accepted: 'zeros'"
-    changed = [name for name in ("forward", "_conv_forward") if _has_its_own(layer, name)]
-    if changed:
-        return f"it has a {changed[0]} of its own, which would not be called"
-    reasons = [_why_unfit(layer, name) for name in ("weight", "bias")]
-    return next((reason for reason in reasons if reason), "")
+    if reasons := [why for name in ("weight", "bias") if (why := _why_unfit(layer, name))]:
+        return reasons[0]
+    if own := own_code(layer, (*QUANTIZED, *QUANTIZED.values())):
+        return f"{type(layer).__name__} has code of its own ({', '.join(own)}), which would be lost"
+    return ""
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module] | None:
     return next((c for c in QUANTIZED if isinstance(layer, c)), None)
-
-
-def _has_its_own(layer: nn.Module, method: str) -> bool:
-    """Whether it is neither that of the kind nor that of its quantized class."""
-    plain = cast("type[nn.Module]", _plain_class(layer))
-    known = {getattr(cls, method, None) for cls in (plain, QUANTIZED[plain])}
-    return method in vars(layer) or getattr(type(layer), method, None) not in known
 
 
 def _why_unfit(layer: nn.Module, name: str) -> str:
@@ -107,6 +100,7 @@ def quantize_layer(layer: nn.Module, scheme: LayerScheme) -> None:
     quantized.float_class = type(layer)
     layer.__class__ = QUANTIZED[cast("type[nn.Module]", _plain_class(layer))]
     quantized.attach(scheme)
+    quantized.train(quantized.training)
 
 
 def unquantize_layer(layer: nn.Module) -> None:
