@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from collections.abc import Collection
 
 from cumm import tensorview as tv
 from spconv import pytorch as spconv
@@ -54,7 +54,7 @@ def why_not_adopted(layer: nn.Module) -> str:
         return ""
     if not isinstance(layer, tuple(OURS)):
         return f"{type(layer).__name__} is none of {', '.join(base.__name__ for base in OURS)}"
-    own = _own_code(layer)
+    own = own_code(layer, OURS)
     if own:
         return f"{type(layer).__name__} has code of its own ({', '.join(own)})"
     if "weight" not in layer._parameters:
@@ -72,8 +72,10 @@ def _is_ours(layer: nn.Module) -> bool:
     return isinstance(layer, tuple(OURS.values()))
 
 
-def _own_code(layer: nn.Module) -> list[str]:
-    """Methods and properties that a layer, or its class, has beyond spconv's."""
-    classes = takewhile(lambda cls: cls not in OURS, type(layer).__mro__)
+def own_code(layer: nn.Module, known: Collection[type[nn.Module]]) -> list[str]:
+    """Methods and properties that a layer, or its class, has beyond the known class that it extends."""
+    base = next(cls for cls in type(layer).__mro__ if cls in known)
+    classes = set(type(layer).__mro__) - set(base.__mro__)
     named = {name for cls in classes for name, value in vars(cls).items() if hasattr(value, "__get__")}
-    return sorted((named - HARMLESS) | {"forward"} & vars(layer).keys())
+    replaced = {name for name in vars(layer) if hasattr(getattr(base, name, None), "__get__")}
+    return sorted((named - HARMLESS) | replaced)

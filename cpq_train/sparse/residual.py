@@ -7,7 +7,7 @@ class ResidualAdd(nn.Module):
     """Plain sum of a branch and its identity; a module so that quantization can swap it."""
 
     def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
-        """Adds two tensors of one shape.
+        """Adds two tensors of one shape, or of shapes that broadcast.
 
         Args:
             branch: output of the block's last normalisation, shape (V, C).

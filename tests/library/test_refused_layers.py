@@ -30,9 +30,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"),
         "padding_mode 'circular'; accepted: 'zeros'",
     ),
-    "a forward of its own": (
+    "code of its own": (
         lambda: Standardized(3, 3, 3),
-        "it has a forward of its own, which would not be called",
+        "Standardized has code of its own (forward), which would be lost",
     ),
     "parametrized": (
         lambda: weight_norm(nn.Conv2d(3, 3, 3)),

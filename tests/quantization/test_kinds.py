@@ -17,16 +17,51 @@ from cpq_train.quantization.layers import (
     why_refused,
 )
 from cpq_train.quantization.scheme import KINDS, LayerScheme, QuantizerScheme
-from cpq_train.sparse import SubMConv3d
+from cpq_train.sparse import ResidualAdd, SubMConv3d
 
 INT8 = LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme())
 
 
 class Named(nn.Conv2d):
-    """A subclass that computes as its base does."""
+    """A subclass that only fixes arguments."""
 
+    gain = 2.0
+
+    def __init__(self) -> None:
+        super().__init__(4, 6, 3)
+
+
+class Halved(nn.Conv2d):
     def half_of_the_channels(self) -> int:
         return self.out_channels // 2
+
+
+class Measured(nn.Linear):
+    @property
+    def norm(self) -> torch.Tensor:
+        return self.weight.norm()
+
+
+class Scaled:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().__call__(x)
+
+
+class Before(Scaled, nn.Conv2d):
+    """Has it from a class in front of the known one."""
+
+
+class Turned:
+    def _load_from_state_dict(self, *args: object) -> None: ...
+
+
+class Behind(nn.Conv3d, Turned):
+    """Has it from a class behind the known one; that of nn.Module is called all the same."""
+
+
+class Subtracted(ResidualAdd):
+    def forward(self, branch: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
+        return branch - identity
 
 
 class Standardized(nn.Conv2d):
@@ -65,7 +100,7 @@ def test_the_kind_is_the_name_of_the_class(plain: type[nn.Module]) -> None:
 
 
 def test_kinds() -> None:
-    layer = Named(3, 4, 3)
+    layer = Named()
     assert (kind_of(layer), why_refused(layer)) == ("Conv2d", "")
     quantize_layer(layer, INT8)
     assert (kind_of(layer), why_refused(layer)) == ("Conv2d", "")
@@ -78,9 +113,14 @@ def test_kinds() -> None:
     ("make", "reason"),
     [
         (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), "padding_mode 'circular'; accepted"),
-        (lambda: Standardized(3, 4, 3), "it has a forward of its own, which would not be called"),
-        (lambda: Padded(3, 4, 3), "it has a _conv_forward of its own"),
-        (_with_own_forward, "it has a forward of its own"),
+        (lambda: Standardized(3, 4, 3), "Standardized has code of its own (forward), which would be lost"),
+        (lambda: Padded(3, 4, 3), "Padded has code of its own (_conv_forward)"),
+        (lambda: Halved(3, 4, 3), "Halved has code of its own (half_of_the_channels)"),
+        (lambda: Measured(3, 4), "Measured has code of its own (norm)"),
+        (lambda: Before(3, 4, 3), "Before has code of its own (__call__)"),
+        (lambda: Behind(3, 4, 3), "Behind has code of its own (_load_from_state_dict)"),
+        (Subtracted, "Subtracted has code of its own (forward)"),
+        (_with_own_forward, "Linear has code of its own (forward)"),
         (_parametrized, "its weight is no parameter but computed"),
         (lambda: parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), "its weight is no parameter but computed"),
         (lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 3)), "its weight is no parameter but"),
@@ -100,7 +140,7 @@ def test_refused(make: Callable[[], nn.Module], reason: str) -> None:
 
 @pytest.mark.parametrize("way", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_subclass_comes_back(way: Callable[[nn.Module], nn.Module]) -> None:
-    layer = Named(4, 6, 3)
+    layer = Named()
     before = {**vars(layer)}
     quantize_layer(layer, INT8)
     assert kind_of(layer) == "Conv2d"
@@ -108,6 +148,6 @@ def test_a_subclass_comes_back(way: Callable[[nn.Module], nn.Module]) -> None:
     assert type(layer) is QUANTIZED[nn.Conv2d]
     unquantize_layer(layer)
     assert type(layer) is Named
-    assert layer.half_of_the_channels() == 3
+    assert layer.gain == 2.0
     assert vars(layer).keys() == before.keys()
     assert not layer._modules

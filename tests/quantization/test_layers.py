@@ -9,11 +9,14 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import nn
 
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.layers import QuantAdd, QuantConv2d, quantize_layer
 from cpq_train.quantization.numerics.exact_sum import EXACT_LIMIT, Codes, num_exact_parts
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
 from cpq_train.quantization.switches import quantizers_off
+from cpq_train.quantization.verification.end_to_end import Flips, verify_end_to_end
+from cpq_train.quantization.verification.layers import verify_layers
 from cpq_train.sparse import ResidualAdd, SparseConv3d, SparseConvTensor, SubMConv3d, convolution
 
 INT8 = LayerScheme(QuantizerScheme(granularity="per_channel"), QuantizerScheme())
@@ -210,6 +213,54 @@ def test_residual_add_sums_codes() -> None:
     q = add._input_quantizer
     torch.testing.assert_close(add(a, b), q(a) + q(b), rtol=1e-6, atol=1e-6)
     assert float(q.amax) == max(float(a.abs().max()), float(b.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    "shapes", [((2, 4, 1, 1), (2, 4, 3, 5)), ((2, 4, 3, 5), (4, 1, 5)), ((1, 4, 3, 1), (2, 1, 1, 5))]
+)
+def test_residual_add_broadcasts(shapes: tuple[tuple[int, ...], ...], mode: str) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    add = ResidualAdd()
+    quantize_layer(
+        add, LayerScheme(QuantizerScheme(mode="off"), QuantizerScheme(mode=mode), has_weight=False)
+    )
+    with torch.no_grad():
+        _calibrate(add, *leaves)
+    out = add(*leaves)
+    rounded = [add._input_quantizer(leaf) for leaf in leaves]
+    torch.testing.assert_close(out, rounded[0] + rounded[1], rtol=1e-6, atol=1e-6)
+    weights = torch.randn(out.shape)
+    ours = torch.autograd.grad((out * weights).sum(), leaves)
+    theirs = torch.autograd.grad(((rounded[0] + rounded[1]) * weights).sum(), leaves)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    (report,) = verify_layers(add, leaves)
+    assert (report.num_mismatched, report.num_sums) == (0, out.numel())
+    flips = Flips()
+    verify_end_to_end(add, leaves, flips)
+    assert (flips.num_flipped, flips.num_further, flips.mismatched_outputs) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "linear", "sparse", "simulated"])
+def test_weights_of_another_type_are_refused(kind: str, dtype: torch.dtype) -> None:
+    layer = {"linear": nn.Linear(4, 3), "sparse": SubMConv3d(4, 3, 3)}.get(kind) or nn.Conv2d(4, 3, 3)
+    x = torch.randn(6, 4) if kind == "linear" else torch.randn(1, 4, 5, 5)
+    if kind == "sparse":
+        x = SparseConvTensor(torch.randn(2, 4), torch.tensor([[0] * 4, [0, 1, 2, 3]]).int(), [4, 4, 4], 1)
+    scheme = INT8 if kind != "simulated" else LayerScheme(QuantizerScheme(mode="off"), QuantizerScheme())
+    quantize_layer(layer, scheme)
+    _calibrate(layer, x)
+    expected = layer(x)
+    layer.to(dtype)
+    with pytest.raises(
+        UserError, match=rf"weight of {layer.kind}\(.*4, .*3.*\) is {dtype}; accepted: torch.float32"
+    ):
+        layer(x)
+    layer.to(torch.float32)
+    assert type(layer(x)) is type(expected)
 
 
 def test_weight_only_and_input_only_are_simulated() -> None:

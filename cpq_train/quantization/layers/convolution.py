@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from cpq_train.common.errors import UserError
 from cpq_train.quantization.numerics.biases import (
     STEP_OF_ZERO_CHANNEL,
     BiasKind,
@@ -99,7 +100,15 @@ class QuantizedConvolution(nn.Module):
         Args:
             x: Features.
             convolve: The convolution of features with a weight, without bias; linear in both.
+
+        Raises:
+            UserError: The network was made one of another floating-point type.
         """
+        if self.weight.dtype != torch.float32:
+            raise UserError(
+                f"the weight of {self.kind}({self.extra_repr()}) is {self.weight.dtype}; accepted: "
+                "torch.float32, under autocast too"
+            )
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
             if not self.why_simulated and len(self._active()) == 2:
                 return self._integer(x.float(), convolve)

@@ -32,7 +32,7 @@ class QuantAdd(ResidualAdd):
         self._residual_quantizer = None
 
     def forward(self, branch: Tensor, identity: Tensor) -> Tensor:
-        """(V, C) + (V, C)."""
+        """(V, C) + (V, C), or others that broadcast."""
         residual = self._residual_quantizer or self._input_quantizer
         pairs = ((self._input_quantizer, branch), (residual, identity))
         for quantizer, tensor in pairs:

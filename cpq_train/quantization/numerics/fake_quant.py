@@ -272,13 +272,16 @@ def rescale(
 class _AddCodes(Function):
     @staticmethod
     def forward(ctx: Any, codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
-        return torch.mul(codes_a, step_a).add_(codes_b * step_b)
+        ctx.shapes = codes_a.shape, codes_b.shape
+        a, b = codes_a * step_a, codes_b * step_b
+        return a.add_(b) if a.shape == b.shape else a + b
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        return grad, None, grad, None
+        grad_a, grad_b = (grad.sum_to_size(shape) for shape in ctx.shapes)
+        return grad_a, None, grad_b, None
 
 
 def add_codes(codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
-    """`codes_a * step_a + codes_b * step_b`; the gradient of both values is that of the sum."""
+    """`codes_a * step_a + codes_b * step_b`, broadcast; the gradient of a value is that of its sums."""
     return cast(Tensor, _AddCodes.apply(codes_a, step_a, codes_b, step_b))

@@ -12,7 +12,7 @@ from cpq_train.quantization.health import Problem, is_weight, refuse, state_prob
 from cpq_train.quantization.prepared import frozen
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranges.bias_steps import check_biases
-from cpq_train.quantization.switches import quantizers, quantizers_off
+from cpq_train.quantization.switches import evaluating, quantizers, quantizers_off
 
 AMAX = "._amax"
 """What follows a quantizer's name in a state dict."""
@@ -34,19 +34,16 @@ def collecting_ranges(
     Raises:
         UserError: A range came out unfit.
     """
-    training = network.training
     inputs = {name: q for name, q in quantizers(network).items() if not is_weight(name)}
-    network.eval()
     for quantizer in inputs.values():
         quantizer.start_collecting()
     try:
-        with quantizers_off(network), frozen(network), torch.no_grad():
+        with evaluating(network), quantizers_off(network), frozen(network), torch.no_grad():
             yield
         problems = _set_ranges(network, inputs)
     finally:
         for quantizer in inputs.values():
             quantizer.stop_collecting()
-        network.train(training)
     if problems:
         on_unfit(problems)
 

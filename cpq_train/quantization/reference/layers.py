@@ -73,7 +73,7 @@ class LayerResult(NamedTuple):
     """A layer's result and what led to it.
 
     Attributes:
-        codes: Of the input (of both inputs of an add, one behind the other).
+        codes: Of the input (of both inputs of an add, broadcast, one behind the other).
         weight_codes: In the layout of the weight; empty for an add.
         sums: int64, the shape of the output; with the bias where it is a whole number.
         unit: Value of one unit of a sum, broadcastable to the output.
@@ -216,10 +216,10 @@ def _sums_of_groups(
 
 
 def add(branch: Float32, branch_range: Range, identity: Float32, identity_range: Range) -> LayerResult:
-    """ResidualAdd: (V, C) + (V, C), each rounded to its own range."""
+    """ResidualAdd: (V, C) + (V, C), or others that broadcast, each rounded to its own range."""
     a, b = encode(branch, branch_range), encode(identity, identity_range)
     output = a.codes.astype(np.float32) * a.step + b.codes.astype(np.float32) * b.step
-    codes = np.stack([a.codes, b.codes])
+    codes = np.stack(np.broadcast_arrays(a.codes, b.codes))
     return LayerResult(
         codes, codes[:0], a.codes.astype(np.int64) + b.codes, np.maximum(a.step, b.step), output
     )

@@ -16,7 +16,7 @@ from cpq_train.quantization.switches import quantized_layers
 from cpq_train.quantization.verification.observation import (
     Array,
     Observed,
-    arguments_of,
+    arguments_in_order,
     evaluate,
     in_the_order_of,
     observing,
@@ -141,7 +141,7 @@ def _reference_forward(
     name: str, layer: Any, seen: Mapping[str, Observed], take: Callable[[str, Array], None]
 ) -> Callable[..., Any]:
     def forward(*given: Any, **by_name: Any) -> Any:
-        arguments = arguments_of(layer, given, by_name)
+        arguments = arguments_in_order(layer, given, by_name)
         result = evaluate(name, layer, arguments)
         take(name, result.codes)
         x = arguments[0]

@@ -17,7 +17,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
 from cpq_train.quantization.layers import QuantAdd, QuantLinear
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.switches import QuantizedLayer
+from cpq_train.quantization.switches import QuantizedLayer, evaluating
 from cpq_train.sparse import SparseConvTensor
 
 Array: TypeAlias = NDArray[Any]
@@ -27,7 +27,7 @@ class Observed(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        codes: Of the input; of both inputs of an add, one behind the other.
+        codes: Of the input; of both inputs of an add, broadcast, one behind the other.
         weight_codes: Empty for an add.
         sums: Before they were scaled, with the bias where it is a whole number; None for an add, whose sum is
             never one.
@@ -90,10 +90,10 @@ def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
 
 def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[..., None]:
     def hook(layer: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any], output: Any) -> None:
-        arguments = arguments_of(layer, given, by_name)
+        arguments = arguments_in_order(layer, given, by_name)
         if isinstance(layer, QuantAdd):
             pairs = zip(_add_quantizers(layer), arguments, strict=True)
-            codes = np.stack([_array(quantizer.codes(tensor)[0]) for quantizer, tensor in pairs])
+            codes = np.stack(np.broadcast_arrays(*(_array(q.codes(tensor)[0]) for q, tensor in pairs)))
             take(name, layer, arguments, Observed(codes, codes[:0], None, _array(output)))
             return
         codes, weight_codes, sums = map(_array, tap)
@@ -109,7 +109,9 @@ def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[..., None]:
     return hook
 
 
-def arguments_of(layer: nn.Module, given: tuple[Any, ...], by_name: Mapping[str, Any]) -> tuple[Any, ...]:
+def arguments_in_order(
+    layer: nn.Module, given: tuple[Any, ...], by_name: Mapping[str, Any]
+) -> tuple[Any, ...]:
     """All arguments of a call in the order that the layer's forward pass has them."""
     return signature(type(layer).forward).bind(layer, *given, **by_name).args[1:]
 
@@ -169,15 +171,10 @@ def in_the_order_of(seen: Observed, expected: reference.LayerResult) -> tuple[re
     return expected._replace(output=output, sums=sums, positions=seen.positions), num_lost
 
 
-@torch.no_grad()
 def run(network: nn.Module, inputs: Sequence[Any]) -> Any:
     """The network's output in evaluation mode."""
-    training = network.training
-    network.eval()
-    try:
+    with torch.no_grad(), evaluating(network):
         return network(*inputs)
-    finally:
-        network.train(training)
 
 
 def _convolution(layer: Any) -> reference.Convolution:
