@@ -36,7 +36,8 @@ def padded_product(rows_VC: Tensor, weight_OC: Tensor) -> Tensor:
     rows_VC, weight_OC = (
         functional.pad(matrix, (0, 0, 0, max(0, REGULAR - len(matrix)))) for matrix in (rows_VC, weight_OC)
     )
-    return torch.mm(rows_VC, weight_OC.T)[:num_rows, :num_columns].contiguous()
+    out = torch.mm(rows_VC, weight_OC.T)[:num_rows, :num_columns]
+    return out.clone(memory_format=torch.contiguous_format)  # a view must not leave a node of autograd
 
 
 class RegularProducts(TorchSpconvMatmul):

@@ -204,6 +204,18 @@ def test_sparse_layer_without_voxels() -> None:
     assert layer(empty).features.shape == (0, 2)
 
 
+@pytest.mark.parametrize("channels", [3, 16, 20])
+@pytest.mark.parametrize("num_voxels", [1, 2])
+def test_few_voxels_have_gradients(num_voxels: int, channels: int) -> None:
+    layer = SubMConv3d(4, channels, 3)
+    quantize_layer(layer, INT8)
+    coords = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3]])[:num_voxels].int()
+    x = SparseConvTensor(torch.randn(num_voxels, 4), coords, [4, 4, 4], 1)
+    _calibrate(layer, x)
+    layer(x).features.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
 def test_residual_add_sums_codes() -> None:
     a, b = torch.randn(50, 8), torch.randn(50, 8).relu()
     add = ResidualAdd()
