@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cpq_train.quantization.layers.kinds import kind_of, why_refused
+from cpq_train.quantization.scope import version_of
 from cpq_train.quantization.switches import evaluating
 from cpq_train.quantization.wiring import NEVER_CALLED, RESIDUAL, Wiring, arguments_of
 from cpq_train.sparse import ResidualAdd, SparseConvTensor
@@ -110,7 +111,7 @@ class _Run(TorchDispatchMode):
     def _key(self, tensor: Tensor) -> _Key:
         if tensor not in self._numbers:
             self._numbers[tensor] = next(self._counter)
-        return self._numbers[tensor], 0 if tensor.is_inference() else tensor._version
+        return self._numbers[tensor], version_of(tensor)
 
     def _source(self, tensor: Tensor) -> _Key:
         """A tensor without the zeros that pad it: their code is 0 whatever the range."""
