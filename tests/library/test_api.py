@@ -48,8 +48,11 @@ def test_modes_are_afterwards_what_they_were() -> None:
     network.train()
     network[1].eval()
     modes = [module.training for module in network.modules()]
+    within: list[bool] = []
+    network.register_forward_hook(lambda *_: within.append(any(m.training for m in network.modules())))
     cpq.calibrate(network, [images(0)])
     cpq.verify(network, images(0))
+    assert within == [False, False]
     assert [module.training for module in network.modules()] == modes
 
 

@@ -15,6 +15,7 @@ from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.prepared import prepared_of
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.quantization.scope import Memo
 from cpq_train.quantization.switches import quantizers
 from cpq_train.sparse import ResidualAdd
 
@@ -71,6 +72,12 @@ def _in_inference_mode(n: Net, y: Tensor) -> Tensor:
     return (n.b(y) + n.c(y)) * gate.clone()
 
 
+def _with_gradients_on_in_inference_mode(n: Net, y: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.enable_grad():
+        gate = n.a(y) > 0
+    return (n.b(y) + n.c(y)) * gate.clone()
+
+
 def _same_layer_in_inference_mode(n: Net, y: Tensor) -> Tensor:
     with torch.inference_mode():
         gate = n.a(y) > 0
@@ -109,14 +116,21 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("layer", [_linear, _conv])
-@pytest.mark.parametrize("name", READS)
+CASES = [(read, layer) for read in READS.values() for layer in (_linear, _conv)]
+NAMES = [f"{name}, {kind}" for name in READS for kind in ("linear", "conv")]
+
+
+@pytest.mark.parametrize(
+    ("read", "layer"),
+    [*CASES, (_with_gradients_on_in_inference_mode, _linear)],
+    ids=[*NAMES, "inference mode with gradients, linear"],
+)
 def test_outputs_and_gradients_are_those_of_layers_that_share_nothing(
-    name: str, layer: Callable[[], nn.Module]
+    read: Callable[[Net, Tensor], Tensor], layer: Callable[[], nn.Module]
 ) -> None:
     found = []
     for is_shared in (True, False):
-        network = _prepared(READS[name], layer, is_shared)
+        network = _prepared(read, layer, is_shared)
         assert network.a._input_quantizer.is_shared == is_shared
         torch.manual_seed(2)
         out = network(X if layer is _linear else MAPS)
@@ -160,6 +174,14 @@ def test_one_tensor_is_rounded_once(
     assert len(seen) == 2 + 4
 
 
+def test_another_tensor_is_not_taken_for_the_last() -> None:
+    memo, one = Memo(), nn.Identity()
+    tensors = [torch.zeros(1), torch.zeros(1)]
+    found = [memo.once(one, tensor, object, num_readers=3) for tensor in (*tensors, tensors[1])]
+    assert found[0] is not found[1]
+    assert found[1] is found[2]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_tensor_that_was_written_to_is_another(mode: Callable[[], AbstractContextManager[None]]) -> None:
     outputs = []
@@ -172,8 +194,10 @@ def test_a_tensor_that_was_written_to_is_another(mode: Callable[[], AbstractCont
 
 
 def test_quantizers_are_in_the_mode_of_their_layer() -> None:
-    network = Net(_plain, _linear).eval()
-    prepare(network, Scheme.from_dict({}), X)
+    network = Net(lambda n, y: n.add(n.a(y), n.c.bias) + n.other(n.b(y), n.c.bias), _linear)
+    network.add, network.other = ResidualAdd(), ResidualAdd()
+    prepare(network.eval(), Scheme.from_dict({}), X)
+    assert network.add._residual_quantizer.is_shared
     assert not any(module.training for module in network.modules())
 
 

@@ -272,14 +272,12 @@ def rescale(
 class _AddCodes(Function):
     @staticmethod
     def forward(ctx: Any, codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
-        ctx.shapes = codes_a.shape, codes_b.shape
         a, b = codes_a * step_a, codes_b * step_b
         return a.add_(b) if a.shape == b.shape else a + b
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        grad_a, grad_b = (grad.sum_to_size(shape) for shape in ctx.shapes)
-        return grad_a, None, grad_b, None
+        return grad, None, grad, None  # autograd sums it over what was broadcast
 
 
 def add_codes(codes_a: Tensor, step_a: Tensor, codes_b: Tensor, step_b: Tensor) -> Tensor:
