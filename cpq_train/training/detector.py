@@ -210,7 +210,7 @@ class CenterPointDetector(ArmModule):
         elif self.is_global_zero:
             print_plain(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
-        self._forget_evaluation()
+        self.on_validation_epoch_end()  # of a fit that an exception ended
         self.freeze_batchnorm()
         if self.trainer.world_size > 1:
             check_batch_statistics(self.network, self.device)
@@ -271,16 +271,12 @@ class CenterPointDetector(ArmModule):
     def on_validation_epoch_start(self) -> None:
         """Nothing is written until the epoch ends: callbacks that swap weights for averages have done so."""
         if self.engine is None:
-            self._forget_evaluation()
+            self.on_validation_epoch_end()
             self._evaluation.enter_context(frozen(self.network))
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Weights and ranges may be written to again."""
-        self._evaluation.close()
-
-    def _forget_evaluation(self) -> None:
-        """Leave the block of an epoch that an exception ended; what was written since does not matter."""
+        """Weights and ranges may be written to again; callbacks may have put the trained ones back by now."""
         with suppress(UserError):
             self._evaluation.close()
 
