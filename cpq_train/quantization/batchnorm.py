@@ -32,7 +32,7 @@ def fold_batchnorm(network: nn.Module, folds: Mapping[str, str]) -> None:
     bias.
 
     Args:
-        network: What `wiring.trace` saw.
+        network: What `trace` saw.
         folds: Name of a BatchNorm -> its layer, as `Wiring.folds` has it; what is folded already stays.
 
     Raises:
@@ -40,24 +40,37 @@ def fold_batchnorm(network: nn.Module, folds: Mapping[str, str]) -> None:
             round differently.
     """
     pairs = kept_batchnorms(network, folds)
-    check_folds(network, pairs)
-    for norm, layer in pairs.items():
-        _fold(network.get_submodule(layer), cast(_BatchNorm, network.get_submodule(norm)))
+    for norm, name in pairs.items():
+        layer = network.get_submodule(name)
+        if (quantizer := _weight_quantizer(layer)) is not None:
+            check_fold(norm, name, layer, None if quantizer.is_per_tensor else quantizer._axis[0])
+    for norm, name in pairs.items():
+        _fold(network.get_submodule(name), cast(_BatchNorm, network.get_submodule(norm)))
         _remove(network, network.get_submodule(norm))
 
 
-def check_folds(network: nn.Module, folds: Mapping[str, str]) -> None:
-    """Whether BatchNorm can be folded, now or behind training.
+def check_fold(norm: str, name: str, layer: nn.Module, axis: int | None) -> None:
+    """Whether BatchNorm can be folded into a layer whose weight is quantized.
 
     Args:
-        network: See `fold_batchnorm`.
-        folds: BatchNorm -> its layer.
+        norm: Name of the BatchNorm.
+        name: Name of the layer.
+        layer: The layer, float or quantized.
+        axis: Of the weight, whose channels have a range each; None where there is one range.
 
     Raises:
-        UserError: See `fold_batchnorm`.
+        UserError: A range is that of several output channels.
     """
-    for norm, layer in folds.items():
-        _check_fold(layer, network.get_submodule(layer), norm)
+    per = "tensor" if axis is None else "input channel"
+    if axis == _axis(layer):
+        if not _shares_ranges_over_groups(layer):
+            return
+        per = "channel of every group alike"
+    raise UserError(
+        f"{name}: its weight is quantized per {per}, and {norm} folded into it would change its codes; "
+        "accepted: granularity per_channel, without groups in a ConvTranspose2d, or BatchNorm folded before "
+        "(model.batchnorm folded; prepare(..., fold=True))"
+    )
 
 
 def kept_batchnorms(network: nn.Module, folds: Mapping[str, str]) -> dict[str, str]:
@@ -103,22 +116,6 @@ def _shares_ranges_over_groups(layer: nn.Module) -> bool:
 
 def _weight_quantizer(conv: nn.Module) -> Quantizer | None:
     return cast(Quantizer | None, getattr(conv, "_weight_quantizer", None))
-
-
-def _check_fold(name: str, layer: nn.Module, norm: str) -> None:
-    quantizer = _weight_quantizer(layer)
-    if quantizer is None:
-        return
-    per = "tensor" if quantizer.is_per_tensor else "input channel"
-    if quantizer._axis == (_axis(layer),):
-        if not (_shares_ranges_over_groups(layer)):
-            return
-        per = "channel of every group alike"
-    raise UserError(
-        f"{name}: its weight is quantized per {per}, and {norm} folded into it would change its codes; "
-        "accepted: granularity per_channel, without groups in a ConvTranspose2d, or BatchNorm folded before "
-        "(model.batchnorm folded; prepare(..., fold=True))"
-    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
-from cpq_train.quantization.batchnorm import check_folds, fold_batchnorm
+from cpq_train.quantization.batchnorm import check_fold, fold_batchnorm
 from cpq_train.quantization.health import Problem, is_weight, refuse
 from cpq_train.quantization.layers import quantize_layer, unquantize_layer
 from cpq_train.quantization.layers.kinds import kind_of, why_refused
@@ -65,11 +65,11 @@ def _prepare(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool) -> 
     prepared.schemes = _schemes(network, scheme, prepared.layers, wiring)
     if fold:
         fold_batchnorm(network, wiring.folds)
+    else:
+        _check_foldable(network, prepared)
     for name, layer_scheme in prepared.schemes.items():
         if not layer_scheme.is_float:
             quantize_layer(network.get_submodule(name), layer_scheme)
-    if not fold:
-        check_folds(network, wiring.folds)
     _take_slow_path(network)
     for readers in _sharing(prepared):
         _share(network, readers, prepared)
@@ -121,6 +121,18 @@ def _schemes(
             + "\naccepted: a rule that leaves them in float (weight: off, input: off)"
         )
     return schemes
+
+
+def _check_foldable(network: nn.Module, prepared: Prepared) -> None:
+    """See that BatchNorm that is kept can be folded behind training.
+
+    Raises:
+        UserError: See `check_fold`.
+    """
+    for norm, name in prepared.folds.items():
+        if not (chosen := prepared.schemes[name]).weight.is_off:
+            axis = chosen.weight_axis(prepared.layers[name])
+            check_fold(norm, name, network.get_submodule(name), axis)
 
 
 def _why_reused(name: str, chosen: LayerScheme, scheme: Scheme, wiring: Wiring) -> str:

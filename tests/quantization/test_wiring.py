@@ -246,6 +246,8 @@ def test_batchnorm_that_could_not_be_folded_afterwards_is_not_kept(
     network = Net(lambda n, x: n.bn(n.conv(x)), conv=layer(), bn=nn.BatchNorm2d(4))
     with pytest.raises(UserError, match=r"conv: its weight is quantized per .*, and bn folded into it would"):
         prepare(network, Scheme.from_dict(content), _x(), fold=False)
+    assert type(network.conv) in (nn.Conv2d, nn.ConvTranspose2d)
+    prepare(network, Scheme.from_dict(content), _x())
 
 
 def test_a_transformer_layer_is_quantized_in_evaluation_too() -> None:
