@@ -188,8 +188,11 @@ def changed_weights(calibration: Mapping[str, Any] | None) -> bool:
 
 def _scheme(content: Mapping[str, Any], schema: int, where: str) -> Scheme:
     scheme = Scheme.from_dict(content, where)
-    if schema > 1:
-        return scheme
+    return scheme if schema > 1 else with_kinds_of_today(scheme)
+
+
+def with_kinds_of_today(scheme: Scheme) -> Scheme:
+    """A scheme of the first releases, or of CenterPoint: rules for all kinds of then mean all of today."""
     rules = (replace(r, kinds=KINDS) if r.kinds == KINDS_WRITTEN_AS_ALL else r for r in scheme.rules)
     return replace(scheme, rules=tuple(rules))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from cpq_train.arms.description import with_kinds_of_today
 from cpq_train.quantization.scheme import Scheme
 
 
@@ -21,6 +22,7 @@ def scheme_difference(asked: Scheme, of_checkpoint: Scheme, calibration: Mapping
         of_checkpoint: That of the checkpoint.
         calibration: How the checkpoint says its ranges were found.
     """
+    asked, of_checkpoint = with_kinds_of_today(asked), with_kinds_of_today(of_checkpoint)
     if asked.on_unfit_range == "float":
         asked = asked.with_float((calibration or {}).get("left_in_float", ()))
     if replace(asked, name="") == replace(of_checkpoint, name=""):

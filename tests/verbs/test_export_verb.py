@@ -16,6 +16,7 @@ from exported_files import DATA, stating, take_away
 from old_files import CHECKPOINTS
 
 import cpq_train.export
+from cpq_train.arms.description import Description
 from cpq_train.arms.structure import build
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import sha256_of
@@ -90,7 +91,7 @@ def test_what_the_sidecar_says(checkpoint: Path, tmp_path: Path) -> None:
         "parents": source["quantization"]["parents"],
     }
     assert document["checkpoint"]["parents"].keys() == {"float", "ptq"}
-    assert Scheme.from_dict(document["scheme"]) == Scheme.from_dict(source["quantization"]["scheme"])
+    assert Scheme.from_dict(document["scheme"]) == Description.of(source, checkpoint).scheme
     assert document["coverage"] == {
         "sparse": [12, 13],
         "ResidualAdd": [4, 4],
