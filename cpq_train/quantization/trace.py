@@ -167,21 +167,20 @@ class _Run(TorchDispatchMode):
         why_unfolded = {name: self._why_unfolded(name) for name in self._norms}
         reused = {m: tuple(seen.values()) for m, seen in self._inputs.items() if len(seen) > 1}
         return Wiring(
-            one_tensor=tuple(self._groups()),
+            one_tensor=self._groups(),
             folds={name: self._makers(name)[0] for name, why in why_unfolded.items() if not why},
             unfolded={name: why for name, why in why_unfolded.items() if why},
             never_called=tuple(n for n in (*self._layers, *self._norms) if n not in self._inputs),
             reused={m: seen for m, seen in reused.items() if m not in self._norms},
         )
 
-    def _groups(self) -> Iterator[tuple[str, ...]]:
+    def _groups(self) -> tuple[tuple[str, ...], ...]:
         """The layers that read one tensor, in the order of the network."""
         readers: dict[_Key, dict[str, None]] = {}
         for member in (m for n in self._layers for m in (n, n + RESIDUAL) if m in self._inputs):
             for key in self._inputs[member]:
                 readers.setdefault(key, {})[member] = None
-        groups = dict.fromkeys(tuple(members) for members in readers.values() if len(members) > 1)
-        yield from groups
+        return tuple(dict.fromkeys(tuple(group) for group in readers.values() if len(group) > 1))
 
     def _makers(self, norm: str) -> list[str]:
         """The layers of whose outputs a normalisation reads any."""
