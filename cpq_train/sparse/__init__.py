@@ -9,6 +9,7 @@ with importing_spconv():
 
 from cpq_train.sparse.adoption import adopt, why_not_adopted
 from cpq_train.sparse.convolution import SparseConv3d, SparseInverseConv3d, SubMConv3d
+from cpq_train.sparse.kernels.choice import reference_kernels
 from cpq_train.sparse.products import use_regular_products
 from cpq_train.sparse.residual import ResidualAdd
 
@@ -25,5 +26,6 @@ __all__ = [
     "SparseSequential",
     "SubMConv3d",
     "adopt",
+    "reference_kernels",
     "why_not_adopted",
 ]

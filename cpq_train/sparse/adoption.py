@@ -24,7 +24,8 @@ HARMLESS = {"__init__", "__dict__", "__weakref__", "extra_repr", "reset_paramete
 def adopt(network: nn.Module) -> list[str]:
     """Make spconv's convolutions in a network ours, in place: classes change, parameters and names stay.
 
-    Outputs stay what they were, on every device and in every mode, but that autocast leaves them in float32.
+    Outputs stay what they were, on every device and in every mode, but that autocast leaves them in float32,
+    and that voxels behind a strided layer may come in another order (on the CPU in that of the grid).
     Layers that ours would compute otherwise stay as they are (`why_not_adopted`).
 
     Args:

@@ -18,9 +18,13 @@ from spconv.pytorch.core import ImplicitGemmIndiceData, IndiceData
 from torch import Tensor
 
 from cpq_train.common.errors import UserError
+from cpq_train.sparse.kernels.choice import MOST_CHANNELS, are_on
+from cpq_train.sparse.kernels.rulebook import PairRulebook, build, can_build
 
 if TYPE_CHECKING:
     from spconv.pytorch.conv import SparseConvolution
+
+    from cpq_train.sparse.kernels.convolutions import PairLists
 
 Rulebook: TypeAlias = IndiceData | ImplicitGemmIndiceData
 
@@ -113,8 +117,13 @@ def _record(layer: SparseConvolution, x: SparseConvTensor, algo: ConvAlgo) -> di
 def _build(layer: SparseConvolution, x: SparseConvTensor) -> Rulebook:
     if not len(x.indices):
         return _build_empty(layer, x)
-    is_small = prod(layer.kernel_size) <= MOST_MASKED_CELLS
-    return _build_implicit_gemm(layer, x) if x.features.is_cuda and is_small else _build_native(layer, x)
+    if x.features.is_cuda:
+        is_small = prod(layer.kernel_size) <= MOST_MASKED_CELLS
+        return _build_implicit_gemm(layer, x) if is_small else _build_native(layer, x)
+    kernel, record = _kernel(layer), _record(layer, x, ConvAlgo.Native)
+    if are_on() and can_build(x, layer.subm, kernel, record["out_spatial_shape"]):
+        return build(x, layer.subm, kernel, record)
+    return _build_native(layer, x)
 
 
 def _build_empty(layer: SparseConvolution, x: SparseConvTensor) -> IndiceData:
@@ -180,6 +189,17 @@ def num_pairs(rulebook: Rulebook) -> int:
     return 2 * listed + len(rulebook.indices) if rulebook.is_subm else listed
 
 
+def lists_of(rulebook: Rulebook | None, inverse: bool) -> PairLists | None:
+    """The pairs of a rulebook for our kernels, from its outputs to its inputs if `inverse`.
+
+    Returns:
+        None where spconv's kernels compute.
+    """
+    if not isinstance(rulebook, PairRulebook) or not are_on():
+        return None
+    return rulebook.lists.turned() if inverse else rulebook.lists
+
+
 def gather_multiply_scatter(
     features: Tensor, weight: Tensor, rulebook: Rulebook, inverse: bool = False
 ) -> Tensor:
@@ -204,6 +224,11 @@ def gather_multiply_scatter(
 
 
 def _native(features: Tensor, weight: Tensor, rulebook: IndiceData, num_out: int, inverse: bool) -> Tensor:
+    lists = lists_of(rulebook, inverse)
+    if lists is not None and features.dtype == torch.float32 and features.shape[1] <= MOST_CHANNELS:
+        from cpq_train.sparse.kernels import node  # Numba, which takes a second
+
+        return node.convolve(features, weight, lists)
     plain = functional.indice_inverse_conv if inverse else functional.indice_conv
     convolve = functional.indice_subm_conv if rulebook.is_subm else plain
     out: Tensor = convolve(

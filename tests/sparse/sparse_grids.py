@@ -25,6 +25,11 @@ def sparse_input(
     return SparseConvTensor(features.to(device), coords.to(device), list(SHAPE), batch_size)
 
 
+def grid_order(x: SparseConvTensor) -> Tensor:
+    """Rows of the voxels in the order of their places in the grid."""
+    return (x.indices.long().cpu() @ torch.tensor([8000, 400, 20, 1])).argsort()  # axes are shorter than 20
+
+
 def dense(x: SparseConvTensor) -> Tensor:
     """The whole grid, (B, C, D, H, W)."""
     b, z, y, column = x.indices.long().unbind(1)

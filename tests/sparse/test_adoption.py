@@ -9,7 +9,7 @@ import pytest
 import torch
 from cumm import tensorview as tv
 from small_unet import SmallUNet, unet_inputs
-from sparse_grids import sparse_input
+from sparse_grids import grid_order, sparse_input
 from spconv import pytorch as spconv
 from spconv.core import ConvAlgo
 from torch import Tensor, nn
@@ -42,10 +42,13 @@ def _contiguous(x: SparseConvTensor) -> SparseConvTensor:
 
 
 def _results(layer: nn.Module) -> tuple[SparseConvTensor, list[Tensor]]:
-    """The output, and gradients of features and parameters."""
+    """The output in the order of the grid, and gradients of features and parameters."""
     x = _contiguous(sparse_input(5))
     leaf = x.features.requires_grad_()
     out = layer(x)
+    rows = grid_order(out)
+    out = out.replace_feature(out.features[rows])
+    out.indices = out.indices[rows]
     probe = torch.randn(out.features.shape, generator=torch.Generator().manual_seed(0))
     return out, list(torch.autograd.grad((out.features * probe).sum(), [leaf, *layer.parameters()]))
 

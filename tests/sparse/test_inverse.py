@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_grids import DEVICES, SHAPE, at_voxels, dense, sparse_input
+from sparse_grids import DEVICES, SHAPE, at_voxels, dense, grid_order, sparse_input
 from spconv import pytorch as spconv
 from spconv.core import ConvAlgo
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ def _pair(geometry: dict[str, object], device: str = "cpu", **more: object) -> t
 
 
 def _results(down: nn.Module, up: nn.Module, x: SparseConvTensor) -> tuple[SparseConvTensor, list[Tensor]]:
-    """The output, and gradients of the features between the layers and of the weight and bias."""
+    """The output, and gradients of the features between the layers (by place) and of the weight and bias."""
     middle = down(x)
     leaf = middle.features.detach().requires_grad_()
     out = up(middle.replace_feature(leaf))
     probe = torch.randn(out.features.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
-    return out, list(torch.autograd.grad((out.features * probe).sum(), [leaf, *up.parameters()]))
+    of_leaf, *others = torch.autograd.grad((out.features * probe).sum(), [leaf, *up.parameters()])
+    return out, [of_leaf[grid_order(middle)], *others]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

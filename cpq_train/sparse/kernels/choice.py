@@ -1,0 +1,49 @@
+"""Whether our kernels compute, or those of spconv and PyTorch, which are their reference."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+_switched_off = 0
+
+
+def _is_fit() -> bool:
+    """Without Numba there is nothing to run; without fused multiply-add it would be slow."""
+    has_fma = platform.machine() in ("arm64", "aarch64") or torch.backends.cpu.get_cpu_capability() in (
+        "AVX2",
+        "AVX512",
+    )
+    return has_fma and find_spec("numba") is not None
+
+
+IS_FIT = _is_fit()
+"""Whether this machine can run them."""
+
+HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+"""Whether it multiplies 8-bit codes."""
+
+
+MOST_CHANNELS = 192
+"""Of a float layer's input, up to which MKL, which spconv calls, adds the products of a cell one after the
+other, as our kernels do: beyond, last bits would differ."""
+
+
+def are_on() -> bool:
+    """Whether they compute now."""
+    return IS_FIT and not _switched_off
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """While open, spconv's and PyTorch's kernels compute: to compare with, for a test or a measurement."""
+    global _switched_off
+    _switched_off += 1
+    try:
+        yield
+    finally:
+        _switched_off -= 1
