@@ -14,6 +14,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import check_fold, fold_batchnorm
 from cpq_train.quantization.health import Problem, is_weight, refuse
 from cpq_train.quantization.layers import quantize_layer, unquantize_layer
+from cpq_train.quantization.layers.activation import make_coding, make_plain
 from cpq_train.quantization.layers.kinds import kind_of, why_refused
 from cpq_train.quantization.prepared import ATTRIBUTE, Prepared, is_prepared, prepared_of
 from cpq_train.quantization.quantizer import Quantizer
@@ -75,6 +76,7 @@ def _prepare(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool) -> 
         _share(network, readers, prepared)
     for quantizer in quantizers(network).values():
         quantizer.scope = prepared.scope
+    make_coding(network, prepared.scope)
     begin = network.register_forward_pre_hook(_begin_forward)
     prepared.hooks = (begin, network.register_forward_hook(_end_forward, always_call=True))
     network.__dict__[ATTRIBUTE] = prepared
@@ -151,6 +153,7 @@ def remove_quantizers(network: nn.Module) -> None:
     """Make what `prepare` made of a network a float one again, in place; BatchNorm stays as it is."""
     for layer in quantized_layers(network).values():
         unquantize_layer(layer)
+    make_plain(network)
     for hook in prepared_of(network).hooks:
         hook.remove()
     del network.__dict__[ATTRIBUTE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import absl.logging
 import torch
@@ -15,9 +15,11 @@ from torch.compiler import is_compiling
 from cpq_train.quantization.calibrators.collectors import Collector, new_collector
 from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, weight_amax
 from cpq_train.quantization.numerics import fake_quant
-from cpq_train.quantization.numerics.formats import NumberFormat
+from cpq_train.quantization.numerics.coded import Coded, codes_of
+from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
+from cpq_train.quantization.numerics.one_pass import Scalars, has_byte_codes
 from cpq_train.quantization.scheme import QuantizerScheme
-from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked
+from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked, modes_of
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
@@ -126,28 +128,55 @@ class Quantizer(TensorQuantizer):
             inputs, chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
         )
 
-    def codes(self, inputs: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Integer codes (held in fp32) and the value of one step.
-
-        A shared quantizer rounds a tensor once in a forward pass, however many layers ask for it.
+    def weight_codes(self, weight: Tensor, step_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer codes of a weight (held in fp32) and the value of one step.
 
         Args:
-            inputs: The tensor.
-            step_other: For a weight, the step of the input it meets: the gradient of the codes is then put
-                right for `fake_quant.rescale`.
+            weight: The weight.
+            step_input: The step of the input it meets: the gradient of the codes is put right for
+                `fake_quant.rescale`.
         """
-        chosen = self.range_of(inputs)
-        factor = None if step_other is None else step_other / chosen.step
+        chosen = self.range_of(weight)
+        factor = step_input / chosen.step
+        codes = fake_quant.codes(
+            weight, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
+        )
+        return codes, chosen.step
 
-        def make() -> Tensor:
-            return fake_quant.codes(
-                inputs, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
-            )
+    def coded(self, inputs: Tensor) -> Coded:
+        """The codes of a tensor for those who read it.
 
+        However many layers ask for it in a forward pass, it is rounded once, at best by the ReLU that made it
+        (`layers/activation.py`).
+        """
         if not self._remembers(inputs) or (torch.is_grad_enabled() and are_saved_tensors_hooked()):
-            return make(), chosen.step  # a checkpoint has to save as much in every run, whoever ran before
-        modes = inputs.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return self.scope.codes.once(self, inputs, make, self.num_readers, modes), chosen.step
+            return self._code(inputs)  # a checkpoint has to save as much in every run, whoever ran before
+        self.scope.note_reader(inputs, self)
+        known = self.scope.codes.once(
+            self, inputs, lambda: self._code(inputs), self.num_readers, modes_of(inputs)
+        )
+        return cast(Coded, known)
+
+    def _code(self, inputs: Tensor) -> Coded:
+        chosen, x = self.range_of(inputs), fake_quant.full_precision(inputs)
+        codes = codes_of(x, chosen.scale, self.format)
+        if not (torch.is_grad_enabled() and x.requires_grad) and chosen.log_amax is None:
+            return Coded(x, codes)
+        how = chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
+        return Coded(fake_quant.source_of(x, *how), codes)
+
+    def scalars(self) -> Scalars | None:
+        """The range as numbers; None unless it is one number, static, at hand and not learned, of bytes."""
+        if not self.is_active or self._if_calib or self.scheme.mode != "static" or not self.is_per_tensor:
+            return None
+        chosen = self.range_of(self._amax)
+        if (
+            chosen.window is None
+            or not isinstance(self.format, IntegerFormat)
+            or not has_byte_codes(self.format)
+        ):
+            return None
+        return Scalars.of(chosen.scale, chosen.step, chosen.window, self.format)
 
     def _remembers(self, inputs: Tensor) -> bool:
         """Whether other readers of a tensor may have what is made of it now.
@@ -156,7 +185,7 @@ class Quantizer(TensorQuantizer):
         place; in evaluation mode it is not, as the run has shown that `prepare` makes.
         """
         is_known = not (self.training and inputs.is_inference())
-        return self.is_shared and is_known and self.scope.is_in_forward and not is_compiling()
+        return is_known and self.scope.is_in_forward and not is_compiling()
 
     def range_of(self, inputs: Tensor) -> Range:
         """The range to quantize `inputs` with; a static one is worked out once in an open scope."""
@@ -205,7 +234,7 @@ class Quantizer(TensorQuantizer):
 
     def collect(self, inputs: Tensor) -> None:
         """Take in one tensor, once in a forward pass even where it has several consumers."""
-        if self._remembers(inputs):
+        if self.is_shared and self._remembers(inputs):
             self.scope.collected.once(self, inputs, lambda: self._take_in(inputs), self.num_readers)
         else:
             self._take_in(inputs)

@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from cpq_train.common.errors import UserError
+
+MAKER = "_cpq_maker"
+"""Attribute of a tensor: the module that made it, and would have made its codes too."""
 
 
 class _Watched(NamedTuple):
@@ -81,6 +85,12 @@ class Memo:
             self._made[quantizer] = made._replace(num_readers=made.num_readers - 1)
         return made.result
 
+    def put(
+        self, quantizer: nn.Module, tensor: Tensor, result: Any, num_readers: int, modes: tuple[bool, ...]
+    ) -> None:
+        """Have what was made of a tensor at hand before its first reader asks for it."""
+        self._made[quantizer] = _Made(tensor, (version_of(tensor), *modes), result, num_readers)
+
 
 class Scope:
     """What the quantizers of one network remember; nothing while it is closed.
@@ -89,6 +99,8 @@ class Scope:
         ranges: Quantizer -> its static range.
         codes: Codes of tensors with several readers.
         collected: Which of these tensors a calibrator took in.
+        reader_of: Module -> the quantizer that read its last output; outlives a pass.
+        kept: What was made of weights that do not change; only while it is frozen.
         is_in_forward: Whether a forward pass is under way; tensors are remembered only then.
         is_frozen: Whether ranges outlive a forward pass.
     """
@@ -97,6 +109,8 @@ class Scope:
         self.ranges: dict[nn.Module, Any] = {}
         self.codes = Memo()
         self.collected = Memo()
+        self.reader_of: dict[nn.Module, Any] = {}
+        self.kept: dict[Any, Any] = {}
         self.is_frozen = False
         self.is_in_forward = False
         self._watched: list[_Watched] = []
@@ -109,6 +123,20 @@ class Scope:
     def is_open(self) -> bool:
         """Whether ranges are remembered."""
         return self.is_in_forward or self.is_frozen
+
+    def note_reader(self, tensor: Tensor, quantizer: nn.Module) -> None:
+        """Remember who reads what a module made that said so (`MAKER`)."""
+        maker = getattr(tensor, MAKER, None)
+        if maker is not None:
+            self.reader_of[maker] = quantizer
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes; made once as long as the network is frozen."""
+        if not self.is_frozen:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def begin_forward(self) -> None:
         """Open it for a forward pass.
@@ -157,6 +185,7 @@ class Scope:
         """Drop what was kept."""
         self.is_frozen, self._watched = False, []
         self.ranges.clear()
+        self.kept.clear()
 
 
 @contextmanager
@@ -175,6 +204,11 @@ def frozen_scope(scope: Scope, tensors: Mapping[str, tuple[nn.Module, str]]) -> 
         scope.check_unwritten()  # for what ran since without a forward pass that would have said so
     finally:
         scope.thaw()
+
+
+def modes_of(tensor: Tensor) -> tuple[bool, ...]:
+    """What codes of a tensor depend on beside its numbers: whether they have a gradient."""
+    return tensor.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def version_of(tensor: Tensor) -> int:

@@ -7,9 +7,9 @@ from cpq_train.sparse.importing import importing_spconv
 with importing_spconv():
     from spconv.pytorch import SparseConvTensor, SparseModule, SparseSequential
 
+from cpq_train.common.kernels import reference_kernels
 from cpq_train.sparse.adoption import adopt, why_not_adopted
 from cpq_train.sparse.convolution import SparseConv3d, SparseInverseConv3d, SubMConv3d
-from cpq_train.sparse.kernels.choice import reference_kernels
 from cpq_train.sparse.products import use_regular_products
 from cpq_train.sparse.residual import ResidualAdd
 

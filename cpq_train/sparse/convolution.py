@@ -73,12 +73,17 @@ class _ConvolveMixin(SparseConvolution):
             if self.conv1x1:
                 return x.replace_feature(product(features, weight[:, 0, 0, 0]))
             rulebook = rulebook or find_or_build(self, x)
-            out = x.replace_feature(
-                gather_multiply_scatter(features, weight.contiguous(), rulebook, self.inverse)
-            )
+            out = gather_multiply_scatter(features, weight.contiguous(), rulebook, self.inverse)
+        return self.place(x, out, rulebook)
+
+    def place(self, x: SparseConvTensor, features: Tensor, rulebook: Rulebook | None) -> SparseConvTensor:
+        """Features (V_out, C_out) at the output voxels of an input, whose rulebook is given."""
+        out = x.replace_feature(features)
+        if rulebook is None or (self.subm and not self.inverse):
+            return out
         if self.inverse:
             out.indices, out.spatial_shape = rulebook.indices, rulebook.spatial_shape
-        elif not self.subm:
+        else:
             out.indices, out.spatial_shape = rulebook.out_indices, rulebook.out_spatial_shape
         return out
 

@@ -18,7 +18,7 @@ from spconv.pytorch.core import ImplicitGemmIndiceData, IndiceData
 from torch import Tensor
 
 from cpq_train.common.errors import UserError
-from cpq_train.sparse.kernels.choice import MOST_CHANNELS, are_on
+from cpq_train.common.kernels import MOST_CHANNELS, are_on
 from cpq_train.sparse.kernels.rulebook import PairRulebook, build, can_build
 
 if TYPE_CHECKING:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from cpq_train.common.errors import UserError
+from cpq_train.quantization.layers.integer_convolution import Convolution, IntegerConvolution
 from cpq_train.quantization.numerics.biases import (
     STEP_OF_ZERO_CHANNEL,
     BiasKind,
@@ -15,10 +17,12 @@ from cpq_train.quantization.numerics.biases import (
     rounded_to_half,
 )
 from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, exact_sum
-from cpq_train.quantization.numerics.fake_quant import rescale
+from cpq_train.quantization.numerics.fake_quant import rescale, round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
+
+T = TypeVar("T")
 
 
 class QuantizedConvolution(nn.Module):
@@ -126,12 +130,43 @@ class QuantizedConvolution(nn.Module):
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
-        x_codes, step_x = self._input_quantizer.codes(x)
-        w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
+        step_x = self._input_quantizer.range_of(x).step
+        w_codes, step_w = self._weight_quantizer.weight_codes(self.weight, step_x)
         step_w = self.per_output(step_w)
         bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
-        acc = self._exact_sum(x_codes, w_codes, convolve, bias.codes)
+        acc = self._exact_sum(self._input_quantizer.coded(x).in_fp32(), w_codes, convolve, bias.codes)
         return rescale(acc, step_x, step_w, bias.values, self.axes.feature, bias.is_in_sum)
+
+    def _as_one_node(self, x: Tensor, convolution: Convolution, convolve: Convolve) -> Tensor:
+        """As `_integer`, by an autograd node of its own.
+
+        Args:
+            x: Features, fp32.
+            convolution: Makes the gradients.
+            convolve: The convolution of features with a weight.
+        """
+        assert self._input_quantizer is not None
+        assert self._weight_quantizer is not None
+        x_format, w_format = self._formats()
+        x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
+        source, x_codes = coded = self._input_quantizer.coded(x)
+        w_codes = self._made_of_weight(
+            "codes", lambda: round_to_codes(self.weight.detach(), w_range.scale, w_format)
+        )
+        unit = x_range.step * self.per_output(w_range.step)
+        bias = as_deployed(self.bias, self.bias_kind, unit)
+        node = IntegerConvolution(
+            *(x_codes, coded.are_bytes or self._input_quantizer.is_shared, x_range, x_format),
+            *(w_codes, w_range, w_format, convolution),
+            lambda x, w: self._exact_sum(x, w, convolve, bias.codes),
+            *(unit, self.axes.feature, bias.is_in_sum),
+        )
+        return node(source, self.weight, bias.values)
+
+    def _made_of_weight(self, what: str, make: Callable[[], T]) -> T:
+        """What is made of the weight alone, once in a block in which weights do not change."""
+        assert self._weight_quantizer is not None
+        return cast(T, self._weight_quantizer.scope.keep((self, what), make))
 
     def _exact_sum(
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None

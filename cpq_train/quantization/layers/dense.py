@@ -9,9 +9,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
-from cpq_train.quantization.layers.integer_convolution import IntegerConvolution
 from cpq_train.quantization.numerics import int8_kernel
-from cpq_train.quantization.numerics.biases import as_deployed
 from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, add_bias_codes, are_exact
 
@@ -28,21 +26,9 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
 
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
         assert isinstance(convolve, DenseConvolution)
-        assert self._input_quantizer is not None
-        assert self._weight_quantizer is not None
-        x_format, w_format = self._formats()
-        x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
-        unit = x_range.step * self.per_output(w_range.step)
-        bias = as_deployed(self.bias, self.bias_kind, unit)
-        convolution = IntegerConvolution(
-            *(x_range, None if self._input_quantizer.is_shared else x_format, w_range, w_format),
-            *(convolve, lambda x, w: self._exact_sum(x, w, convolve, bias.codes), unit, bias.is_in_sum),
-        )
-        if self._input_quantizer.is_shared:
-            x, _ = self._input_quantizer.codes(x)
         if x.dim() < self.weight.dim():  # not in the node: its output must not be a view
-            return convolution(x.unsqueeze(0), self.weight, bias.values).squeeze(0)
-        return convolution(x, self.weight, bias.values)
+            return self._as_one_node(x.unsqueeze(0), convolve, convolve).squeeze(0)
+        return self._as_one_node(x, convolve, convolve)
 
     def _exact_sum(
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
@@ -52,11 +38,15 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         largest_x, largest_w = x_format.qmax, w_format.largest_magnitude
         sum_of = (x_codes, w_codes)
         if not convolve.more_behind and int8_kernel.takes(*sum_of, largest_x, largest_w, convolve.geometry):
-            sums = int8_kernel.convolve(*sum_of, convolve.geometry)
+            packed = self._made_of_weight(
+                f"packed for {tuple(x_codes.shape)}",
+                lambda: int8_kernel.pack(w_codes, convolve.geometry, x_codes.shape),
+            )
+            sums = int8_kernel.convolve(x_codes, packed, convolve.geometry)
             # It rounds its sums once; with a bias they must not have been rounded yet.
             if bias_codes is None or are_exact(sums, w_codes[0].numel() * largest_x * largest_w):
                 return add_bias_codes(sums, bias_codes, self.axes)
-        return super()._exact_sum(x_codes, w_codes, convolve, bias_codes)
+        return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
 
 
 class QuantConv1d(_QuantizedDenseConvolution, nn.Conv1d):

@@ -1,100 +1,116 @@
-"""A dense convolution on integer codes as one autograd node, with the backward pass of the float convolution.
+"""A convolution on integer codes as one autograd node, with the backward pass of the float convolution.
 
 Forward is the sum of codes times a scale (the room says why). Backward convolves with the values of the
 weight in place of its codes: so gradients need no scaling of their own, the bias's comes with the weight's,
 and a sum that was split to stay exact is not split again.
 
-The codes of the input are not kept: rounding the input once more, which its ReLU keeps anyway, costs less
-than reading them back from memory, and the layer needs no more memory than the float one. Only codes that
-several layers share are made once and kept.
+Codes of the input that are bytes, or that several layers share, are kept for backward; others, a tensor of
+which is as large as the input itself, are made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
+from cpq_train.quantization.numerics.dense_convolution import Gradients
 from cpq_train.quantization.numerics.fake_quant import pass_inside, round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.one_pass import scale_
 from cpq_train.quantization.quantizer import Range
+
+
+class Convolution(Protocol):
+    """What a layer's convolution has to do for backward."""
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        num_biases: list[int] | None,
+        needed: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Gradients of input, weight and bias, of each that is needed."""
 
 
 class IntegerConvolution(NamedTuple):
     """What a convolution needs beside its tensors.
 
     Attributes:
+        x_codes: Of the input; None once they are kept elsewhere or dropped.
+        are_kept: Whether backward finds them, and need not make them again.
         x_range: Range of the input.
-        x_format: Integers of the input; None where it comes as codes, whose gradient is then that of the
-            values they stand for.
+        x_format: Integers of the input.
+        w_codes: Of the weight, in fp32.
         w_range: Range of the weight.
         w_format: Integers of the weight.
         convolution: The layer's.
         exact_sum: That of two code tensors; what it returns is overwritten.
         unit: Value of 1 in that sum, (C',) or one number.
+        feature_axis: Where features have their channels.
         is_bias_in_sum: Whether that sum has the bias already, as a code.
     """
 
+    x_codes: Tensor | None
+    are_kept: bool
     x_range: Range
-    x_format: IntegerFormat | None
+    x_format: IntegerFormat
+    w_codes: Tensor
     w_range: Range
     w_format: IntegerFormat
-    convolution: DenseConvolution
+    convolution: Convolution
     exact_sum: Callable[[Tensor, Tensor], Tensor]
     unit: Tensor
+    feature_axis: int
     is_bias_in_sum: bool = False
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it."""
-        log_x = None if self.x_format is None else self.x_range.log_amax
-        return cast(Tensor, _IntegerConvolution.apply(x, weight, bias, log_x, self.w_range.log_amax, self))
+    def __call__(self, source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it.
 
-    def codes_of(self, x: Tensor) -> Tensor:
-        """The codes of the input."""
-        return x if self.x_format is None else round_to_codes(x, self.x_range.scale, self.x_format)
+        Args:
+            source: See `Coded.source`.
+            weight: Float.
+            bias: Float, or None.
+        """
+        return cast(Tensor, _IntegerConvolution.apply(source, weight, bias, self.w_range.log_amax, self))
 
 
 class _IntegerConvolution(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        source: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        log_x: Tensor | None,
         log_w: Tensor | None,
         of: IntegerConvolution,
     ) -> Tensor:
-        w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
-        per_channel = (-1, *[1] * (weight.dim() - 2))
-        y = of.exact_sum(of.codes_of(x), w_codes).mul_(of.unit.view(per_channel))
-        ctx.of = of
+        x_codes = cast(Tensor, of.x_codes)
+        sums = of.exact_sum(x_codes, of.w_codes)
+        ctx.of = of._replace(x_codes=None)
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x, weight, w_codes.mul_(of.w_range.step))
-        return y if bias is None or of.is_bias_in_sum else y.add_(bias.view(per_channel))
+        ctx.save_for_backward(x_codes if of.are_kept else source, weight)
+        return scale_(sums, of.unit, None if of.is_bias_in_sum else bias, of.feature_axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, w_values = ctx.saved_tensors
+        kept, weight = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
-        needs_x, needs_w, needs_bias, needs_log_x, needs_log_w, _ = ctx.needs_input_grad
-        needed = (needs_x or needs_log_x, needs_w or needs_log_w, needs_bias)
-        x_codes = of.codes_of(x)
+        needs_x, needs_w, needs_bias, needs_log_w, _ = ctx.needs_input_grad
+        needed = (needs_x, needs_w or needs_log_w, needs_bias)
+        x_codes = kept.float() if of.are_kept else round_to_codes(kept, of.x_range.scale, of.x_format)
+        w_values = of.w_codes * of.w_range.step
         grad_x, grad_w, grad_bias = of.convolution.gradients(grad, x_codes, w_values, ctx.bias_shape, needed)
-        grad_log_x = grad_log_w = None
+        grad_log_w = None
         if grad_w is not None:
             grad_w.mul_(of.x_range.step)
-        if needs_log_x:
-            fmt = cast(IntegerFormat, of.x_format)
-            grad_log_x = of.x_range.log_gradient(cast(Tensor, grad_x), x, x_codes, fmt)
         if needs_log_w:
-            w_codes = round_to_codes(weight, of.w_range.scale, of.w_format)
+            w_codes = of.w_codes.clone()
             grad_log_w = of.w_range.log_gradient(cast(Tensor, grad_w), weight, w_codes, of.w_format)
-        if grad_x is not None and of.x_format is not None:
-            grad_x = pass_inside(grad_x, x, of.x_range.limit)
         if grad_w is not None:
             grad_w = pass_inside(grad_w, weight, of.w_range.limit)
-        return grad_x, grad_w, grad_bias, grad_log_x, grad_log_w, None
+        return grad_x, grad_w, grad_bias, grad_log_w, None

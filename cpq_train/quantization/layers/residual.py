@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any, cast
 
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.fake_quant import add_codes
+from cpq_train.quantization.numerics.one_pass import INSIDE, Scalars, added, is_fit, passed
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.sparse import ResidualAdd
@@ -42,5 +47,30 @@ class QuantAdd(ResidualAdd):
             return super().forward(branch, identity)
         if self.why_simulated:
             return super().forward(*(quantizer(tensor) for quantizer, tensor in pairs))
-        (a, step_a), (b, step_b) = (quantizer.codes(tensor) for quantizer, tensor in pairs)
-        return add_codes(a, step_a, b, step_b)
+        step_a, step_b = (quantizer.range_of(tensor).step for quantizer, tensor in pairs)
+        b = residual.coded(identity)
+        if (scalars := self._in_one_pass(branch, b)) is not None:
+            return cast(Tensor, _AddRounded.apply(branch, b.source, b.codes, step_b, scalars))
+        return add_codes(self._input_quantizer.coded(branch).in_fp32(), step_a, b.in_fp32(), step_b)
+
+    def _in_one_pass(self, branch: Tensor, identity: Coded) -> Scalars | None:
+        """The range of the branch where rounding and sum can be one pass; None where they are several."""
+        codes = identity.codes
+        if branch.shape != codes.shape or branch.stride() != codes.stride() or not is_fit(branch):
+            return None
+        return None if self._input_quantizer.is_shared else self._input_quantizer.scalars()
+
+
+class _AddRounded(Function):
+    """`code(branch) * step + codes * step`, rounded as `add_codes` does."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, source: Tensor, codes: Tensor, step: Tensor, by: Scalars) -> Tensor:
+        y, mask = added(branch, by, codes, step, has_gradient=ctx.needs_input_grad[0])
+        ctx.save_for_backward(mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        return None if mask is None else passed(grad, mask, INSIDE), grad, None, None, None

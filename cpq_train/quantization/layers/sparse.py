@@ -3,38 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
+from cpq_train.common.kernels import HAS_VNNI
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
-from cpq_train.quantization.numerics.exact_sum import Axes
+from cpq_train.quantization.numerics.dense_convolution import Gradients
+from cpq_train.quantization.numerics.exact_sum import Axes, Convolve
+from cpq_train.quantization.numerics.one_pass import rounded
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d
-from cpq_train.sparse.rulebook import Rulebook
+from cpq_train.sparse.rulebook import Rulebook, lists_of
+
+if TYPE_CHECKING:
+    from cpq_train.sparse.kernels.convolutions import PairLists
+
+
+@dataclass(frozen=True)
+class _AtVoxels:
+    """The convolution of a sparse layer at the voxels of one input.
+
+    Attributes:
+        layer: The layer.
+        x: The input.
+        rulebook: Found once, so that the parts of a split sum share it without an indice key too.
+    """
+
+    layer: _QuantizedSparseConvolution
+    x: SparseConvTensor
+    rulebook: Rulebook | None
+
+    def __call__(self, features: Tensor, weight: Tensor) -> Tensor:
+        """(V, C) -> (V', C')."""
+        x = self.x.replace_feature(features)
+        return cast(Tensor, self.layer.convolve(x, weight, self.rulebook).features)
+
+    @property
+    def lists(self) -> PairLists | None:
+        """For our kernels; None where spconv's compute."""
+        return lists_of(self.rulebook, self.layer.inverse)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        num_biases: list[int] | None,
+        needed: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """By our kernels: see `integer_convolution.Convolution`."""
+        from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
+
+        lists = self.lists
+        assert lists is not None
+        needs_x, needs_w, needs_bias = needed
+        grad_x = convolutions.input_gradient(grad, weight, lists) if needs_x else None
+        grad_w = convolutions.weight_gradient(x, grad, lists).view_as(weight) if needs_w else None
+        return grad_x, grad_w, grad.sum(0) if needs_bias else None
 
 
 class _QuantizedSparseConvolution(QuantizedConvolution):
     """The sparse layers: features (V, C), weight KRSC."""
 
-    axes = Axes(output=0, input=-1)
+    axes = Axes(output=0, input=-1, feature=-1)
 
+    inverse: bool
     convolve: Callable[..., SparseConvTensor]
+    place: Callable[..., SparseConvTensor]
     find_rulebook: Callable[[SparseConvTensor], Rulebook | None]
 
     def forward(self, input: SparseConvTensor) -> SparseConvTensor:
         """Sparse tensor in, sparse tensor out."""
         if not self.rounds(input.features):
             return cast(SparseConvTensor, super().forward(input))
-        # Found once, so that the parts of a split sum share it without an indice key too.
-        rulebook = self.find_rulebook(input)
-        outputs: list[SparseConvTensor] = []
+        at_voxels = _AtVoxels(self, input, self.find_rulebook(input))
+        features = self.quantized(input.features, at_voxels)
+        return self.place(input, features, at_voxels.rulebook)
 
-        def convolve(x: Tensor, weight: Tensor) -> Tensor:
-            outputs.append(self.convolve(input.replace_feature(x), weight, rulebook))
-            return cast(Tensor, outputs[-1].features)
+    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
+        assert isinstance(convolve, _AtVoxels)
+        if convolve.lists is None:
+            return super()._integer(x, convolve)
+        return self._as_one_node(x, convolve, convolve)
 
-        features = self.quantized(input.features, convolve)
-        return outputs[-1].replace_feature(features)
+    def _exact_sum(
+        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
+    ) -> Tensor:
+        assert isinstance(convolve, _AtVoxels)
+        lists = convolve.lists
+        if lists is None or x_codes.dtype != torch.uint8 or not self._fits_kernel(w_codes):
+            return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
+        from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
+
+        packed = self._made_of_weight("packed", lambda: convolutions.packed(w_codes))
+        return rounded(convolutions.convolve_codes(x_codes, packed, lists), bias_codes)
+
+    def _fits_kernel(self, w_codes: Tensor) -> bool:
+        """Whether sums of bytes fit into 32 bits, on a processor that multiplies them."""
+        x_format, w_format = self._formats()
+        largest = w_codes[0].numel() * x_format.qmax * w_format.largest_magnitude
+        return HAS_VNNI and w_format.bits <= 8 and largest < 2**31
 
 
 class QuantSubMConv3d(_QuantizedSparseConvolution, SubMConv3d):

@@ -144,6 +144,20 @@ class _Codes(Function):
         return *_value_gradients(ctx, grad), None, None, None
 
 
+class _Source(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, log_amax: Tensor | None, amax: Tensor, scale: Tensor, how: _How
+    ) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(x, amax, scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_value_gradients(ctx, grad), None, None, None
+
+
 def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of log(amax), from that of the values."""
     x, amax, scale = ctx.saved_tensors
@@ -209,6 +223,21 @@ def codes(
     return cast(
         Tensor, _Codes.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor))
     )
+
+
+def source_of(
+    x: Tensor,
+    amax: Tensor,
+    fmt: NumberFormat,
+    window: float | None,
+    scale: Tensor,
+    log_amax: Tensor | None = None,
+) -> Tensor:
+    """The tensor itself, which passes the gradient of its rounded values on to it.
+
+    Arguments are those of `fake_quantize`; x is fp32.
+    """
+    return cast(Tensor, _Source.apply(x, log_amax, amax, scale, _How(fmt, window)))
 
 
 class _Rescale(Function):

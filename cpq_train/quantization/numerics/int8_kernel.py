@@ -11,6 +11,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from cpq_train.common.kernels import HAS_VNNI, are_reference
+
 LARGEST_CODE = 127
 """Of the input. With 8 full bits, pairs of products would saturate on CPUs without VNNI."""
 
@@ -30,8 +32,7 @@ class Geometry(NamedTuple):
 
 
 def _is_available() -> bool:
-    has_vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    return bool(has_vnni()) and hasattr(torch.ops.onednn, "qconv_pointwise")
+    return HAS_VNNI and hasattr(torch.ops.onednn, "qconv_pointwise")
 
 
 IS_AVAILABLE = _is_available()
@@ -42,7 +43,7 @@ def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geom
     """Whether `convolve` computes this sum: 8 bits, no negative code in the input, a plain 2-D convolution.
 
     Args:
-        x_codes: Codes of the input, (B, C, H, W).
+        x_codes: Codes of the input, (B, C, H, W), bytes or fp32.
         w_codes: Codes of the weight, (C', C, kH, kW).
         largest_x: Largest code the input can have.
         largest_w: Largest magnitude a weight's code can have.
@@ -50,6 +51,7 @@ def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geom
     """
     return (
         IS_AVAILABLE
+        and not are_reference()
         and not torch.compiler.is_compiling()  # the last condition looks at values
         and x_codes.device.type == "cpu"
         and largest_x <= LARGEST_CODE
@@ -59,26 +61,52 @@ def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geom
         and geometry.groups == 1
         and w_codes[0].numel() < MAX_TERMS
         and x_codes.numel() > 0
-        and float(x_codes.amin()) >= 0
+        and (x_codes.dtype == torch.uint8 or float(x_codes.amin()) >= 0)
     )
 
 
-def convolve(x_codes: Tensor, w_codes: Tensor, geometry: Geometry) -> Tensor:
-    """The convolution of two code tensors held in fp32, without a gradient.
+class Packed(NamedTuple):
+    """Codes of a weight as oneDNN reads them.
+
+    Attributes:
+        codes: In its own layout.
+        ones: A scale of 1 for each output channel.
+        zeros: A zero point of 0 for each.
+    """
+
+    codes: Tensor
+    ones: Tensor
+    zeros: Tensor
+
+
+def pack(w_codes: Tensor, geometry: Geometry, x_shape: torch.Size) -> Packed:
+    """Codes (C', C, kH, kW) of a weight, held in fp32, for inputs of a shape."""
+    stride, padding, dilation, _, _, groups = geometry
+    ones = torch.ones(w_codes.shape[0])
+    zeros = torch.zeros(w_codes.shape[0], dtype=torch.int64)
+    codes = torch.ops.onednn.qconv_prepack(
+        w_codes.to(torch.int8), ones, 1.0, 0, stride, padding, dilation, groups, x_shape
+    )
+    return Packed(codes, ones, zeros)
+
+
+def convolve(x_codes: Tensor, weight: Packed, geometry: Geometry) -> Tensor:
+    """The convolution of two code tensors, without a gradient.
+
+    Args:
+        x_codes: (B, C, H, W), bytes or fp32.
+        weight: See `pack`.
+        geometry: Of the convolution.
 
     Returns:
         fp32 sums (B, C', H', W'), each the exact sum rounded once.
     """
     stride, padding, dilation, _, _, groups = geometry
-    ones = torch.ones(w_codes.shape[0])
-    zeros = torch.zeros(w_codes.shape[0], dtype=torch.int64)
-    w_s8 = torch.ops.onednn.qconv_prepack(
-        w_codes.to(torch.int8), ones, 1.0, 0, stride, padding, dilation, groups, x_codes.shape
-    )
-    # Through int8, which holds these codes too: torch converts to uint8 one number at a time.
-    x_u8 = x_codes.to(torch.int8).view(torch.uint8)
+    if x_codes.dtype != torch.uint8:
+        # Through int8, which holds these codes too: torch converts to uint8 one number at a time.
+        x_codes = x_codes.to(torch.int8).view(torch.uint8)
     acc = torch.ops.onednn.qconv_pointwise(
-        *(x_u8, 1.0, 0, w_s8, ones, zeros, None, stride, padding, dilation, groups),
+        *(x_codes, 1.0, 0, weight.codes, weight.ones, weight.zeros, None, stride, padding, dilation, groups),
         *(1.0, 0, torch.float32, "none", [], ""),
     )
     return cast(Tensor, acc)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from cpq_train.common.threads import share_out
 from cpq_train.sparse.kernels import loops
 from cpq_train.sparse.kernels.pair_lists import TILE
-from cpq_train.sparse.kernels.threads import share_out
 
 ROWS = {1: (0,) * 16, 2: (0,) * 12, 4: (0,) * 6}
 """Vectors of columns -> pairs, or channels, that are taken at a time: so their sums fit into registers."""

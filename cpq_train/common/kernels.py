@@ -33,9 +33,14 @@ MOST_CHANNELS = 192
 other, as our kernels do: beyond, last bits would differ."""
 
 
+def are_reference() -> bool:
+    """Whether the reference is asked for."""
+    return _switched_off > 0
+
+
 def are_on() -> bool:
     """Whether they compute now."""
-    return IS_FIT and not _switched_off
+    return IS_FIT and not are_reference()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def share_out(work: Callable[[int, int], None], length: int) -> None:
 
 def _pool() -> ThreadPoolExecutor:
     if not _POOLS:
-        _POOLS.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpq_train_sparse"))
+        _POOLS.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cpq_train"))
     return _POOLS[0]
 
 

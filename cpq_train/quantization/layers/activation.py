@@ -1,0 +1,91 @@
+"""ReLUs that make the codes of their output, for the quantizer that reads it.
+
+Which quantizer that is, a ReLU learns from the first pass: its output says who made it, and the quantizer
+that codes it answers (`Scope.note_reader`). From then on the ReLU and the codes are one pass, and what is
+kept for backward is a byte of mask instead of the output, which the codes stand for. Whoever else reads the
+output reads the numbers that a ReLU gives, with a ReLU's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from cpq_train.quantization.numerics.coded import Coded
+from cpq_train.quantization.numerics.one_pass import INSIDE, POSITIVE, Rectified, is_fit, passed, rectified
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.scope import MAKER, Scope, are_saved_tensors_hooked, modes_of
+
+
+class CodingReLU(nn.ReLU):
+    """A ReLU of a prepared network."""
+
+    scope: Scope
+
+    def forward(self, input: Tensor) -> Tensor:
+        """max(0, x), any shape."""
+        if torch.compiler.is_compiling() or not self.scope.is_in_forward:
+            return super().forward(input)
+        values = self._with_codes(input)
+        if values is None:
+            values = super().forward(input)
+        setattr(values, MAKER, self)
+        return values
+
+    def _with_codes(self, x: Tensor) -> Tensor | None:
+        """The output, its codes at hand for its reader; None where there is none, or it is for PyTorch."""
+        reader: Quantizer | None = self.scope.reader_of.get(self)
+        if reader is None or not is_fit(x) or (self.training and x.is_inference()):
+            return None
+        has_gradient = torch.is_grad_enabled() and x.requires_grad
+        scalars = reader.scalars()
+        if scalars is None or (has_gradient and are_saved_tensors_hooked()):
+            return None
+        made = rectified(x.detach(), scalars, has_gradient)
+        if made is None:
+            return None
+        values, source = made.values, made.values
+        if has_gradient:
+            values, source = _Rectified.apply(x, made)
+        coded = Coded(source, made.codes)
+        self.scope.codes.put(reader, values, coded, reader.num_readers, modes_of(values))
+        return values
+
+
+class _Rectified(Function):
+    """Output of a ReLU, and the source of its codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, made: Rectified) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(made.mask)
+        return made.values, made.values.new_zeros(()).expand_as(made.values)  # of its shape, without its size
+
+    @staticmethod
+    def backward(ctx: Any, of_values: Tensor | None, of_codes: Tensor | None) -> tuple[Tensor | None, None]:
+        (mask,) = ctx.saved_tensors
+        grads = [
+            passed(grad, mask, cast(Any, bits))
+            for grad, bits in ((of_codes, POSITIVE | INSIDE), (of_values, POSITIVE))
+            if grad is not None
+        ]
+        return sum(grads[1:], grads[0]) if grads else None, None
+
+
+def make_coding(network: nn.Module, scope: Scope) -> None:
+    """Let the ReLUs of a network make codes, in place; those that write into their input stay as they are."""
+    for module in network.modules():
+        if type(module) is nn.ReLU and not module.inplace:
+            module.__class__ = CodingReLU
+            cast(CodingReLU, module).scope = scope
+
+
+def make_plain(network: nn.Module) -> None:
+    """The other way round."""
+    for module in network.modules():
+        if isinstance(module, CodingReLU):
+            del module.scope
+            cast(nn.Module, module).__class__ = nn.ReLU

@@ -1,0 +1,193 @@
+"""Rounding of tensors on the CPU in one pass each (`loops.py`), where they are fit for it.
+
+Fit are fp32 tensors on the CPU whose numbers lie in memory without gaps, in whatever order of axes.
+Everything here gives the bits that PyTorch's own passes give, which compute what is not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpq_train.common.kernels import are_on
+from cpq_train.common.threads import share_out
+from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
+
+Array: TypeAlias = NDArray[Any]
+
+POSITIVE = np.uint8(1)
+"""Bit of a mask: a ReLU let the number through."""
+
+INSIDE = np.uint8(2)
+"""Bit of a mask: the number is not above amax."""
+
+SMALLEST_PART = 2**16
+"""Numbers below which an array is not shared out over threads."""
+
+
+class Scalars(NamedTuple):
+    """A static range of one tensor, as numbers.
+
+    Attributes:
+        scale: Codes per unit.
+        step: Value of code 1.
+        amax: Largest magnitude inside.
+        smallest: Code.
+        largest: Code.
+    """
+
+    scale: np.float32
+    step: np.float32
+    amax: np.float32
+    smallest: np.float32
+    largest: np.float32
+
+    @classmethod
+    def of(cls, scale: Tensor, step: Tensor, amax: float, fmt: IntegerFormat) -> Scalars:
+        """From what a quantizer knows."""
+        numbers = (scale.item(), step.item(), amax, fmt.qmin, fmt.qmax)
+        return cls(*map(np.float32, numbers))
+
+
+def is_fit(*tensors: Tensor) -> bool:
+    """Whether tensors can be passed over here: all of one shape, and in one order of memory."""
+    first = tensors[0]
+    return (
+        are_on()
+        and not torch.compiler.is_compiling()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
+        and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors[1:])
+        and _in_memory_order(first) is not None
+    )
+
+
+def has_byte_codes(fmt: NumberFormat) -> bool:
+    """Whether codes that are not negative fit into a byte."""
+    return isinstance(fmt, IntegerFormat) and fmt.qmax <= 255
+
+
+def encoded(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor | None:
+    """u8 codes of a tensor that is fit; None if one of them would be negative, or is no number."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    numbers = np.float32(scale.item()), np.float32(fmt.qmax)
+    is_whole = _each(lambda x, codes: _loops().encode(x, *numbers, codes), x, codes)
+    return codes if is_whole else None
+
+
+class Rectified(NamedTuple):
+    """What `rectified` makes of a tensor.
+
+    Attributes:
+        values: relu(x).
+        codes: Their u8 codes.
+        mask: Which gradients come back, see `loops`; None where none will.
+    """
+
+    values: Tensor
+    codes: Tensor
+    mask: Tensor | None
+
+
+def rectified(x: Tensor, by: Scalars, has_gradient: bool) -> Rectified | None:
+    """ReLU and codes of a tensor that is fit; None if there is no number in it."""
+    values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
+    mask = torch.empty_like(codes) if has_gradient else None
+    numbers = by.scale, by.largest, by.amax
+    is_whole = _each(
+        lambda x, y, codes, mask: _loops().encode_relu(x, *numbers, y, codes, mask), x, values, codes, mask
+    )
+    return Rectified(values, codes, mask) if is_whole else None
+
+
+def passed(grad: Tensor, mask: Tensor, bits: np.uint8) -> Tensor:
+    """The gradient where a mask has all of the bits, 0 elsewhere."""
+    if grad.stride() != mask.stride() or grad.dtype != torch.float32:
+        grad = torch.empty_like(mask, dtype=torch.float32).copy_(grad)
+    out = torch.empty_like(grad)
+    _each(lambda grad, mask, out: _loops().pass_masked(grad, mask, bits, out), grad, mask, out)
+    return out
+
+
+def added(
+    a: Tensor, by_a: Scalars, codes_b: Tensor, step_b: Tensor, has_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`code(a) * step_a + codes_b * step_b`, and the mask of a's gradient; a is fit, the codes lie alike."""
+    y = torch.empty_like(a)
+    mask = torch.empty_like(a, dtype=torch.uint8) if has_gradient else None
+    numbers = by_a.scale, by_a.step, by_a.smallest, by_a.largest, by_a.amax
+    step = np.float32(step_b.item())
+    _each(lambda a, b, y, mask: _loops().add_rounded(a, *numbers, b, step, y, mask), a, codes_b, y, mask)
+    return y, mask
+
+
+def scale_(sums: Tensor, unit: Tensor, bias: Tensor | None, feature_axis: int) -> Tensor:
+    """`sums * unit + bias` by channel, in place, in two roundings."""
+    shape = [1] * sums.dim()
+    shape[feature_axis] = -1
+    rows = sums.movedim(feature_axis, -1)
+    if not is_fit(sums) or not rows.is_contiguous():
+        sums.mul_(unit.view(shape))
+        return sums if bias is None else sums.add_(bias.view(shape))
+    num_channels = rows.shape[-1]
+    by_channel = [_numbers(unit.expand(num_channels)), _numbers(bias)]
+    matrix = rows.view(-1, num_channels).numpy()
+    _share_out(lambda a, b: _loops().scale_rows(matrix[a:b], *by_channel), len(matrix), num_channels)
+    return sums
+
+
+def rounded(sums: Tensor, bias_codes: Tensor | None) -> Tensor:
+    """int32 sums (V, C') and their bias codes (C',), rounded to fp32 once."""
+    out = torch.empty_like(sums, dtype=torch.float32)
+    codes = np.empty(0, np.int64) if bias_codes is None else bias_codes.detach().long().numpy()
+    given, made = sums.numpy(), out.numpy()
+    _share_out(lambda a, b: _loops().round_sums(given[a:b], codes, made[a:b]), len(given), given.shape[1])
+    return out
+
+
+def _loops() -> ModuleType:
+    from cpq_train.quantization.numerics import loops  # Numba, whose import takes a second
+
+    return loops
+
+
+def _numbers(tensor: Tensor | None) -> Array:
+    return np.empty(0, np.float32) if tensor is None else tensor.detach().contiguous().numpy()
+
+
+def _each(loop: Callable[..., int | None], *tensors: Tensor | None) -> bool:
+    """Runs a loop over the numbers of tensors that lie alike; whether no part of it returned a flag."""
+    arrays = [_flat(tensor) for tensor in tensors]
+    flags: list[int | None] = []
+    _share_out(lambda a, b: flags.append(loop(*(array[a:b] for array in arrays))), len(arrays[0]))
+    return not any(flags)
+
+
+def _share_out(work: Callable[[int, int], None], length: int, num_each: int = 1) -> None:
+    if length * num_each < SMALLEST_PART:
+        work(0, length)
+    else:
+        share_out(work, length)
+
+
+def _flat(tensor: Tensor | None) -> Array:
+    if tensor is None:
+        return np.empty(0, np.uint8)
+    ordered = _in_memory_order(tensor.detach())
+    assert ordered is not None
+    array: Array = ordered.view(-1).numpy()
+    return array
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor | None:
+    """A view whose axes are in the order in which its numbers lie; None if there are gaps between them."""
+    if tensor.is_contiguous():
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    ordered = tensor.permute(order)
+    return ordered if ordered.is_contiguous() else None
