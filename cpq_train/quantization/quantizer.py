@@ -128,18 +128,18 @@ class Quantizer(TensorQuantizer):
             inputs, chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
         )
 
-    def weight_codes(self, weight: Tensor, step_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer codes of a weight (held in fp32) and the value of one step.
+    def codes(self, tensor: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Integer codes (held in fp32) and the value of one step.
 
         Args:
-            weight: The weight.
-            step_input: The step of the input it meets: the gradient of the codes is put right for
-                `fake_quant.rescale`.
+            tensor: A weight, or what is read once.
+            step_other: For a weight, the step of the input it meets: the gradient of the codes is then put
+                right for `fake_quant.rescale`.
         """
-        chosen = self.range_of(weight)
-        factor = step_input / chosen.step
+        chosen = self.range_of(tensor)
+        factor = None if step_other is None else step_other / chosen.step
         codes = fake_quant.codes(
-            weight, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
+            tensor, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
         )
         return codes, chosen.step
 

@@ -50,7 +50,9 @@ def test_sums_are_exact(
     w = _codes(channels_out, channels_in, kernel, kernel, low=-128, extreme=extreme)
     assert int8_kernel.takes(x, w, 127, 128, geometry)
     exact = torch.convolution(x.double(), w.double(), None, *geometry).float()
-    assert torch.equal(int8_kernel.convolve(x, w, geometry), exact)
+    packed = int8_kernel.pack(w, geometry, x.shape)
+    assert torch.equal(int8_kernel.convolve(x, packed, geometry), exact)
+    assert torch.equal(int8_kernel.convolve(x.to(torch.uint8), packed, geometry), exact)
 
 
 def test_what_it_does_not_take() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cpq_train.quantization.numerics import fake_quant
+from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.prepared import prepared_of
+from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.scope import Memo
@@ -146,13 +147,13 @@ def test_outputs_and_gradients_are_those_of_layers_that_share_nothing(
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The tensors that are rounded to codes, from now on; weights aside."""
     seen: list[Tensor] = []
-    real = fake_quant.codes
+    real = Quantizer._code
 
-    def counted(x: Tensor, *args: object) -> Tensor:
-        seen.extend([] if isinstance(x, nn.Parameter) else [x])
-        return real(x, *args)
+    def counted(quantizer: Quantizer, x: Tensor) -> Coded:
+        seen.append(x)
+        return real(quantizer, x)
 
-    monkeypatch.setattr(fake_quant, "codes", counted)
+    monkeypatch.setattr(Quantizer, "_code", counted)
     return seen
 
 

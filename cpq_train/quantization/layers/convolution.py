@@ -131,7 +131,7 @@ class QuantizedConvolution(nn.Module):
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         step_x = self._input_quantizer.range_of(x).step
-        w_codes, step_w = self._weight_quantizer.weight_codes(self.weight, step_x)
+        w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
         step_w = self.per_output(step_w)
         bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
         acc = self._exact_sum(self._input_quantizer.coded(x).in_fp32(), w_codes, convolve, bias.codes)

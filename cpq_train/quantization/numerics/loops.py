@@ -1,8 +1,8 @@
 """Passes over flat arrays, each of which does what several of PyTorch's would, in the same arithmetic.
 
 A ReLU, the codes of what it lets through and which gradients may come back are one pass here, six in
-PyTorch; codes are bytes, a quarter of a number. Every number is computed by itself, in the order in which PyTorch would
-(one rounding each, ties to even), so that the bits are the same.
+PyTorch; codes are bytes, a quarter of a number. Every number is computed by itself, in the order in which
+PyTorch would (one rounding each, ties to even), so that the bits are the same.
 
 Arrays have one axis, or rows and columns. That all of one loop are of one length is up to the caller.
 """
