@@ -11,7 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
 from cpq_train.quantization.numerics import int8_kernel
 from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
-from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, add_bias_codes, are_exact
+from cpq_train.quantization.numerics.exact_sum import (
+    EXACT_LIMIT,
+    Axes,
+    Convolve,
+    add_bias_codes,
+    are_exact,
+    largest_sum,
+)
 
 
 class _QuantizedDenseConvolution(QuantizedConvolution):
@@ -42,9 +49,12 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
                 f"packed for {tuple(x_codes.shape)}",
                 lambda: int8_kernel.pack(w_codes, convolve.geometry, x_codes.shape),
             )
+            bound = self._made_of_weight("bound", lambda: largest_sum(w_codes, largest_x, self.axes))
+            if bias_codes is None or bound < EXACT_LIMIT:
+                return int8_kernel.convolve(x_codes, packed, convolve.geometry, bias_codes)
             sums = int8_kernel.convolve(x_codes, packed, convolve.geometry)
             # It rounds its sums once; with a bias they must not have been rounded yet.
-            if bias_codes is None or are_exact(sums, w_codes[0].numel() * largest_x * largest_w):
+            if are_exact(sums):
                 return add_bias_codes(sums, bias_codes, self.axes)
         return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.one_pass import in_memory_order
 
 EXACT_LIMIT = 2.0**24
 """fp32 holds every whole number up to here."""
@@ -107,17 +108,16 @@ def exact_sum(
     return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total))
 
 
-def are_exact(sums: Tensor, bound: int) -> bool:
-    """Whether sums that were rounded to fp32 once are the whole numbers that they were.
-
-    Args:
-        sums: fp32.
-        bound: What none of them can pass.
-    """
-    if bound < EXACT_LIMIT or not sums.numel():
-        return True
-    low, high = sums.aminmax()
+def are_exact(sums: Tensor) -> bool:
+    """Whether fp32 sums, each rounded once, are the whole numbers that they were."""
+    ordered = in_memory_order(sums)  # or torch would copy it
+    low, high = (sums if ordered is None else ordered).aminmax()
     return max(-float(low), float(high)) < EXACT_LIMIT
+
+
+def largest_sum(w_codes: Tensor, largest_x: int, axes: Axes) -> float:
+    """What no sum passes whose input has no negative code."""
+    return float(_magnitudes(w_codes.detach(), axes, one_sided=True).sum(1).max()) * largest_x
 
 
 def add_bias_codes(sums: Tensor, bias_codes: Tensor | None, axes: Axes) -> Tensor:

@@ -70,43 +70,55 @@ class Packed(NamedTuple):
 
     Attributes:
         codes: In its own layout.
-        ones: A scale of 1 for each output channel.
-        zeros: A zero point of 0 for each.
+        one: A scale of 1.
+        zero: A zero point of 0.
     """
 
     codes: Tensor
-    ones: Tensor
-    zeros: Tensor
+    one: Tensor
+    zero: Tensor
 
 
 def pack(w_codes: Tensor, geometry: Geometry, x_shape: torch.Size) -> Packed:
     """Codes (C', C, kH, kW) of a weight, held in fp32, for inputs of a shape."""
     stride, padding, dilation, _, _, groups = geometry
-    ones = torch.ones(w_codes.shape[0])
-    zeros = torch.zeros(w_codes.shape[0], dtype=torch.int64)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     codes = torch.ops.onednn.qconv_prepack(
-        w_codes.to(torch.int8), ones, 1.0, 0, stride, padding, dilation, groups, x_shape
+        w_codes.to(torch.int8), one, 1.0, 0, stride, padding, dilation, groups, x_shape
     )
-    return Packed(codes, ones, zeros)
+    return Packed(codes, one, zero)
 
 
-def convolve(x_codes: Tensor, weight: Packed, geometry: Geometry) -> Tensor:
+def convolve(x_codes: Tensor, weight: Packed, geometry: Geometry, bias_codes: Tensor | None = None) -> Tensor:
     """The convolution of two code tensors, without a gradient.
 
     Args:
         x_codes: (B, C, H, W), bytes or fp32.
         weight: See `pack`.
         geometry: Of the convolution.
+        bias_codes: (C',) whole numbers to add to sums that fp32 holds.
 
     Returns:
-        fp32 sums (B, C', H', W'), each the exact sum rounded once.
+        fp32 sums (B, C', H', W'), each rounded once.
     """
     stride, padding, dilation, _, _, groups = geometry
     if x_codes.dtype != torch.uint8:
         # Through int8, which holds these codes too: torch converts to uint8 one number at a time.
         x_codes = x_codes.to(torch.int8).view(torch.uint8)
     acc = torch.ops.onednn.qconv_pointwise(
-        *(x_codes, 1.0, 0, weight.codes, weight.ones, weight.zeros, None, stride, padding, dilation, groups),
+        *(
+            x_codes,
+            1.0,
+            0,
+            weight.codes,
+            weight.one,
+            weight.zero,
+            bias_codes,
+            stride,
+            padding,
+            dilation,
+            groups,
+        ),
         *(1.0, 0, torch.float32, "none", [], ""),
     )
     return cast(Tensor, acc)

@@ -63,7 +63,7 @@ def is_fit(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
         and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors[1:])
-        and _in_memory_order(first) is not None
+        and in_memory_order(first) is not None
     )
 
 
@@ -178,13 +178,13 @@ def _share_out(work: Callable[[int, int], None], length: int, num_each: int = 1)
 def _flat(tensor: Tensor | None) -> Array:
     if tensor is None:
         return np.empty(0, np.uint8)
-    ordered = _in_memory_order(tensor.detach())
+    ordered = in_memory_order(tensor.detach())
     assert ordered is not None
     array: Array = ordered.view(-1).numpy()
     return array
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor | None:
+def in_memory_order(tensor: Tensor) -> Tensor | None:
     """A view whose axes are in the order in which its numbers lie; None if there are gaps between them."""
     if tensor.is_contiguous():
         return tensor
