@@ -8,9 +8,10 @@ the network; inside `frozen`, where nothing may be written, ranges are kept from
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from cpq_train.common.errors import UserError
 
 MAKER = "_cpq_maker"
-"""Attribute of a tensor: the module that made it, and would have made its codes too."""
+"""Attribute of a tensor: the use of a module that made it, and would have made its codes too."""
+
+Use: TypeAlias = tuple[nn.Module, int]
 
 
 class _Watched(NamedTuple):
@@ -99,7 +102,8 @@ class Scope:
         ranges: Quantizer -> its static range.
         codes: Codes of tensors with several readers.
         collected: Which of these tensors a calibrator took in.
-        reader_of: Module -> the quantizer that read its last output; outlives a pass.
+        reader_of: Module, and which use of it in a pass -> the quantizer that read what it made; outlives a
+            pass.
         kept: What was made of weights that do not change; only while it is frozen.
         is_in_forward: Whether a forward pass is under way; tensors are remembered only then.
         is_frozen: Whether ranges outlive a forward pass.
@@ -109,7 +113,8 @@ class Scope:
         self.ranges: dict[nn.Module, Any] = {}
         self.codes = Memo()
         self.collected = Memo()
-        self.reader_of: dict[nn.Module, Any] = {}
+        self.reader_of: dict[Use, Any] = {}
+        self._num_uses: Counter[nn.Module] = Counter()
         self.kept: dict[Any, Any] = {}
         self.is_frozen = False
         self.is_in_forward = False
@@ -124,11 +129,16 @@ class Scope:
         """Whether ranges are remembered."""
         return self.is_in_forward or self.is_frozen
 
+    def next_use(self, module: nn.Module) -> Use:
+        """A use of a module, in the order of this pass."""
+        self._num_uses[module] += 1
+        return module, self._num_uses[module]
+
     def note_reader(self, tensor: Tensor, quantizer: nn.Module) -> None:
         """Remember who reads what a module made that said so (`MAKER`)."""
-        maker = getattr(tensor, MAKER, None)
-        if maker is not None:
-            self.reader_of[maker] = quantizer
+        use: Use | None = getattr(tensor, MAKER, None)
+        if use is not None:
+            self.reader_of[use] = quantizer
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` makes; made once as long as the network is frozen."""
@@ -145,6 +155,7 @@ class Scope:
             UserError: See `check_unwritten`.
         """
         self.check_unwritten()
+        self._num_uses.clear()
         self.is_in_forward = True
 
     def check_unwritten(self) -> None:

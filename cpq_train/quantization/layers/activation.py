@@ -1,9 +1,9 @@
 """ReLUs that make the codes of their output, for the quantizer that reads it.
 
-Which quantizer that is, a ReLU learns from the first pass: its output says who made it, and the quantizer
-that codes it answers (`Scope.note_reader`). From then on the ReLU and the codes are one pass, and what is
-kept for backward is a byte of mask instead of the output, which the codes stand for. Whoever else reads the
-output reads the numbers that a ReLU gives, with a ReLU's gradient.
+Which quantizer that is, a ReLU learns from the first pass: its output says which use of it made it, and the
+quantizer that codes it answers (`Scope.note_reader`). From then on the ReLU and the codes are one pass, and
+what is kept for backward is a byte of mask instead of the output, which the codes stand for. Whoever else
+reads the output reads the numbers that a ReLU gives, with a ReLU's gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from cpq_train.quantization.numerics.coded import Coded
-from cpq_train.quantization.numerics.one_pass import INSIDE, POSITIVE, Rectified, is_fit, passed, rectified
+from cpq_train.quantization.numerics.masks import INSIDE, POSITIVE
+from cpq_train.quantization.numerics.one_pass import Rectified, is_fit, passed, rectified
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scope import MAKER, Scope, are_saved_tensors_hooked, modes_of
 
@@ -29,15 +30,15 @@ class CodingReLU(nn.ReLU):
         """max(0, x), any shape."""
         if torch.compiler.is_compiling() or not self.scope.is_in_forward:
             return super().forward(input)
-        values = self._with_codes(input)
+        use = self.scope.next_use(self)
+        values = self._with_codes(input, self.scope.reader_of.get(use))
         if values is None:
             values = super().forward(input)
-        setattr(values, MAKER, self)
+        setattr(values, MAKER, use)
         return values
 
-    def _with_codes(self, x: Tensor) -> Tensor | None:
+    def _with_codes(self, x: Tensor, reader: Quantizer | None) -> Tensor | None:
         """The output, its codes at hand for its reader; None where there is none, or it is for PyTorch."""
-        reader: Quantizer | None = self.scope.reader_of.get(self)
         if reader is None or not is_fit(x) or (self.training and x.is_inference()):
             return None
         has_gradient = torch.is_grad_enabled() and x.requires_grad

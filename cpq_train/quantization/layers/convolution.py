@@ -149,19 +149,19 @@ class QuantizedConvolution(nn.Module):
         assert self._weight_quantizer is not None
         x_format, w_format = self._formats()
         x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
-        source, x_codes = coded = self._input_quantizer.coded(x)
+        coded = self._input_quantizer.coded(x)
         w_codes = self._made_of_weight(
             "codes", lambda: round_to_codes(self.weight.detach(), w_range.scale, w_format)
         )
         unit = x_range.step * self.per_output(w_range.step)
         bias = as_deployed(self.bias, self.bias_kind, unit)
         node = IntegerConvolution(
-            *(x_codes, coded.are_bytes or self._input_quantizer.is_shared, x_range, x_format),
-            *(w_codes, w_range, w_format, convolution),
+            *(coded.are_bytes or self._input_quantizer.is_shared, x_range, x_format),
+            *(w_range, w_format, convolution),
             lambda x, w: self._exact_sum(x, w, convolve, bias.codes),
             *(unit, self.axes.feature, bias.is_in_sum),
         )
-        return node(source, self.weight, bias.values)
+        return node(coded, self.weight, w_codes, bias.values)
 
     def _made_of_weight(self, what: str, make: Callable[[], T]) -> T:
         """What is made of the weight alone, once in a block in which weights do not change."""

@@ -49,7 +49,9 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
                 f"packed for {tuple(x_codes.shape)}",
                 lambda: int8_kernel.pack(w_codes, convolve.geometry, x_codes.shape),
             )
-            bound = self._made_of_weight("bound", lambda: largest_sum(w_codes, largest_x, self.axes))
+            bound = self._made_of_weight(
+                "bound", lambda: largest_sum(w_codes, largest_x, largest_w, self.axes)
+            )
             if bias_codes is None or bound < EXACT_LIMIT:
                 return int8_kernel.convolve(x_codes, packed, convolve.geometry, bias_codes)
             sums = int8_kernel.convolve(x_codes, packed, convolve.geometry)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor
 from torch.autograd import Function
 
+from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.dense_convolution import Gradients
 from cpq_train.quantization.numerics.fake_quant import pass_inside, round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat
@@ -25,6 +26,10 @@ from cpq_train.quantization.quantizer import Range
 
 class Convolution(Protocol):
     """What a layer's convolution has to do for backward."""
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What it needs for that, beside what it is given."""
 
     def gradients(
         self,
@@ -41,11 +46,9 @@ class IntegerConvolution(NamedTuple):
     """What a convolution needs beside its tensors.
 
     Attributes:
-        x_codes: Of the input; None once they are kept elsewhere or dropped.
-        are_kept: Whether backward finds them, and need not make them again.
+        are_kept: Whether codes of the input are kept for backward, which otherwise makes them again.
         x_range: Range of the input.
         x_format: Integers of the input.
-        w_codes: Of the weight, in fp32.
         w_range: Range of the weight.
         w_format: Integers of the weight.
         convolution: The layer's.
@@ -55,11 +58,9 @@ class IntegerConvolution(NamedTuple):
         is_bias_in_sum: Whether that sum has the bias already, as a code.
     """
 
-    x_codes: Tensor | None
     are_kept: bool
     x_range: Range
     x_format: IntegerFormat
-    w_codes: Tensor
     w_range: Range
     w_format: IntegerFormat
     convolution: Convolution
@@ -68,15 +69,17 @@ class IntegerConvolution(NamedTuple):
     feature_axis: int
     is_bias_in_sum: bool = False
 
-    def __call__(self, source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Coded, weight: Tensor, w_codes: Tensor, bias: Tensor | None) -> Tensor:
         """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it.
 
         Args:
-            source: See `Coded.source`.
+            x: The input.
             weight: Float.
+            w_codes: Its codes, in fp32.
             bias: Float, or None.
         """
-        return cast(Tensor, _IntegerConvolution.apply(source, weight, bias, self.w_range.log_amax, self))
+        tensors = x.source, weight, bias, self.w_range.log_amax, x.codes, w_codes
+        return cast(Tensor, _IntegerConvolution.apply(*tensors, self))
 
 
 class _IntegerConvolution(Function):
@@ -87,30 +90,30 @@ class _IntegerConvolution(Function):
         weight: Tensor,
         bias: Tensor | None,
         log_w: Tensor | None,
+        x_codes: Tensor,
+        w_codes: Tensor,
         of: IntegerConvolution,
     ) -> Tensor:
-        x_codes = cast(Tensor, of.x_codes)
-        sums = of.exact_sum(x_codes, of.w_codes)
-        ctx.of = of._replace(x_codes=None)
+        sums = of.exact_sum(x_codes, w_codes)
+        ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x_codes if of.are_kept else source, weight)
+        ctx.save_for_backward(x_codes if of.are_kept else source, weight, w_codes, *of.convolution.kept)
         return scale_(sums, of.unit, None if of.is_bias_in_sum else bias, of.feature_axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight = ctx.saved_tensors
+        kept, weight, w_codes, *_ = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
-        needs_x, needs_w, needs_bias, needs_log_w, _ = ctx.needs_input_grad
+        needs_x, needs_w, needs_bias, needs_log_w, *_ = ctx.needs_input_grad
         needed = (needs_x, needs_w or needs_log_w, needs_bias)
         x_codes = kept.float() if of.are_kept else round_to_codes(kept, of.x_range.scale, of.x_format)
-        w_values = of.w_codes * of.w_range.step
+        w_values = w_codes * of.w_range.step
         grad_x, grad_w, grad_bias = of.convolution.gradients(grad, x_codes, w_values, ctx.bias_shape, needed)
         grad_log_w = None
         if grad_w is not None:
             grad_w.mul_(of.x_range.step)
         if needs_log_w:
-            w_codes = of.w_codes.clone()
-            grad_log_w = of.w_range.log_gradient(cast(Tensor, grad_w), weight, w_codes, of.w_format)
+            grad_log_w = of.w_range.log_gradient(cast(Tensor, grad_w), weight, w_codes.clone(), of.w_format)
         if grad_w is not None:
             grad_w = pass_inside(grad_w, weight, of.w_range.limit)
-        return grad_x, grad_w, grad_bias, grad_log_w, None
+        return grad_x, grad_w, grad_bias, grad_log_w, None, None, None

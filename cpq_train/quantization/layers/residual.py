@@ -9,7 +9,8 @@ from torch.autograd import Function
 
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.fake_quant import add_codes
-from cpq_train.quantization.numerics.one_pass import INSIDE, Scalars, added, is_fit, passed
+from cpq_train.quantization.numerics.masks import INSIDE
+from cpq_train.quantization.numerics.one_pass import Scalars, added, is_fit, passed
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.sparse import ResidualAdd

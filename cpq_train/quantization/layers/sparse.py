@@ -45,6 +45,11 @@ class _AtVoxels:
         """For our kernels; None where spconv's compute."""
         return lists_of(self.rulebook, self.layer.inverse)
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """The pairs of rows."""
+        return () if self.lists is None else (self.lists.rows_in, self.lists.rows_out)
+
     def gradients(
         self,
         grad: Tensor,

@@ -50,6 +50,11 @@ class DenseConvolution:
             return self(x.unsqueeze(0), weight).squeeze(0)
         return torch.convolution(self._padded(x), weight, None, *self.geometry)
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """Tensors that `gradients` needs beside what it is given: none."""
+        return ()
+
     def gradients(
         self,
         grad: Tensor,

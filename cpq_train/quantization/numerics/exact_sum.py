@@ -115,8 +115,11 @@ def are_exact(sums: Tensor) -> bool:
     return max(-float(low), float(high)) < EXACT_LIMIT
 
 
-def largest_sum(w_codes: Tensor, largest_x: int, axes: Axes) -> float:
-    """What no sum passes whose input has no negative code."""
+def largest_sum(w_codes: Tensor, largest_x: int, largest_w: int, axes: Axes) -> float:
+    """What no sum passes whose input has no negative code; looks at the weights if it has to."""
+    of_any_weight = w_codes.numel() // w_codes.shape[axes.output] * largest_x * largest_w
+    if of_any_weight < EXACT_LIMIT:
+        return of_any_weight
     return float(_magnitudes(w_codes.detach(), axes, one_sided=True).sum(1).max()) * largest_x
 
 

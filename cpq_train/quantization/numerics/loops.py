@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cpq_train.common.compiled import compiled
-from cpq_train.quantization.numerics.one_pass import INSIDE, POSITIVE
+from cpq_train.quantization.numerics.masks import INSIDE, POSITIVE
 
 
 @compiled

@@ -21,12 +21,6 @@ from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
 
 Array: TypeAlias = NDArray[Any]
 
-POSITIVE = np.uint8(1)
-"""Bit of a mask: a ReLU let the number through."""
-
-INSIDE = np.uint8(2)
-"""Bit of a mask: the number is not above amax."""
-
 SMALLEST_PART = 2**16
 """Numbers below which an array is not shared out over threads."""
 

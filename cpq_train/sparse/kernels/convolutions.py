@@ -38,8 +38,8 @@ class PairLists(NamedTuple):
         cells: The order in which a sum takes them.
     """
 
-    rows_in: NDArray[np.int32]
-    rows_out: NDArray[np.int32]
+    rows_in: Tensor
+    rows_out: Tensor
     tiles_in: NDArray[np.int64]
     tiles_out: NDArray[np.int64]
     num_in: int
@@ -68,18 +68,19 @@ def weight_gradient(x_VC: Tensor, grad_VC: Tensor, lists: PairLists) -> Tensor:
     num_cells, num_channels = len(lists.rows_in), grad_VC.shape[1]
     x, grad = _array(x_VC), _array(_in_vectors(grad_VC))
     width = grad.shape[1]
-    sums = np.zeros((num_cells, x.shape[1], width), np.float32)
+    sums = torch.zeros((num_cells, x.shape[1], width))
     tiles = _tiles(lists.tiles_out, 4 * (width + x.shape[1]))
 
     def work(first: int, last: int) -> None:
         for begin, end, vectors in _columns(width):
             loops.add_weight_gradients(
-                *(x, lists.rows_in, grad, lists.rows_out, tiles, sums, first, last, begin, end),
+                *(x, lists.rows_in.numpy(), grad, lists.rows_out.numpy(), tiles, sums.numpy(), first, last),
+                *(begin, end),
                 *((0,) * vectors, ROWS[vectors]),
             )
 
     share_out(work, num_cells)
-    return torch.from_numpy(sums[..., :num_channels]).permute(2, 0, 1).contiguous()
+    return sums[..., :num_channels].permute(2, 0, 1).contiguous()
 
 
 def convolve_codes(x_VC: Tensor, weight: Tensor, lists: PairLists) -> Tensor:
@@ -111,7 +112,8 @@ def _sums(x_VC: Tensor, weight: Tensor, lists: PairLists) -> Tensor:
     def work(first: int, last: int) -> None:
         for begin, end, vectors in _columns(width):
             loops.add_tiles(
-                *(x, lists.rows_in, _array(padded), out.numpy(), lists.rows_out, tiles, lists.cells),
+                *(x, lists.rows_in.numpy(), _array(padded), out.numpy(), lists.rows_out.numpy(), tiles),
+                lists.cells,
                 *(first, last, begin, end, (0,) * vectors, ROWS[vectors]),
             )
 

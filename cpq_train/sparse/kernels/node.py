@@ -21,13 +21,13 @@ class _Convolution(Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, lists: PairLists) -> Tensor:
         ctx.lists = lists
-        ctx.save_for_backward(features, weight)
+        ctx.save_for_backward(features, weight, lists.rows_in, lists.rows_out)
         return convolutions.convolve(features, weight, lists)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        features, weight = ctx.saved_tensors
+        features, weight, *_ = ctx.saved_tensors
         needs_x, needs_w, _ = ctx.needs_input_grad
         grad_x = convolutions.input_gradient(grad, weight, ctx.lists) if needs_x else None
         grad_w = convolutions.weight_gradient(features, grad, ctx.lists).view_as(weight) if needs_w else None

@@ -45,8 +45,8 @@ def places_of(coords_V4: Any, batch_size: int, shape: Any) -> tuple[Any, bool, b
 
 @compiled
 def submanifold_pairs(
-    coords_V4: Any, numbers: Any, shape: Any, kernel: Any, dilation: Any
-) -> tuple[Any, Any]:
+    coords_V4: Any, numbers: Any, shape: Any, kernel: Any, dilation: Any, pairs: Any
+) -> Any:
     """Pairs of voxels of one set, in the order of the voxels.
 
     Args:
@@ -55,13 +55,12 @@ def submanifold_pairs(
         shape: Cells of the grid.
         kernel: Cells of the kernel, odd.
         dilation: Steps between them.
+        pairs: int32 (2, cells, V), filled with the places in the list of the input and of the output.
 
     Returns:
-        int32 (2, cells, V), the places in the list of the input and of the output; and the number of pairs of
-        each cell.
+        The number of pairs of each cell.
     """
-    num_voxels, num_cells = len(numbers), kernel[0] * kernel[1] * kernel[2]
-    pairs = np.empty((2, num_cells, num_voxels), np.int32)
+    num_voxels, num_cells = len(numbers), pairs.shape[1]
     counts = np.zeros(num_cells, np.int64)
     middle = num_cells // 2
     for cell in range(middle):
@@ -86,7 +85,7 @@ def submanifold_pairs(
     for i in range(num_voxels):
         pairs[0, middle, i] = pairs[1, middle, i] = i
     counts[middle] = num_voxels
-    return pairs, counts
+    return counts
 
 
 @compiled
@@ -104,8 +103,8 @@ def _places_behind(coords_V: Any, size: int, cells: int, stride: int, padding: i
 
 @compiled
 def strided_pairs(
-    coords_V4: Any, out_shape: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[Any, Any, Any]:
+    coords_V4: Any, out_shape: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, pairs: Any
+) -> tuple[Any, Any]:
     """Pairs of voxels and of the voxels that a strided kernel makes of them.
 
     Args:
@@ -115,17 +114,17 @@ def strided_pairs(
         stride: Of it.
         padding: Of it.
         dilation: Of it.
+        pairs: See `submanifold_pairs`.
 
     Returns:
-        As `submanifold_pairs`, and int32 (V', 4), the voxels behind, sorted.
+        The number of pairs of each cell; int32 (V', 4), the voxels behind, sorted.
     """
-    num_voxels, num_cells = len(coords_V4), kernel[0] * kernel[1] * kernel[2]
+    num_voxels, num_cells = len(coords_V4), pairs.shape[1]
     z_of = _places_behind(coords_V4[:, 1], out_shape[0], kernel[0], stride[0], padding[0], dilation[0])
     y_of = _places_behind(coords_V4[:, 2], out_shape[1], kernel[1], stride[1], padding[1], dilation[1])
     x_of = _places_behind(coords_V4[:, 3], out_shape[2], kernel[2], stride[2], padding[2], dilation[2])
     num_places = (np.int64(coords_V4[-1, 0]) + 1) * out_shape[0] * out_shape[1] * out_shape[2]
     seen = np.zeros(num_places // 64 + 1, np.uint64)  # a bit a place: sorted, and each once
-    pairs = np.empty((2, num_cells, num_voxels), np.int32)
     counts = np.zeros(num_cells, np.int64)
     for cell in range(num_cells):
         zs = z_of[cell // (kernel[1] * kernel[2])]
@@ -147,7 +146,7 @@ def strided_pairs(
             while numbers[row] < pairs[1, cell, pair]:
                 row += 1
             pairs[1, cell, pair] = row
-    return pairs, counts, _coords_of(numbers, out_shape)
+    return counts, _coords_of(numbers, out_shape)
 
 
 @compiled
