@@ -14,6 +14,12 @@ DETECTION_FUNCTIONS = (
 )
 """In a pass from voxels to boxes."""
 
+QUANTIZER_FUNCTIONS = tuple(
+    Function("cpq_train.quantization.quantizer:Quantizer", method, "quantizer")
+    for method in ("forward", "codes")
+)
+"""In quantized layers: rounding their inputs and weights."""
+
 STEP_FUNCTIONS = (
     *DETECTION_FUNCTIONS,
     Function("cpq_train.training.losses", "assign_targets", "targets"),
