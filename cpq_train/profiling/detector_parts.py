@@ -15,10 +15,17 @@ DETECTION_FUNCTIONS = (
 """In a pass from voxels to boxes."""
 
 QUANTIZER_FUNCTIONS = tuple(
-    Function("cpq_train.quantization.quantizer:Quantizer", method, "quantizer")
-    for method in ("forward", "codes")
+    Function(f"cpq_train.quantization.{owner}", name, "quantizer")
+    for owner, name in (
+        ("quantizer:Quantizer", "forward"),
+        ("quantizer:Quantizer", "coded"),
+        ("quantizer:Quantizer", "weight_codes"),
+        ("layers.convolution", "round_to_codes"),
+        ("layers.activation", "rectified"),
+        ("layers.residual", "added"),
+    )
 )
-"""In quantized layers: rounding their inputs and weights."""
+"""In quantized layers: rounding inputs and weights, with the ReLU or the sum that is one pass with it."""
 
 STEP_FUNCTIONS = (
     *DETECTION_FUNCTIONS,

@@ -29,7 +29,7 @@ def _document(folder: Path) -> dict[str, Any]:
 
 def test_networks_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a single pass the rows are the whole; with one thread on the clock of the processor."""
-    watched, num_threads = (Quantizer.forward, Quantizer.codes), torch.get_num_threads()
+    watched, num_threads = (Quantizer.forward, Quantizer.coded), torch.get_num_threads()
     torch.set_num_threads(1)
     options = [*small_options(Path("nowhere"), tmp_path / "run"), "--num_passes", "1"]
     main(["profile", *options, FLOAT, QAT, "--training_step", "true", "--output", str(tmp_path)])
@@ -49,7 +49,7 @@ def test_networks_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert min(ms[name] for name in ("backbone_3d", "dense_head:backward", "optimizer")) > 0
         assert network["plain"]["ms"] > 0
     assert "qat: ms" in out
-    assert (Quantizer.forward, Quantizer.codes) == watched
+    assert (Quantizer.forward, Quantizer.coded) == watched
 
 
 def test_training_batches_are_loaded(simulated_root: Path, tmp_path: Path) -> None:
