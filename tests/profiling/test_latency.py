@@ -21,7 +21,7 @@ from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.sparse import convolution
+from cpq_train.sparse import convolution, reference_kernels
 
 CPU = torch.device("cpu")
 RULEBOOK = Function("cpq_train.sparse.convolution", "find_or_build", "rulebook")
@@ -171,7 +171,7 @@ LINEAR = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Linear(6, 7))
 def test_macs_are_those_of_torch(
     network: nn.Module, inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch counts a multiply-accumulate twice; it sees sparse convolutions as products of matrices."""
+    """torch counts a multiply-accumulate twice; it sees spconv's convolutions as products of matrices."""
     monkeypatch.setattr(ops, "TorchSpconvMatmul", TorchSpconvMatmul)  # ours pads small products, with zeros
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ def test_macs_are_those_of_torch(
         network.eval()(*inputs)
         return 1
 
-    with FlopCounterMode(display=False) as counter:
+    with reference_kernels(), FlopCounterMode(display=False) as counter:
         run()
     layers = [name for name, part in parts_of(network).items() if part.is_layer]
     macs = count_costs(network, layers, run)
