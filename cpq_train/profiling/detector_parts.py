@@ -19,7 +19,7 @@ QUANTIZER_FUNCTIONS = tuple(
     for owner, name in (
         ("quantizer:Quantizer", "forward"),
         ("quantizer:Quantizer", "coded"),
-        ("quantizer:Quantizer", "weight_codes"),
+        ("quantizer:Quantizer", "codes"),
         ("layers.convolution", "round_to_codes"),
         ("layers.activation", "rectified"),
         ("layers.residual", "added"),

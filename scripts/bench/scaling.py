@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ def _over_ranks(num_ranks: int, num_rounds: int) -> Measured:
 
 def _rank(rank: int, num_ranks: int, port: int, num_rounds: int, results: Any) -> None:
     settle()
+    warnings.simplefilter("ignore", FutureWarning)  # what DDP says of broadcast_buffers
     store = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", store, rank=rank, world_size=num_ranks)
     config, num_sweeps = config_of("quickstart")
