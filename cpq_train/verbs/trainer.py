@@ -243,8 +243,8 @@ class QuantTrainer(ResilientTrainer):
             cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
             num_passes: Passes whose median is reported; as many run without hooks beside them.
             trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
-            training_step: Time the parts of training steps too, in fits of three steps, and write
-                training_step.json; with `sample` on training batches, else on the cloud, without boxes.
+            training_step: Time the parts of training steps too: with `sample` on training batches, else on
+                the cloud, without boxes; in training_step.json.
             checkpoints: Networks to measure instead of `model`; they say themselves what they are.
             engine_file: Deployment file to time with them, as `export` writes it.
 
@@ -264,16 +264,15 @@ class QuantTrainer(ResilientTrainer):
             )
         if output is not None:
             check_writable(output, "output")
-        settings = ProfileSettings(
-            output, sample, cloud, num_passes, trace, training_step, checkpoints, engine_file
-        )
-        device, precision = self.strategy.root_device, self.precision_plugin.forward_context
+        asked = output, sample, cloud, num_passes, trace, training_step, checkpoints, engine_file
+        device = self.strategy.root_device
         self.accelerator.setup_device(device)
         datamodule.trainer = self  # training batches are those of its fit
+        how = ProfileSettings(*asked), device, self.precision_plugin.forward_context, self._for_a_few_steps
         if checkpoints:
-            profile_several(datamodule, settings, device, precision, self._for_a_few_steps)
+            profile_several(datamodule, *how)
         else:
-            profile(model, datamodule, settings, device, precision, self._for_a_few_steps)
+            profile(model, datamodule, *how)
 
     def _for_a_few_steps(self, **settings: Any) -> HookedTrainer:
         """Another Trainer that makes the same steps, and leaves no files."""
