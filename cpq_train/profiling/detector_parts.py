@@ -14,6 +14,19 @@ DETECTION_FUNCTIONS = (
 )
 """In a pass from voxels to boxes."""
 
+QUANTIZER_FUNCTIONS = tuple(
+    Function(f"cpq_train.quantization.{owner}", name, "quantizer")
+    for owner, name in (
+        ("quantizer:Quantizer", "forward"),
+        ("quantizer:Quantizer", "coded"),
+        ("quantizer:Quantizer", "codes"),
+        ("layers.convolution", "round_to_codes"),
+        ("layers.activation", "rectified"),
+        ("layers.residual", "added"),
+    )
+)
+"""In quantized layers: rounding inputs and weights, with the ReLU or the sum that is one pass with it."""
+
 STEP_FUNCTIONS = (
     *DETECTION_FUNCTIONS,
     Function("cpq_train.training.losses", "assign_targets", "targets"),

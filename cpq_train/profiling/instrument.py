@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import nn
@@ -40,7 +41,7 @@ class Function:
     """A function to watch: `owner.attribute`, looked up there by whoever calls it.
 
     Attributes:
-        owner: Name of the Python module that its caller finds it in.
+        owner: Where its caller finds it: a Python module, or a class of one as `module:Class`.
         attribute: Its name there.
         kind: What it does.
     """
@@ -76,12 +77,23 @@ def parts_of(network: nn.Module) -> dict[str, Part]:
 
 
 @contextmanager
-def observing(network: nn.Module, observer: Observer, functions: Iterable[Function] = ()) -> Iterator[None]:
+def observing(
+    network: nn.Module,
+    observer: Observer,
+    functions: Iterable[Function] = (),
+    parts: Mapping[str, Part] | None = None,
+) -> Iterator[None]:
     """Tell an observer of every call of a module of `network`, and of some functions.
 
     Several observers may watch at once, and stop in any order.
+
+    Args:
+        network: What is observed.
+        observer: Who is told.
+        functions: Which functions it is told of.
+        parts: Name of a module -> the part that it is; None is `parts_of` the network.
     """
-    parts = parts_of(network)
+    parts = parts_of(network) if parts is None else parts
     listener = _Listener(observer, parts)
     with ExitStack() as stack:
         for name, part in parts.items():
@@ -128,6 +140,9 @@ class _Watched:
         self.function, self._kind = function, kind
         self.listeners: list[_Listener] = []
 
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for listener in self.listeners:
             listener.enter_function(self._kind)
@@ -139,7 +154,7 @@ class _Watched:
 
 @contextmanager
 def _listening(function: Function, listener: _Listener) -> Iterator[None]:
-    owner = import_module(function.owner)
+    owner = resolve_name(function.owner)
     watched = getattr(owner, function.attribute)
     if not isinstance(watched, _Watched):
         watched = _Watched(watched, function.kind)

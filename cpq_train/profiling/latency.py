@@ -1,6 +1,6 @@
 """Time by layer: marks at the borders of every part, read once the pass is over.
 
-On CUDA a mark is an event, so that nothing waits inside the pass; on the CPU it is `time.perf_counter`. A
+On CUDA a mark is an event, so that nothing waits inside the pass; on the CPU it is the time of a clock. A
 part's time is its own: without the parts inside it. What the parts with a row leave of the pass, containers
 and the code between modules, is its unattributed rest.
 
@@ -33,10 +33,12 @@ class Stopwatch:
 
     Args:
         device: Where the pass runs.
+        clock: Seconds, what a mark is on the CPU; None is `time.perf_counter`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None) -> None:
         self.device = device
+        self._clock = clock or time.perf_counter
         self._marks: list[Mark] = []
         self._parts: list[Part | None] = []
 
@@ -78,7 +80,7 @@ class Stopwatch:
             event.record()
             self._marks.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._clock())
 
     def _seconds(self) -> list[float]:
         if self.device.type != "cuda":

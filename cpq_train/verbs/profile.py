@@ -1,31 +1,20 @@
-"""`profile`: what a detector costs by layer, on one cloud. The generic part is in `cpq_train.profiling`.
-
-Letters: P points, V voxels, F features of a point.
-"""
+"""`profile`: what a detector costs by layer, on one cloud. The generic part is in `cpq_train.profiling`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
-from typing_extensions import Self
 
 from cpq_train.common.console import print_plain
-from cpq_train.common.errors import UserError
 from cpq_train.common.files import sha256_of
-from cpq_train.data.clouds import Cloud, synthetic_cloud
 from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import points_of, voxelizer_of
-from cpq_train.data.points.checks import check_cloud
-from cpq_train.data.points.format import PointFormat
-from cpq_train.data.sweeps import read_cloud
 from cpq_train.evaluation.metrics_file import read_metrics, write_metrics
 from cpq_train.evaluation.run_files import METRICS_FILE
 from cpq_train.profiling.detector_parts import DETECTION_FUNCTIONS, NETWORK_FUNCTIONS
@@ -39,101 +28,12 @@ from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.features import check_features
+from cpq_train.verbs.profile_input import OneCloud, ProfileSettings
+from cpq_train.verbs.profile_training import check_trainable, profile_training
 
-FIRST = "first"
 NUM_WARM_UP = 1
-SYNTHETIC_SEED = 0
-_ORDER_SEED = 0
-"""Points are shuffled as evaluation shuffles them, so that a limit on voxels leaves a mix of sweeps."""
 
 Context = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class ProfileSettings:
-    """What to profile, and on what; see `QuantTrainer.profile`.
-
-    Raises:
-        UserError: They contradict one another.
-    """
-
-    output: Path | None = None
-    sample: str | None = None
-    cloud: Path | None = None
-    num_passes: int = 5
-    trace: bool = False
-    checkpoints: Sequence[Path] = ()
-    engine_file: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.sample is not None and self.cloud is not None:
-            raise UserError(f"--sample {self.sample} and --cloud {self.cloud} are both given: expected one")
-        if self.num_passes < 1:
-            raise UserError(f"--num_passes is {self.num_passes}: expected 1 or more")
-        if self.trace and self.output is None:
-            raise UserError("--trace needs --output, the folder that trace.json is written to")
-        if self.engine_file is not None and not self.checkpoints:
-            raise UserError(
-                f"--engine_file {self.engine_file} is measured beside checkpoints, and none is given: "
-                "accepted: profile CHECKPOINT... --engine_file FILE"
-            )
-        files = [path.resolve() for path in self.checkpoints]
-        if twice := [str(path) for path in self.checkpoints if files.count(path.resolve()) > 1]:
-            raise UserError(f"{' and '.join(twice)} are one checkpoint: accepted: each file once")
-
-
-@dataclass(frozen=True)
-class OneCloud:
-    """The voxels of a cloud on a device.
-
-    Attributes:
-        features_VF: Mean of the points of each voxel.
-        coords_V3: Its z, y, x.
-        num_points: P.
-        device: Where they are.
-        points: How points were read.
-    """
-
-    features_VF: Tensor
-    coords_V3: Tensor
-    num_points: int
-    device: torch.device
-    points: PointFormat
-
-    @classmethod
-    def of(cls, data: NuScenesDataModule, settings: ProfileSettings, device: torch.device) -> Self:
-        """Of the cloud that is asked for.
-
-        Raises:
-            UserError: There is none.
-        """
-        points = _points(data, settings)
-        order = np.random.default_rng(_ORDER_SEED).permutation(len(points))
-        features_VF, coords_V3, _ = voxelizer_of(data.evaluation_config)(points, order)
-        how = data.evaluation_config.points
-        return cls(features_VF.to(device), coords_V3.to(device), len(points), device, how)
-
-    def batch(self) -> dict[str, Any]:
-        """What a detector takes."""
-        batch_column = torch.zeros_like(self.coords_V3[:, :1])
-        return {
-            "voxel_features": self.features_VF,
-            "voxel_coords": torch.cat([batch_column, self.coords_V3], dim=1),
-            "batch_size": 1,
-        }
-
-    def context(self, settings: ProfileSettings) -> dict[str, Any]:
-        """What is measured on, as plain values."""
-        on_cuda = self.device.type == "cuda"
-        return {
-            "input": str(settings.cloud or settings.sample or "synthetic"),
-            "num_points": self.num_points,
-            "num_voxels": len(self.coords_V3),
-            "device": torch.cuda.get_device_name(self.device) if on_cuda else "cpu",
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "num_passes": settings.num_passes,
-        }
 
 
 class ProfiledDetector:
@@ -232,8 +132,17 @@ def profile(
     settings: ProfileSettings,
     device: torch.device,
     precision: Context = nullcontext,
+    new_trainer: Callable[..., Trainer] = Trainer,
 ) -> Profile:
     """Measure a detector, print it and write what was asked for.
+
+    Args:
+        model: The detector.
+        data: Gives the cloud, and training batches.
+        settings: What to measure.
+        device: Where to run.
+        precision: The context that the trainer runs forward passes in.
+        new_trainer: Makes a Trainer with the device, the precision and the clipping of the present one.
 
     Raises:
         UserError: The input or the checkpoint is no good.
@@ -243,12 +152,17 @@ def profile(
         model.start_untrained()
     else:
         model.configure_model()
+    if settings.training_step:
+        check_trainable("the network", model)
     found = ProfiledDetector(model, model.weights, cloud, precision).profile(settings)
     print_profile(found)
     if settings.output is not None:
         write_files(settings.output, found)
         if model.weights is not None:
             _add_to_scores(settings.output, model.weights, found)
+    if settings.training_step:
+        profile_training({model.subject.arm: model}, data, cloud, settings, new_trainer)
+    if settings.output is not None:
         print_plain(f"Files: {settings.output}")
     return found
 
@@ -261,16 +175,3 @@ def _add_to_scores(folder: Path, weights: str, found: Profile) -> None:
     document = read_metrics(path)
     if document["checkpoint"]["sha256"] == sha256_of(weights):
         write_metrics(path, {**document, "profile": {**document["profile"], **found.summary()}})
-
-
-def _points(data: NuScenesDataModule, settings: ProfileSettings) -> Cloud:
-    config = data.evaluation_config
-    if settings.cloud is not None:
-        check_cloud(settings.cloud, config.points)
-        return read_cloud(settings.cloud, points=config.points)
-    if settings.sample is None:
-        return synthetic_cloud(config.num_sweeps, SYNTHETIC_SEED, config.points)
-    data.prepare_data()
-    is_first = settings.sample == FIRST
-    rows = data.eval_rows if is_first else data.index.sample_rows(None, [settings.sample])
-    return points_of(data.index, int(rows[0]), config)

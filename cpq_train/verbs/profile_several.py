@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from cpq_train.common.arm_names import DEPLOYED
 from cpq_train.common.console import print_plain
@@ -31,7 +32,9 @@ from cpq_train.profiling.latency_file import (
 from cpq_train.profiling.report import print_in_turn, summary_line, write_files
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import stated_by
-from cpq_train.verbs.profile import NUM_WARM_UP, Context, OneCloud, ProfiledDetector, ProfileSettings
+from cpq_train.verbs.profile import NUM_WARM_UP, Context, ProfiledDetector
+from cpq_train.verbs.profile_input import OneCloud, ProfileSettings
+from cpq_train.verbs.profile_training import check_trainable, profile_training
 
 _COST_NOTHING = ("model.network.backbone_bn_momentum", "data.max_num_voxels_train")
 """Settings that may differ: a pass of evaluation does not have them."""
@@ -55,6 +58,7 @@ def profile_several(
     settings: ProfileSettings,
     device: torch.device,
     precision: Context = nullcontext,
+    new_trainer: Callable[..., Trainer] = Trainer,
 ) -> dict[str, Any]:
     """Measure checkpoints and an engine, print what they take and write what was asked for.
 
@@ -65,6 +69,7 @@ def profile_several(
         settings: Names the files.
         device: Where to run.
         precision: The context that the trainer runs forward passes in.
+        new_trainer: Makes a Trainer with the device, the precision and the clipping of the present one.
 
     Returns:
         The contents of `latency.json`, without the schema.
@@ -78,6 +83,9 @@ def profile_several(
             "accepted: --trainer.accelerator cpu"
         )
     models = {file: CenterPointDetector.load_from_checkpoint(file) for file in settings.checkpoints}
+    if settings.training_step:
+        for file, model in models.items():
+            check_trainable(str(file), model)
     said = {file: _settings(model, stated_by(file)) for file, model in models.items()}
     engine = None
     if settings.engine_file is not None:
@@ -86,9 +94,11 @@ def profile_several(
     _check_alike(said)
     cloud = OneCloud.of(data, settings, device)
     timed: dict[str, Timed] = {}
+    trained: dict[str, CenterPointDetector] = {}
     for file, model in models.items():
         name = _free_name(model.subject.arm, timed)
         network = ProfiledDetector(model, str(file), cloud, precision)
+        trained[name] = model
         timed[name] = Timed(network.detect, _row(network, _measure(network, name, settings)))
     if engine is not None:
         timed[DEPLOYED] = _timed_engine(engine, cloud)
@@ -97,6 +107,9 @@ def profile_several(
     print_in_turn(rows)
     if settings.output is not None:
         write_latency(settings.output / LATENCY_FILE, document)
+    if settings.training_step:
+        profile_training(trained, data, cloud, settings, new_trainer)
+    if settings.output is not None:
         print_plain(f"Files: {settings.output}")
     return document
 

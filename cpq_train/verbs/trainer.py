@@ -18,6 +18,7 @@ from cpq_train.common.arm_names import Arm
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import check_output, check_writable
+from cpq_train.common.lightning_private import HookedTrainer
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.interop.foreign_ranges import match_ranges, read_ranges
 from cpq_train.loggers.start import logged_calibration
@@ -25,7 +26,8 @@ from cpq_train.quantization.ranges.calibration import check_ranges
 from cpq_train.resilience.trainer import ResilientTrainer
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.strategy import QuantDDPStrategy
-from cpq_train.verbs.profile import ProfileSettings, profile
+from cpq_train.verbs.profile import profile
+from cpq_train.verbs.profile_input import ProfileSettings
 from cpq_train.verbs.profile_several import profile_several
 from cpq_train.verbs.sensitivity import SensitivitySettings, analyse
 
@@ -220,6 +222,7 @@ class QuantTrainer(ResilientTrainer):
         cloud: Path | None = None,
         num_passes: int = 5,
         trace: bool = False,
+        training_step: bool = False,
         checkpoints: Sequence[Path] = (),
         engine_file: Path | None = None,
     ) -> None:
@@ -240,6 +243,8 @@ class QuantTrainer(ResilientTrainer):
             cloud: File of float32 x, y, z, intensity, ring, as nuScenes has them.
             num_passes: Passes whose median is reported; as many run without hooks beside them.
             trace: Write trace.json too, for chrome://tracing or https://ui.perfetto.dev.
+            training_step: Time the parts of training steps too: with `sample` on training batches, else on
+                the cloud, without boxes; in training_step.json.
             checkpoints: Networks to measure instead of `model`; they say themselves what they are.
             engine_file: Deployment file to time with them, as `export` writes it.
 
@@ -259,13 +264,31 @@ class QuantTrainer(ResilientTrainer):
             )
         if output is not None:
             check_writable(output, "output")
-        settings = ProfileSettings(output, sample, cloud, num_passes, trace, checkpoints, engine_file)
-        device, precision = self.strategy.root_device, self.precision_plugin.forward_context
+        asked = output, sample, cloud, num_passes, trace, training_step, checkpoints, engine_file
+        device = self.strategy.root_device
         self.accelerator.setup_device(device)
+        datamodule.trainer = self  # training batches are those of its fit
+        how = ProfileSettings(*asked), device, self.precision_plugin.forward_context, self._for_a_few_steps
         if checkpoints:
-            profile_several(datamodule, settings, device, precision)
+            profile_several(datamodule, *how)
         else:
-            profile(model, datamodule, settings, device, precision)
+            profile(model, datamodule, *how)
+
+    def _for_a_few_steps(self, **settings: Any) -> HookedTrainer:
+        """Another Trainer that makes the same steps, and leaves no files."""
+        device = self.strategy.root_device
+        return HookedTrainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            precision=self.precision,
+            gradient_clip_val=self.gradient_clip_val,
+            gradient_clip_algorithm=self.gradient_clip_algorithm,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **settings,
+        )
 
 
 @contextmanager

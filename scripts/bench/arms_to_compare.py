@@ -56,7 +56,7 @@ def build_arms(config: NetworkConfig, scheme: Scheme, batch: Batch) -> dict[str,
     return arms
 
 
-def run(network: CenterPoint, batch: Batch) -> list[dict[str, Tensor]]:
+def run(network: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
     """Forward pass of a batch."""
     heads: list[dict[str, Tensor]] = network(
         batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]

@@ -25,8 +25,8 @@ import yaml
 from jsonargparse import auto_cli
 from lidar_like import synthetic_batch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
+from machine import settle
+from results import Row, write_rows
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -129,23 +129,18 @@ def main(callbacks: tuple[str, ...] = tuple(CALLBACKS), num_steps: int = 40, dev
     """
     if unknown := set(callbacks) - set(CALLBACKS):
         raise UserError(f"callbacks: got {sorted(unknown)[0]!r}, accepted: {', '.join(CALLBACKS)}")
-    torch.set_num_threads(1)
+    settle()
     content = yaml.safe_load(CONFIG.read_text())
     config = NetworkConfig(**content["model"]["network"])
     batch = synthetic_batch(config, content["data"]["num_sweeps"], BATCH_SIZE)
-    table = Table(title=f"Overhead of callbacks, quickstart network, {len(batch['voxel_coords']):,} voxels")
-    for column in ("callback", "step ms", "with it ms", "every n steps", "overhead %"):
-        table.add_column(column, justify="left" if column == "callback" else "right")
-    total = 0.0
+    rows: list[Row] = []
     for name in callbacks:
         without, present = _medians_ms(CALLBACKS[name][0](), config, batch, num_steps, device)
         interval = CALLBACKS[name][1]
         overhead = 100 * (present - without) / without / interval
-        total += overhead
-        table.add_row(name, f"{without:.1f}", f"{present:.1f}", str(interval), f"{overhead:.3f}")
-    table.add_section()
-    table.add_row("together", "", "", "", f"{total:.3f}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        measured = {"step, ms": without, "with it, ms": present, "every n steps": interval}
+        rows.append({"callback": name, **measured, "overhead, %": round(overhead, 3)})
+    write_rows("callbacks", rows, device, steps=num_steps, voxels=len(batch["voxel_coords"]))
 
 
 def _medians_ms(

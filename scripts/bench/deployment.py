@@ -21,7 +21,9 @@ import yaml
 from convolutions_of_codes import CPU, convolutions_of_codes
 from jsonargparse import auto_cli
 from lidar_like import synthetic_batch
+from machine import settle
 from numpy.typing import NDArray
+from results import Row, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -77,19 +79,19 @@ def main(
     """
     if unknown := set(networks) - set(CONFIGS):
         raise UserError(f"networks: got {sorted(unknown)[0]!r}, accepted: {', '.join(CONFIGS)}")
-    torch.set_num_threads(1)
+    settle()
     table = Table(title=f"{'Dense part' if dense else 'Network'} alone, CPU time of one thread")
     for column in ("network, voxels", "runs as", *NUMBERS):
         table.add_column(column, justify="right" if column in NUMBERS else "left")
-    for name in networks:
-        _measure(name, dense, num_rounds, table)
+    rows = [row for name in networks for row in _measure(name, dense, num_rounds, table)]
+    write_rows("deployment_dense" if dense else "deployment", rows, rounds=num_rounds, clock="CPU time")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     if convolutions:
         console.print(convolutions_of_codes(num_rounds))
 
 
-def _measure(name: str, is_dense: bool, num_rounds: int, table: Table) -> None:
+def _measure(name: str, is_dense: bool, num_rounds: int, table: Table) -> list[Row]:
     voxels, networks = _networks(name)
     runs = {run: _in_pytorch(network, voxels, is_dense) for run, network in networks.items()}
     targets = [name for name, target in TARGETS.items() if target.part == "whole"]
@@ -112,6 +114,10 @@ def _measure(name: str, is_dense: bool, num_rounds: int, table: Table) -> None:
             f"{sizes[run] / 1e6:.2f}" if run in sizes else "",
         )
     table.add_section()
+    return [
+        {"network": name, "runs as": run, "ms": ms, "of float": ms / times[FLOAT]}
+        for run, ms in times.items()
+    ]
 
 
 def _networks(name: str) -> tuple[Voxels, dict[str, CenterPoint]]:

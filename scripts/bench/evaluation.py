@@ -19,11 +19,13 @@ from typing import TypeVar
 
 import numpy as np
 from jsonargparse import auto_cli
+from machine import settle
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
 from nuscenes.eval.detection.constants import TP_METRICS
 from nuscenes.eval.detection.data_classes import DetectionBox, DetectionMetrics
+from results import write_rows
 
 from cpq_train.common.nuscenes import ATTRIBUTES, DETECTION_CLASSES
 from cpq_train.common.progress import track
@@ -56,6 +58,7 @@ def main(
         min_ratio: How many times faster ours has to be.
         seed: Of the draws.
     """
+    settle()
     annotations, predictions = _draw(num_samples, objects_per_sample, detections_per_sample, seed)
     num_boxes = f"{len(annotations.boxes):,} annotations, {len(predictions.score):,} detections"
     print(f"{num_samples:,} samples, {num_boxes}")
@@ -68,6 +71,8 @@ def main(
     print(f"devkit: {their_s:8.2f} s   mAP {theirs.mean_ap:.9f}   NDS {theirs.nd_score:.9f}")
     difference = _largest_difference(ours.ap, ours.errors, theirs)
     print(f"ratio {their_s / our_s:.1f}, largest difference of any AP or error {difference:.1e}")
+    row = {"samples": num_samples, "this package, s": our_s, "devkit, s": their_s, "ratio": their_s / our_s}
+    write_rows("evaluation", [row], clock="CPU time")
     if difference > TOLERANCE or their_s / our_s < min_ratio:
         sys.exit(f"expected at most {TOLERANCE:g} and at least {min_ratio:g} times")
 

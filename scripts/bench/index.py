@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
+from results import write_rows
 
 from cpq_train.common.nuscenes import CATEGORY_TO_CLASS
 from cpq_train.data.dataset import target_boxes
@@ -91,7 +92,10 @@ def main(folder: Path | None = None, fraction: float = 1.0, num_processes: int =
             private={method: mean(private for private, _ in each) for method, each in growths.items()},
             share={method: mean(share for _, share in each) for method, each in growths.items()},
         )
-    print(json.dumps(asdict(cost), indent=1))
+    values = {name: value for name, value in asdict(cost).items() if not isinstance(value, dict)}
+    for name in ("private", "share"):
+        values |= {f"{name}, {method}": value for method, value in getattr(cost, name).items()}
+    write_rows("index", [{"what": name, "value": value} for name, value in values.items()], fraction=fraction)
 
 
 def _build(root: Path) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ are in the page cache: what storage costs is not measured. Then batches come thr
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -21,9 +20,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 from jsonargparse import auto_cli
+from machine import settle
 from peer_loaders import devkit_loader, openpcdet_dataset, spconv_voxelizer
+from results import Row, write_rows
 
 from cpq_train.data.augmentation import Augmentation
 from cpq_train.data.datamodule import NuScenesDataModule
@@ -59,19 +59,24 @@ def main(
         num_workers: of the data loaders that are measured.
         step_s: how long a training step of a batch of 4 keeps the main process, for the time that it waits.
     """
-    torch.set_num_threads(1)
+    settle()
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
             root = Path(folder) / "simulated"
             simulate(root, num_scenes=2, num_val_scenes=1)
         index = open_index(root, version)
-        rows = [row for row in range(len(index)) if len(set(previous_frames(index, row, 10))) == 9]
+        samples = [row for row in range(len(index)) if len(set(previous_frames(index, row, 10))) == 9]
         for name, sample in SAMPLES.items():
             training = replace(sample, augmentation=Augmentation(), is_training=True)
-            arms = _arms(index, rows, training, openpcdet, Path(folder))
-            _print(name, _measure(arms, rows, num_rounds))
+            arms = _arms(index, samples, training, openpcdet, Path(folder))
+            found[name] = _measure(arms, samples, num_rounds)
         for number in num_workers:
-            _print(f"{number} workers", _through_loader(root, version, number, step_s))
+            found[f"{number} workers"] = _through_loader(root, version, number, step_s)
+    rows: list[Row] = [
+        {"on": on, "what": what, "value": v} for on, values in found.items() for what, v in values.items()
+    ]
+    write_rows("loader", rows, rounds=num_rounds)
 
 
 def _measure(arms: list[Callable[[int, Times], None]], rows: list[int], num_rounds: int) -> dict[str, float]:
@@ -176,10 +181,6 @@ def _through_loader(root: Path, version: str, num_workers: int, step_s: float) -
         "main thread, CPU ms per sample": 1000 * cpu_s / number / BATCH_SIZE,
         "wait per step, ms": 1000 * median(waits),
     }
-
-
-def _print(title: str, values: dict[str, float]) -> None:
-    print(title, json.dumps({name: round(value, 2) for name, value in values.items()}, indent=1))
 
 
 if __name__ == "__main__":

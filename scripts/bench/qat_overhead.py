@@ -2,145 +2,126 @@
 
     python scripts/bench/qat_overhead.py
 
-A step is forward and backward with fixed gradients at the outputs, ranges frozen; loss, optimizer and data
-are the same for all and left out. All arms have BatchNorm folded and the dense layers in channels_last
-memory. They run in turn within each round, each round starting with the next one and every other round in
-reverse; a ratio is taken within a round, and the median over the rounds is reported. Freed memory is kept in
-the process, for all arms: otherwise the order of the arms decides which of them hands it back and fetches it
-again page by page. With one thread the clock is the process's CPU time, so that other work on the machine
-does not count; with more it is wall time; on CUDA it is CUDA events.
+`steps.py` says what is timed, and how. Ranges are frozen; all arms have BatchNorm folded and the dense layers
+in channels_last memory. A ratio is taken within a round, and the median over the rounds is reported. On the
+CPU, memory is what the tensors that operations make take. Ends with exit code 1 where a bound is passed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import math
-import platform
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
-import yaml
-from arms_to_compare import build_arms, run
 from jsonargparse import auto_cli
-from lidar_like import load_batch, synthetic_batch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from lidar_like import new_batch
+from machine import settle
+from results import Row, spread, write_rows
+from steps import (
+    ARMS,
+    FLOAT,
+    FLOAT_BF16,
+    FLOAT_SAME,
+    NETWORKS,
+    PARTS,
+    PQ,
+    QAT,
+    QAT_BF16,
+    Measured,
+    Workload,
+    clock_name,
+    config_of,
+    time_part,
+    weigh,
+)
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.progress import progress
-from cpq_train.data.dataset import Batch
-from cpq_train.models import CenterPoint, NetworkConfig
-from cpq_train.quantization.scheme import Scheme
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NETWORKS = {"full": "centerpoint_voxel01.yaml", "quickstart": "quickstart_float.yaml"}
 BATCH_SIZES = {"full": 1, "quickstart": 4}
-PARTS = ("dense", "sparse", "whole")
-LIMITS = {"dense": 1.12, "sparse": 1.06}
-"""Largest accepted ratio of a QAT step to a float step."""
-
-Outputs = list[Tensor]
-Step = Callable[[], float]
+PEAK, KEPT = "peak memory", "kept for backward"
 
 
-@dataclass
-class Row:
-    """One line of the table.
+@dataclass(frozen=True)
+class Bound:
+    """The largest accepted ratio of an arm to another.
 
     Attributes:
-        network: A key of `NETWORKS`.
-        part: dense (BEV backbone and head), sparse (3-D backbone, rulebooks included) or whole.
-        num_voxels: Active input voxels.
-        milliseconds: Median time of a step by arm.
-        ratios: Median ratio to the float step of the same round, by arm.
-        spread: Smallest and largest of these ratios, by arm.
+        part: A key of `PARTS`, or peak memory.
+        arm: The numerator.
+        against: The denominator.
+        by_network: Network -> the ratio; others have none.
     """
 
-    network: str
     part: str
-    num_voxels: int
-    milliseconds: dict[str, float]
-    ratios: dict[str, float]
-    spread: dict[str, tuple[float, float]]
+    arm: str
+    against: str
+    by_network: Mapping[str, float]
 
-    @property
-    def holds(self) -> bool:
-        """Whether QAT is within its limit and cheaper than pytorch-quantization."""
-        return (
-            self.ratios["qat"] <= LIMITS.get(self.part, math.inf) and self.ratios["qat"] < self.ratios["pq"]
-        )
+
+BOUNDS = (
+    Bound("whole", QAT, FLOAT, {"full": 0.70, "quickstart": 0.60}),
+    Bound("sparse", QAT, FLOAT, {"full": 0.45, "quickstart": 0.35}),
+    Bound("backbone", QAT, FLOAT, {"full": 0.82}),
+    Bound("head", QAT, FLOAT, {"full": 0.83}),
+    Bound("whole", QAT, FLOAT_SAME, {"full": 0.85, "quickstart": 0.85}),
+    Bound("dense", QAT_BF16, FLOAT_BF16, {"full": 1.2}),
+    Bound("evaluation", QAT, FLOAT, {"full": 0.40}),
+    Bound(PEAK, QAT, FLOAT, {"full": 1.05, "quickstart": 1.05}),
+    *(Bound(part, QAT, PQ, {"full": 1.0, "quickstart": 1.0}) for part in ("dense", "sparse", "whole")),
+)
+
+Found = dict[tuple[str, str], Measured]
+"""Network and part -> arm -> milliseconds, or MiB, in each round."""
 
 
 def main(
     networks: tuple[str, ...] = tuple(NETWORKS),
-    parts: tuple[str, ...] = PARTS,
-    num_rounds: int = 12,
+    parts: tuple[str, ...] = tuple(PARTS),
+    num_rounds: int = 3,
     threads: int = 1,
     device: str = "auto",
-    scheme: Path = CONFIGS / "schemes" / "int8.yaml",
+    scheme: Path | None = None,
     root: Path | None = None,
     version: str = "v1.0-trainval",
-    output: Path | None = None,
 ) -> None:
-    """Measure the QAT step against the float step; exit code 1 if a limit is passed.
+    """Measure, and put two tables into the results of this machine.
 
     Args:
-        networks: full (0.1 m, one sample of ten sweeps) and quickstart (batch and sweeps of its
+        networks: full (0.1 m, one sample of ten sweeps) and quickstart (batch of four, the sweeps of its
             configuration), either or both.
-        parts: dense, sparse, whole.
-        num_rounds: Rounds that count; one more warms up. A multiple of six puts every arm everywhere.
+        parts: Of `PARTS`; memory is measured with whole.
+        num_rounds: Rounds that count; one more warms up. A multiple of twice the arms puts each everywhere.
         threads: 1 measures CPU time, more measure wall time. Ignored on CUDA.
         device: cpu, cuda, or auto for CUDA where there is one.
-        scheme: What to quantize.
+        scheme: What to quantize; null is INT8.
         root: nuScenes or simulated data to take samples from; without it they are made up.
         version: Version of the data under `root`.
-        output: JSON file for the result.
     """
     _check("networks", networks, tuple(NETWORKS))
-    _check("parts", parts, PARTS)
+    _check("parts", parts, tuple(PARTS))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _keep_freed_memory()
-    torch.set_num_threads(threads)
-    clock = "CUDA events" if device == "cuda" else "CPU time" if threads == 1 else "wall time"
-    rows: list[Row] = []
+    settle(threads)
+    found: Found = {}
+    voxels = {}
     with progress("measuring", len(networks) * len(parts) * (num_rounds + 1)) as advance:
         for name in networks:
-            config, batch = _workload(name, root, version)
-            batch = _to(batch, device)
-            arms = {
-                arm: network.to(device)
-                for arm, network in build_arms(config, _max_ranges(scheme), batch).items()
-            }
+            config, num_sweeps = config_of(name)
+            batch = new_batch(config, num_sweeps, BATCH_SIZES[name], root, version)
+            work = Workload.of(config, batch, device, scheme)
+            voxels[name] = work.num_voxels
             for part in parts:
-                steps = _steps(arms, part, batch, _timer(clock))
-                times = _interleaved(steps, num_rounds, lambda: advance(1))
-                rows.append(_row(name, part, len(batch["voxel_coords"]), times))
-    context = {"clock": clock, "threads": threads, "num_rounds": num_rounds, **_machine(device)}
-    _show(rows, context)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"context": context, "rows": [{**asdict(row), "holds": row.holds} for row in rows]}
-        output.write_text(json.dumps(result, indent=2) + "\n")
-    sys.exit(0 if all(row.holds for row in rows) else 1)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc never to return memory to the system; nothing happens with another C library."""
-    m_trim_threshold, m_mmap_threshold, one_gib = -1, -3, 2**30
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(m_trim_threshold, one_gib)
-        mallopt(m_mmap_threshold, one_gib)
+                found[name, part] = time_part(work, part, num_rounds, done=lambda: advance(1))
+            if "whole" in parts:
+                found[name, PEAK], found[name, KEPT] = weigh(work)
+    context = {"clock": clock_name(device), "rounds": num_rounds}
+    bounds = bounds_met(found)
+    write_rows("qat_overhead", _rows(found, voxels), device, **context)
+    write_rows("qat_overhead_bounds", bounds, device, **context)
+    sys.exit(0 if all(row["holds"] == "yes" for row in bounds) else 1)
 
 
 def _check(option: str, values: tuple[str, ...], accepted: tuple[str, ...]) -> None:
@@ -149,152 +130,46 @@ def _check(option: str, values: tuple[str, ...], accepted: tuple[str, ...]) -> N
         raise UserError(f"{option}: got {unknown[0]!r}, accepted: {', '.join(accepted)}")
 
 
-def _workload(name: str, root: Path | None, version: str) -> tuple[NetworkConfig, Batch]:
-    content = yaml.safe_load((CONFIGS / NETWORKS[name]).read_text())
-    config = NetworkConfig(**content["model"]["network"])
-    num_sweeps, size = content["data"]["num_sweeps"], BATCH_SIZES[name]
-    if root is not None:
-        return config, load_batch(config, root, version, num_sweeps, size)
-    return config, synthetic_batch(config, num_sweeps, size)
+def _rows(found: Found, voxels: Mapping[str, int]) -> list[Row]:
+    """A row a network and part: the float step, and the ratios of the other arms to it."""
+    return [
+        {
+            "network": f"{network}, {voxels[network]:,} voxels",
+            "part": part,
+            "float": spread(measured[FLOAT]),
+            "unit": "MiB" if part in (PEAK, KEPT) else "ms",
+            **{
+                f"{arm}, ratio": _ratio(measured, arm, FLOAT) if arm in measured else None
+                for arm in ARMS
+                if arm != FLOAT
+            },
+        }
+        for (network, part), measured in found.items()
+    ]
 
 
-def _max_ranges(path: Path) -> Scheme:
-    """The scheme with max calibration, the quickest; how a range was found costs a step nothing."""
-    scheme = Scheme.from_file(path)
-    inputs = replace(scheme.defaults.input, method="max")
-    return replace(scheme, defaults=replace(scheme.defaults, input=inputs))
+def bounds_met(found: Found) -> list[Row]:
+    """What became of every bound whose part was measured."""
+    rows: list[Row] = []
+    for bound in BOUNDS:
+        for network, limit in bound.by_network.items():
+            if (network, bound.part) in found:
+                ratio = _ratio(found[network, bound.part], bound.arm, bound.against)
+                rows.append(
+                    {
+                        "network": network,
+                        "part": bound.part,
+                        "ratio": f"{bound.arm} / {bound.against}",
+                        "reached": ratio,
+                        "bound": limit,
+                        "holds": "yes" if ratio["median"] <= limit else "no",
+                    }
+                )
+    return rows
 
 
-def _to(batch: Batch, device: str) -> Batch:
-    moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    result: Batch = moved
-    return result
-
-
-def _steps(
-    arms: dict[str, CenterPoint], part: str, batch: Batch, timer: Callable[..., Any]
-) -> dict[str, Step]:
-    """A timed training step for every arm, all on the same input and output gradients."""
-    with torch.no_grad():
-        network = arms["float"]
-        volume = network.backbone_3d(batch["voxel_features"], batch["voxel_coords"], batch["batch_size"])
-        bev = network.map_to_bev_module(volume)
-    forwards = {arm: _forward(network, part, batch, bev) for arm, network in arms.items()}
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        gradients = [
-            torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator))
-            for out in forwards["float"]()
-        ]
-
-    def step(arm: str) -> float:
-        with timer() as elapsed:
-            torch.autograd.backward(forwards[arm](), gradients)
-        arms[arm].zero_grad()
-        return float(elapsed())
-
-    return {arm: lambda arm=arm: step(arm) for arm in arms}  # type: ignore[misc]
-
-
-def _forward(network: CenterPoint, part: str, batch: Batch, bev: Tensor) -> Callable[[], Outputs]:
-    def sparse() -> Outputs:
-        volume = network.backbone_3d(batch["voxel_features"], batch["voxel_coords"], batch["batch_size"])
-        return [volume.features]
-
-    def dense() -> Outputs:
-        # A fresh leaf, because the BEV map needs a gradient in training too.
-        return _flat(network.dense_head(network.backbone_2d(bev.detach().requires_grad_())))
-
-    return {"sparse": sparse, "dense": dense, "whole": lambda: _flat(run(network, batch))}[part]
-
-
-def _flat(heads: list[dict[str, Tensor]]) -> Outputs:
-    return [out for head in heads for out in head.values()]
-
-
-def _timer(clock: str) -> Callable[..., Any]:
-    return _cuda_timer if clock == "CUDA events" else _host_timer(clock)
-
-
-def _host_timer(clock: str) -> Callable[..., Any]:
-    now = time.process_time if clock == "CPU time" else time.perf_counter
-
-    @contextmanager
-    def timer() -> Iterator[Callable[[], float]]:
-        times = [now()]
-        yield lambda: 1e3 * (times[1] - times[0])
-        times.append(now())
-
-    return timer
-
-
-@contextmanager
-def _cuda_timer() -> Iterator[Callable[[], float]]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    yield lambda: start.elapsed_time(end)
-    end.record()
-    torch.cuda.synchronize()
-
-
-def _interleaved(
-    steps: dict[str, Step], num_rounds: int, advance: Callable[[], None]
-) -> dict[str, list[float]]:
-    """Milliseconds of each arm in each round; the first round is dropped."""
-    times: dict[str, list[float]] = {arm: [] for arm in steps}
-    for number in range(num_rounds + 1):
-        first = number % len(steps)
-        order = [*steps][first:] + [*steps][:first]
-        for arm in order[:: 1 if number % 2 else -1]:
-            times[arm].append(steps[arm]())
-        advance()
-    return {arm: values[1:] for arm, values in times.items()}
-
-
-def _row(network: str, part: str, num_voxels: int, times: dict[str, list[float]]) -> Row:
-    ratios = {
-        arm: [a / b for a, b in zip(values, times["float"], strict=True)] for arm, values in times.items()
-    }
-    return Row(
-        network,
-        part,
-        num_voxels,
-        {arm: median(values) for arm, values in times.items()},
-        {arm: median(values) for arm, values in ratios.items()},
-        {arm: (min(values), max(values)) for arm, values in ratios.items()},
-    )
-
-
-def _machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    isa = torch.backends.cpu.get_cpu_capability() if device == "cpu" else ""
-    return {"device": " ".join((name, isa)).strip(), "torch": torch.__version__}
-
-
-def _show(rows: list[Row], context: dict[str, Any]) -> None:
-    table = Table(title="Training step, ratio to float (median, smallest to largest)", caption=str(context))
-    for column in ("network", "part", "voxels"):
-        table.add_column(column)
-    for column in ("float ms", "QAT", "pytorch-quantization", "limit", "holds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        qat, pq = (
-            f"{row.ratios[arm]:.3f} ({row.spread[arm][0]:.3f} to {row.spread[arm][1]:.3f})"
-            for arm in ("qat", "pq")
-        )
-        limit = LIMITS.get(row.part)
-        table.add_row(
-            row.network,
-            row.part,
-            f"{row.num_voxels:,}",
-            f"{row.milliseconds['float']:.0f}",
-            qat,
-            pq,
-            "" if limit is None else f"{limit:.2f}",
-            "yes" if row.holds else "no",
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+def _ratio(measured: Measured, arm: str, against: str) -> dict[str, float]:
+    return spread([a / b for a, b in zip(measured[arm], measured[against], strict=True)])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ medians of CPU time of one thread, and their ratios to torch's.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import zlib
@@ -19,6 +18,8 @@ from statistics import median
 
 import torch
 from jsonargparse import auto_cli
+from machine import settle
+from results import write_rows
 
 from cpq_train.arms.structure import build
 from cpq_train.common.checkpoint import NETWORK_PREFIX, read_plain, write_checkpoint
@@ -31,7 +32,7 @@ def main(num_rounds: int = 15) -> None:
     Args:
         num_rounds: Of all ways in turn.
     """
-    torch.set_num_threads(1)
+    settle()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "full.ckpt"
         write_checkpoint(_content(), file)
@@ -53,7 +54,9 @@ def main(num_rounds: int = 15) -> None:
         name: {"cpu_ms": round(1e3 * seconds, 1), "ratio": round(seconds / medians["torch.load"], 2)}
         for name, seconds in medians.items()
     }
-    print(json.dumps({"num_bytes": size, "rows": rows}, indent=1))
+    write_rows(
+        "reading", [{"way": name, **row} for name, row in rows.items()], num_bytes=size, rounds=num_rounds
+    )
 
 
 def _content() -> dict[str, object]:

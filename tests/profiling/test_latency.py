@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpq_train.profiling import latency
-from cpq_train.profiling.instrument import Function, Observer, observing, parts_of
+from cpq_train.profiling.instrument import Function, Observer, Part, observing, parts_of
 from cpq_train.profiling.latency import PassTimes, Stopwatch, measure_latency, summarise
 from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
 from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.sparse import convolution
+from cpq_train.sparse import convolution, reference_kernels
 
 CPU = torch.device("cpu")
 RULEBOOK = Function("cpq_train.sparse.convolution", "find_or_build", "rulebook")
@@ -58,6 +58,19 @@ def test_a_rulebook_is_not_time_of_its_layer() -> None:
     assert own["first:rulebook"] == own["second:rulebook"] == own["strided:rulebook"] == 1000
     assert own["first"] == 2000  # before and behind its rulebook
     assert {part.kind for part in times.own} == {"SubMConv3d", "SparseConv3d", "rulebook"}
+
+
+@pytest.mark.usefixtures("ticking")
+def test_a_method_of_a_class_is_a_function_too() -> None:
+    """Of the parts that are named; whoever has the class calls the watched one, bound to its object."""
+    network, original = nn.Sequential(nn.Dropout(), nn.Flatten()), nn.Dropout.forward
+    watch, dropping = Stopwatch(CPU), Function("torch.nn:Dropout", "forward", "dropping")
+    with observing(network.eval(), watch, [dropping], {"0": Part("0", "Dropout")}):
+        watch.start()
+        assert network(torch.ones(1, 2)).tolist() == [[1, 1]]
+        times = watch.stop()
+    assert {part.name: ms for part, ms in times.own.items()} == {"0": 2000, "0:dropping": 1000}
+    assert nn.Dropout.forward is original
 
 
 @pytest.mark.usefixtures("ticking")
@@ -158,7 +171,7 @@ LINEAR = nn.Sequential(nn.Conv1d(3, 5, 3), nn.Linear(6, 7))
 def test_macs_are_those_of_torch(
     network: nn.Module, inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch counts a multiply-accumulate twice; it sees sparse convolutions as products of matrices."""
+    """torch counts a multiply-accumulate twice; it sees spconv's convolutions as products of matrices."""
     monkeypatch.setattr(ops, "TorchSpconvMatmul", TorchSpconvMatmul)  # ours pads small products, with zeros
 
     @torch.no_grad()
@@ -166,7 +179,7 @@ def test_macs_are_those_of_torch(
         network.eval()(*inputs)
         return 1
 
-    with FlopCounterMode(display=False) as counter:
+    with reference_kernels(), FlopCounterMode(display=False) as counter:
         run()
     layers = [name for name, part in parts_of(network).items() if part.is_layer]
     macs = count_costs(network, layers, run)

@@ -16,7 +16,7 @@ from cpq_train.common.files import sha256_of
 from cpq_train.evaluation.metrics_file import read_metrics
 from cpq_train.profiling.latency_file import read_latency
 from cpq_train.verbs.cli import main
-from cpq_train.verbs.profile import ProfileSettings
+from cpq_train.verbs.profile_input import ProfileSettings
 from cpq_train.verbs.profile_several import profile_several
 
 FLOAT, PTQ, QAT = (str(CHECKPOINTS[name]) for name in ("float", "ptq", "qat"))
