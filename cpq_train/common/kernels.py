@@ -28,6 +28,11 @@ HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 """Whether it multiplies 8-bit codes."""
 
 
+HAS_BF16 = any(
+    bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()) for name in ("avx512_bf16", "amx_tile")
+)
+"""Whether it multiplies numbers in bf16."""
+
 MOST_CHANNELS = 192
 """Of a float layer's input, up to which MKL, which spconv calls, adds the products of a cell one after the
 other, as our kernels do: beyond, last bits would differ."""

@@ -38,6 +38,7 @@ from cpq_train.quantization.ranges.bias_steps import check_biases, widen_steps
 from cpq_train.quantization.ranges.calibration import static_ranges
 from cpq_train.quantization.ranges.policy import RangePolicy, range_parameters
 from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
+from cpq_train.quantization.switches import GradientPrecision, compute_gradients_in
 from cpq_train.resilience.nonfinite import nonfinite_loss
 from cpq_train.training.arm_module import ArmModule
 from cpq_train.training.losses import training_losses
@@ -92,6 +93,8 @@ class CenterPointDetector(ArmModule):
         weights_parts: Modules of `weights` that a float network starts its training with, such as
             [backbone_3d, backbone_2d, dense_head.shared_conv]; the rest is fresh, and its classes may be
             others. Null is all of it.
+        gradients: Precision of the gradients of quantized dense convolutions: fp32, or bf16, which is faster
+            where the processor has it and as good as that of mixed precision. Forward is the same.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class CenterPointDetector(ArmModule):
         distillation: DistillationConfig | None = None,
         engine_file: str | None = None,
         weights_parts: list[str] | None = None,
+        gradients: GradientPrecision = "fp32",
     ) -> None:
         post_processing = _reaching(post_processing, network)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -125,7 +129,7 @@ class CenterPointDetector(ArmModule):
         self.batchnorm, self.ranges = batchnorm, ranges
         self.engine_file, self.engine = engine_file, None
         self.post_processing, self.test_time_flip = post_processing, test_time_flip
-        self.optimizer = optimizer
+        self.optimizer, self.gradients = optimizer, gradients
         self.calibration = calibration
         self.distillation = distillation
         self._teacher: Teacher | None = None
@@ -210,6 +214,7 @@ class CenterPointDetector(ArmModule):
         elif self.is_global_zero:
             print_plain(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
+        compute_gradients_in(self.network, self.gradients)
         self.on_validation_epoch_end()  # of a fit that an exception ended
         self.freeze_batchnorm()
         if self.trainer.world_size > 1:

@@ -22,12 +22,14 @@ from arms_to_compare import build_arms, run
 from torch import Tensor
 
 from cpq_train.data.dataset import Batch
-from cpq_train.models import CenterPoint, NetworkConfig
+from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.profiling.allocation import counting
 from cpq_train.profiling.latency import Stopwatch
 from cpq_train.profiling.memory import observing_memory
-from cpq_train.quantization.prepared import frozen
+from cpq_train.quantization.prepared import frozen, is_prepared, prepared_of
 from cpq_train.quantization.scheme import Scheme
+from cpq_train.quantization.scope import Scope
+from cpq_train.quantization.switches import GradientPrecision, compute_gradients_in
 from cpq_train.sparse import reference_kernels
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -48,11 +50,13 @@ class Arm:
         network: float, qat or pq.
         kernels: What its step runs in.
         precision: What its forward pass runs in.
+        gradients: What gradients of its quantized dense layers are computed in.
     """
 
     network: str
     kernels: Context = nullcontext
     precision: Context = nullcontext
+    gradients: GradientPrecision = "fp32"
 
 
 def _in_bf16() -> AbstractContextManager[Any]:
@@ -67,7 +71,7 @@ ARMS = {
     QAT: Arm("qat"),
     PQ: Arm("pq"),
     FLOAT_BF16: Arm("float", reference_kernels, _in_bf16),
-    QAT_BF16: Arm("qat", precision=_in_bf16),
+    QAT_BF16: Arm("qat", precision=_in_bf16, gradients="bf16"),
 }
 """`float` runs on spconv's own kernels, all others on those of this project where it has some."""
 
@@ -150,6 +154,7 @@ def time_part(
             first = number % len(times)
             order = [*times][first:] + [*times][:first]
             for arm in order[:: 1 if number % 2 else -1]:
+                compute_gradients_in(work.networks[ARMS[arm].network], ARMS[arm].gradients)
                 watch.start()
                 passes[arm]()
                 times[arm].append(watch.stop().whole_ms)
@@ -203,18 +208,34 @@ def _passes(work: Workload, part: str, arms: list[str]) -> Iterator[dict[str, Ca
 
 def _forward(work: Workload, part: str, arm: Arm, inputs: Tensor) -> Outputs:
     network, batch = work.networks[arm.network], work.batch
+    if part in ("whole", "evaluation"):
+        return _maps(run(network, batch))
+    with _computing(network):
+        return _forward_of_part(network, batch, part, inputs)
+
+
+@contextmanager
+def _computing(network: CenterPoint) -> Iterator[None]:
+    """Lets the parts of a network compute as they do in its whole forward pass."""
+    scope = prepared_of(network).scope if is_prepared(network) else Scope()
+    scope.begin_forward()
+    try:
+        yield
+    finally:
+        scope.end_forward()
+
+
+def _forward_of_part(network: CenterPoint, batch: Batch, part: str, inputs: Tensor) -> Outputs:
     if part == "sparse":
         volume = network.backbone_3d(batch["voxel_features"], batch["voxel_coords"], batch["batch_size"])
         return [volume.features]
-    if part in ("whole", "evaluation"):
-        heads = run(network, batch)
-    else:
-        # A fresh leaf, because maps need a gradient in training too.
-        x = inputs.detach().requires_grad_()
-        x = x if part == "head" else network.backbone_2d(x)
-        if part == "backbone":
-            return [x]
-        heads = network.dense_head(x)
+    # A fresh leaf, because maps need a gradient in training too.
+    x = inputs.detach().requires_grad_()
+    x = x if part == "head" else network.backbone_2d(x)
+    return [x] if part == "backbone" else _maps(network.dense_head(x))
+
+
+def _maps(heads: list[HeadOutput]) -> Outputs:
     return [out for head in heads for out in head.values()]
 
 

@@ -31,8 +31,8 @@ class QuantizedConvolution(nn.Module):
     `_input_quantizer` and `_weight_quantizer` are None where that tensor stays float; `bias_kind` says what
     the bias is in the layer's arithmetic, `widens_steps` what becomes of steps too small for it. While
     `is_bypassed` the layer is the float one, whatever its quantizers, which other layers may share, are
-    doing. `why_simulated` is empty where the layer is an integer sum, see `LayerScheme.why_simulated`.
-    `float_class` is what the layer was.
+    doing. Dense layers compute their gradients in `gradients`. `why_simulated` is empty where the layer is an
+    integer sum, see `LayerScheme.why_simulated`. `float_class` is what the layer was.
     """
 
     kind: ClassVar[str]
@@ -43,6 +43,7 @@ class QuantizedConvolution(nn.Module):
     groups = 1  # a convolution has its own
     out_channels: int
     is_bypassed = False
+    gradients = torch.float32
     float_class: type[nn.Module]
     _input_quantizer: Quantizer | None
     _weight_quantizer: Quantizer | None
@@ -156,10 +157,17 @@ class QuantizedConvolution(nn.Module):
         unit = x_range.step * self.per_output(w_range.step)
         bias = as_deployed(self.bias, self.bias_kind, unit)
         node = IntegerConvolution(
-            *(coded.are_bytes or self._input_quantizer.is_shared, x_range, x_format),
-            *(w_range, w_format, convolution),
-            lambda x, w: self._exact_sum(x, w, convolve, bias.codes),
-            *(unit, self.axes.feature, bias.is_in_sum),
+            are_kept=coded.are_bytes or self._input_quantizer.is_shared,
+            x_range=x_range,
+            x_format=x_format,
+            w_range=w_range,
+            w_format=w_format,
+            convolution=convolution,
+            exact_sum=lambda x, w: self._exact_sum(x, w, convolve, bias.codes),
+            unit=unit,
+            feature_axis=self.axes.feature,
+            is_bias_in_sum=bias.is_in_sum,
+            gradients=self.gradients,
         )
         return node(coded, self.weight, w_codes, bias.values)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -38,8 +39,9 @@ class Convolution(Protocol):
         weight: Tensor,
         num_biases: list[int] | None,
         needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
     ) -> Gradients:
-        """Gradients of input, weight and bias, of each that is needed."""
+        """Gradients of input, weight and bias, of each that is needed; `dtype` computes them if it can."""
 
 
 class IntegerConvolution(NamedTuple):
@@ -56,6 +58,7 @@ class IntegerConvolution(NamedTuple):
         unit: Value of 1 in that sum, (C',) or one number.
         feature_axis: Where features have their channels.
         is_bias_in_sum: Whether that sum has the bias already, as a code.
+        gradients: What gradients are computed in.
     """
 
     are_kept: bool
@@ -67,7 +70,8 @@ class IntegerConvolution(NamedTuple):
     exact_sum: Callable[[Tensor, Tensor], Tensor]
     unit: Tensor
     feature_axis: int
-    is_bias_in_sum: bool = False
+    is_bias_in_sum: bool
+    gradients: torch.dtype
 
     def __call__(self, x: Coded, weight: Tensor, w_codes: Tensor, bias: Tensor | None) -> Tensor:
         """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it.
@@ -106,9 +110,11 @@ class _IntegerConvolution(Function):
         of: IntegerConvolution = ctx.of
         needs_x, needs_w, needs_bias, needs_log_w, *_ = ctx.needs_input_grad
         needed = (needs_x, needs_w or needs_log_w, needs_bias)
-        x_codes = kept.float() if of.are_kept else round_to_codes(kept, of.x_range.scale, of.x_format)
+        x_codes = kept if of.are_kept else round_to_codes(kept, of.x_range.scale, of.x_format)
         w_values = w_codes * of.w_range.step
-        grad_x, grad_w, grad_bias = of.convolution.gradients(grad, x_codes, w_values, ctx.bias_shape, needed)
+        grad_x, grad_w, grad_bias = of.convolution.gradients(
+            grad, x_codes, w_values, ctx.bias_shape, needed, of.gradients
+        )
         grad_log_w = None
         if grad_w is not None:
             grad_w.mul_(of.x_range.step)

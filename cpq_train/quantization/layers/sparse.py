@@ -57,15 +57,16 @@ class _AtVoxels:
         weight: Tensor,
         num_biases: list[int] | None,
         needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
     ) -> Gradients:
-        """By our kernels: see `integer_convolution.Convolution`."""
+        """By our kernels, always in fp32: see `integer_convolution.Convolution`."""
         from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
 
         lists = self.lists
         assert lists is not None
         needs_x, needs_w, needs_bias = needed
         grad_x = convolutions.input_gradient(grad, weight, lists) if needs_x else None
-        grad_w = convolutions.weight_gradient(x, grad, lists).view_as(weight) if needs_w else None
+        grad_w = convolutions.weight_gradient(x.float(), grad, lists).view_as(weight) if needs_w else None
         return grad_x, grad_w, grad.sum(0) if needs_bias else None
 
 

@@ -62,12 +62,16 @@ class DenseConvolution:
         weight: Tensor,
         num_biases: list[int] | None,
         needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
     ) -> Gradients:
-        """Gradients of input, weight and bias, of each that is needed; x is (B, C, ...)."""
-        grad_x, grad_w, grad_bias = torch.ops.aten.convolution_backward(
-            grad, self._padded(x), weight, num_biases, *self.geometry, needed
-        )
-        if self.more_behind and needed[0]:
+        """Gradients of input, weight and bias, of each that is needed, fp32 but computed in a type.
+
+        x is (B, C, ...).
+        """
+        tensors = (tensor.to(dtype) for tensor in (grad, self._padded(x), weight))
+        found = torch.ops.aten.convolution_backward(*tensors, num_biases, *self.geometry, needed)
+        grad_x, grad_w, grad_bias = (None if one is None else one.float() for one in found)
+        if grad_x is not None and self.more_behind:
             grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         return grad_x, grad_w, grad_bias
 
