@@ -12,11 +12,10 @@ import uuid
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from cpq_train.common.arrays import Column, check_columns, check_values, read_npz
 from cpq_train.common.errors import UserError
@@ -27,9 +26,11 @@ from cpq_train.data.bad_sweeps import BadSweepLimit
 from cpq_train.data.box_geometry import points_in_boxes
 from cpq_train.data.column_files import Columns, Layout, checksum, write_columns
 from cpq_train.data.index import NuScenesIndex
-from cpq_train.data.loader import FollowingLoader, start_worker
 from cpq_train.data.points.format import PointFormat
 from cpq_train.data.sweeps import NUSCENES_POINTS, BadSweeps, load_sweeps
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 Rows = NDArray[np.int64]
 
@@ -106,6 +107,8 @@ def build_parts(
     Raises:
         CloudError: a cloud is missing or damaged, or more are than accepted.
     """
+    from cpq_train.data.loader import FollowingLoader, start_worker  # torch, which the verb starts without
+
     scenes = np.unique(index.sample_scenes[rows])
     files = [folder / file_name(index.scene_names[scene].decode(), ".npz") for scene in scenes]
     held = [_held(file, index, len(points.features)) for file in files]
@@ -114,8 +117,9 @@ def build_parts(
         for file, scene, notes in zip(files, scenes, held, strict=True)
         if notes is None
     ]
+    parts = _Parts(index, tasks, num_sweeps, points, skips_bad=max_bad_sweeps > 0)
     loader = FollowingLoader[list[str]](  # which hands errors over
-        _Parts(index, tasks, num_sweeps, points, skips_bad=max_bad_sweeps > 0),
+        cast("Dataset[list[str]]", parts),
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=start_worker,
@@ -129,7 +133,7 @@ def build_parts(
     return files
 
 
-class _Parts(Dataset[list[str]]):
+class _Parts:
     """Writes the part at a position when it is asked for, and hands on what is wrong with clouds it lacks."""
 
     def __init__(

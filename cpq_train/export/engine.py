@@ -19,17 +19,12 @@ from typing_extensions import override
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import sha256_of
+from cpq_train.export.names import DENSE_TARGETS, WHOLE_TARGETS
 from cpq_train.export.packages import require
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import COORDS, FEATURES
 from cpq_train.export.sidecar import Sidecar, read_sidecar
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
-
-WHOLE_TARGETS = ("portable", "portable-fast")
-"""Those whose files are whole networks."""
-
-DENSE_TARGETS = ("tensorrt",)
-"""Those whose files are dense parts: they run behind the sparse part of the checkpoint that they are of."""
 
 PROVIDERS = ["CPUExecutionProvider"]
 

@@ -19,11 +19,11 @@ from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
 from cpq_train.common.files import sha256_of, write_whole
 from cpq_train.common.schema import Count, check_document, keys, list_of, validated
+from cpq_train.export.names import sidecar_path
 from cpq_train.models import NetworkConfig
 from cpq_train.models.decode import PostProcessing
 
 SCHEMA = 1
-ENGINE_SUFFIX = ".onnx"
 
 _KIND = TypeAdapter(
     keys(
@@ -104,11 +104,6 @@ class Sidecar:
     def write(self, path: Path) -> None:
         """Write the file."""
         write_whole(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
-
-
-def sidecar_path(engine_file: Path) -> Path:
-    """Where the sidecar of a deployment file lies."""
-    return engine_file.with_suffix(".json")
 
 
 def read_sidecar(engine_file: Path) -> Sidecar:

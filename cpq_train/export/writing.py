@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from cpq_train.arms.subject import Subject
-from cpq_train.common.documents import read_json
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, replacing, sha256_of
+from cpq_train.common.files import replacing, sha256_of
 from cpq_train.data.settings import DataSettings
 from cpq_train.export.graph import onnx
+from cpq_train.export.names import check_place, sidecar_path
 from cpq_train.export.parts import MAP
 from cpq_train.export.plan import COORDS, FEATURES, Plan, differences
 from cpq_train.export.planning import output_name, plan_of, refuse
-from cpq_train.export.sidecar import ENGINE_SUFFIX, Sidecar, sidecar_path
+from cpq_train.export.sidecar import Sidecar
 from cpq_train.export.targets import TARGETS, Target
 from cpq_train.models import CenterPoint, NetworkConfig
 from cpq_train.models.center_head import branches_of
@@ -100,30 +100,6 @@ def write_deployment(
     sidecar = _sidecar(target, model, subject, post_processing, data, source, output)
     sidecar.write(sidecar_path(output))
     return sidecar, plan
-
-
-def check_place(output: Path) -> None:
-    """Whether a deployment file may be written there.
-
-    Raises:
-        UserError: It does not end in .onnx, cannot be written, or the place of its sidecar is taken by
-            something else.
-    """
-    if output.suffix != ENGINE_SUFFIX:
-        raise UserError(f"output {str(output)!r}: expected a file that ends in .onnx")
-    check_output(output)
-    beside = sidecar_path(output)
-    if not beside.exists():
-        return
-    try:
-        is_sidecar = {"target", "file", "checkpoint"} <= read_json(beside, "sidecar").keys()
-    except (UserError, AttributeError):
-        is_sidecar = False
-    if not is_sidecar:
-        raise UserError(
-            f"output {str(output)!r}: its sidecar would replace {str(beside)!r}, which is something else; "
-            "choose another name"
-        )
 
 
 def check_written(file: Path, plan: Plan, target: Target) -> None:

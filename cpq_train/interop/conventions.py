@@ -10,6 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["openpcdet", "tianweiy", "mmdet3d"]
+"""Projects whose checkpoints are converted."""
+
+Weights = Literal["raw", "ema"]
+"""Weights as trained, and their moving average."""
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """A regular expression for a name of theirs, and what `re.sub` makes of it."""

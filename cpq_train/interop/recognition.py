@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
 from cpq_train.common.errors import UserError
-from cpq_train.interop.conventions import sources_of
+from cpq_train.interop.conventions import Source, sources_of
 from cpq_train.interop.foreign_file import read_foreign, stated_mmdet3d_version
 from cpq_train.interop.weight_sets import weight_sets
 
-SOURCES = ("openpcdet", "tianweiy", "mmdet3d")
+SOURCES: tuple[str, ...] = get_args(Source)
 
 
 def conversion_advice(path: Path) -> str:

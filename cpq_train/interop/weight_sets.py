@@ -11,15 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from cpq_train.common.errors import UserError
-from cpq_train.interop.conventions import unwrapped
+from cpq_train.interop.conventions import Weights, unwrapped
 from cpq_train.interop.foreign_file import STATE_KEYS, foreign_state
-
-Weights = Literal["raw", "ema"]
 
 LIGHTNING_TRAINED = "current_model_state"
 """Where Lightning's WeightAveraging keeps the weights as trained."""

@@ -15,7 +15,8 @@ from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
 from cpq_train.data.points.format import PointFormat
 from cpq_train.data.settings import DATA_KEY, OF_POINTS, DataSettings, as_tuple
-from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
+from cpq_train.export.names import ENGINE_SUFFIX
+from cpq_train.export.sidecar import read_sidecar
 from cpq_train.models import NetworkConfig
 from cpq_train.resilience.resume import newest_checkpoint
 from cpq_train.training.detector import CenterPointDetector

@@ -1,4 +1,4 @@
-"""The verbs: those that run a network go through LightningCLI, the others start without Lightning."""
+"""The verbs: those that run a network go through LightningCLI, the others start without torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
+from cpq_train.common.collection import importing_for_good
 from cpq_train.common.console import plain_messages, print_plain
 from cpq_train.common.errors import CheckFailed, ForeignCheckpointError, OptionError, UserError
 from cpq_train.common.signals import Stopped, exit_code, raising_signals
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 class Verb(NamedTuple):
     """A function behind a verb, imported only when the verb is called.
+
+    Its module imports neither torch nor what brings it: options are read and checked first, and then the
+    function imports what does the work.
 
     Attributes:
         module: Where it is.
@@ -84,8 +88,9 @@ def _dispatch(args: list[str]) -> None:
     if verb in PLAIN_VERBS:
         _run_plain(verb, rest)
     elif verb in LIGHTNING_VERBS:
-        import cpq_train.sparse  # noqa: F401 - first, see `cpq_train.sparse.importing`
-        from cpq_train.verbs.lightning_cli import run
+        with importing_for_good():
+            import cpq_train.sparse  # noqa: F401 - first, see `cpq_train.sparse.importing`
+            from cpq_train.verbs.lightning_cli import run
 
         with plain_messages():
             run(args)

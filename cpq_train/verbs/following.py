@@ -12,7 +12,8 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.detection_task import NUSCENES, DetectionClass, DetectionTask
 from cpq_train.common.nuscenes import CLASS_GROUPS
 from cpq_train.data.settings import CLASSES_KEY, DATA_KEY
-from cpq_train.export.sidecar import ENGINE_SUFFIX, read_sidecar
+from cpq_train.export.names import ENGINE_SUFFIX
+from cpq_train.export.sidecar import read_sidecar
 from cpq_train.models.config import as_tuples
 from cpq_train.training.settings import hyper_parameters
 from cpq_train.verbs.checkpoint_settings import files_of

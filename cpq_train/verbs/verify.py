@@ -1,51 +1,13 @@
-"""`verify CHECKPOINT`: the integer reference against the forward pass that training uses."""
+"""`verify CHECKPOINT`: the integer reference against the forward pass of training. Starts without torch."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
 
-from rich.table import Table
-
-from cpq_train.arms.description import Description
-from cpq_train.common.checkpoint import read_checkpoint
-from cpq_train.common.console import print_plain
+from cpq_train.common.collection import importing_for_good
 from cpq_train.common.errors import UserError
-from cpq_train.common.files import check_output, sha256_of, write_whole
+from cpq_train.common.files import check_output, check_regular
 from cpq_train.common.nuscenes import LIDAR_TOP
-from cpq_train.common.progress import track
-from cpq_train.data.clouds import batch_of_clouds
-from cpq_train.data.datamodule import NuScenesDataModule
-from cpq_train.data.dataset import Batch, SampleConfig
-from cpq_train.data.points.checks import check_cloud
-from cpq_train.data.settings import DataSettings
-from cpq_train.data.sweeps import NUSCENES_POINTS, read_cloud
-from cpq_train.export.engine import Engine
-from cpq_train.export.plan import differences
-from cpq_train.quantization.ranges.bias_steps import check_biases
-from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
-from cpq_train.quantization.verification.layers import verify_layers
-from cpq_train.simulator import simulate
-from cpq_train.training.detector import CenterPointDetector
-from cpq_train.training.features import check_features
-from cpq_train.training.settings import HYPER_PARAMETERS
-from cpq_train.verbs.checkpoint_settings import data_settings_of
-from cpq_train.verbs.findings import EndToEnd, Findings
-
-if TYPE_CHECKING:
-    from cpq_train.export.comparison import Probe
-
-KERNEL_REASON = (
-    "the engine's kernels scale their sums in steps of their own; a value beside a tie takes the next code"
-)
-SIMULATED_VERSION: Final = "v1.0-mini"
-SIMULATED_SEED = 0
 
 
 def verify(
@@ -89,39 +51,13 @@ def verify(
         UserError: Something is above its bound, or the checkpoint, a cloud or an argument is no good.
     """
     _check_arguments(cloud, root, num_samples, num_sweeps, max_flipped_share, output)
-    content = read_checkpoint(checkpoint, mmap=True)
-    _check_verifiable(content, checkpoint)
-    detector = CenterPointDetector.load_from_checkpoint(checkpoint)
-    check_biases(detector.network, f"checkpoint {str(checkpoint)!r}: ")
-    data = data_settings_of(content, checkpoint, detector.network_config)
-    data = replace(data, num_sweeps=num_sweeps or data.num_sweeps)
-    check_features(detector.network_config, data.points)
-    if not (cloud or root):
-        _check_simulated(data, checkpoint)
-    findings = Findings()
-    probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
+    check_regular(checkpoint, "checkpoint")
+    with importing_for_good():
+        from cpq_train.verbs.verification import Samples, run_verification
+
     of_root = {"version": version, "val_split": split, "lidar_channel": lidar_channel}
-    with _samples(data, cloud, root, of_root, num_samples) as samples:
-        for batch in track(samples, "Verifying", len(cloud) if cloud else num_samples):
-            _verify_one(detector, batch, findings, probe)
-    _conclude(checkpoint, findings, max_flipped_share, output)
-
-
-def _conclude(checkpoint: Path, findings: Findings, max_flipped_share: float, output: Path | None) -> None:
-    """Print what was found and write it.
-
-    Raises:
-        UserError: Something is above its bound.
-    """
-    failures = findings.failures(max_flipped_share)
-    _print(findings)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, json.dumps(_document(checkpoint, findings, failures), indent=2) + "\n")
-    if failures:
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} is not what it computes:\n  " + "\n  ".join(failures)
-        )
+    samples = Samples(cloud or [], root, of_root, num_samples, num_sweeps)
+    run_verification(checkpoint, samples, engine, max_flipped_share, output)
 
 
 def _check_arguments(
@@ -141,138 +77,3 @@ def _check_arguments(
         check_output(output)
     if cloud and root is not None:
         raise UserError(f"cloud {cloud[0]} and root {root}: expected one of them")
-
-
-def _check_verifiable(content: dict[str, Any], path: Path) -> None:
-    """Whether a checkpoint has layers to verify.
-
-    Raises:
-        UserError: It is of another network, has no integer layer, or does not hold its sizes.
-    """
-    said, quantization = Description.of(content, path), content["quantization"]
-    said.check_centerpoint(path)
-    if not any(layer["arithmetic"] == "integer" for layer in quantization["layers"].values()):
-        raise UserError(
-            f"checkpoint {str(path)!r}, arm {said.arm!r}, has no integer layer: nothing to "
-            "verify; calibrate makes a checkpoint that has"
-        )
-    if HYPER_PARAMETERS not in content:
-        raise UserError(f"checkpoint {str(path)!r} does not hold its sizes (no {HYPER_PARAMETERS!r})")
-
-
-def _check_simulated(settings: DataSettings, checkpoint: Path) -> None:
-    """Whether simulated clouds, which are nuScenes' in form, have what the network sees.
-
-    Raises:
-        UserError: They do not.
-    """
-    if settings.points.features != NUSCENES_POINTS.features:
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} was made with data.point_columns {settings.points}, which "
-            "simulated samples do not have: give --cloud FILE or --root DIR"
-        )
-
-
-@contextmanager
-def _samples(
-    settings: DataSettings,
-    clouds: list[Path] | None,
-    root: Path | None,
-    of_root: Mapping[str, Any],
-    num_samples: int,
-) -> Iterator[Iterator[Batch]]:
-    if clouds:
-        yield (_batch_of(path, settings) for path in clouds)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if root is None:
-            settings = replace(settings, point_columns=NUSCENES_POINTS.columns, intensity_scale=1.0)
-            root, of_root = Path(folder) / "simulated", {"version": SIMULATED_VERSION}
-            simulate(
-                root,
-                num_scenes=1,
-                num_val_scenes=1,
-                num_samples_per_scene=num_samples,
-                version=SIMULATED_VERSION,
-                seed=SIMULATED_SEED,
-            )
-        data = NuScenesDataModule(
-            str(root),
-            **of_root,
-            **settings.to_dict(),
-            batch_size=1,
-            num_workers=0,
-        )
-        if num_samples > len(data.eval_rows):
-            raise UserError(f"num_samples is {num_samples}: {root} has {len(data.eval_rows)} for validation")
-        yield islice(data.evaluation_dataloader(), num_samples)
-
-
-def _batch_of(path: Path, settings: DataSettings) -> Batch:
-    """A cloud file as a batch of one sample."""
-    sample = replace(SampleConfig.of_evaluation(settings), num_sweeps=1)
-    check_cloud(path, sample.points)
-    return batch_of_clouds([read_cloud(path, points=sample.points)], sample, [path.name])
-
-
-def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings: Findings) -> Probe:
-    """A look into the engine of a deployment file.
-
-    Raises:
-        UserError: It was exported from another checkpoint.
-    """
-    from cpq_train.export.comparison import Probe  # these need onnx
-    from cpq_train.export.writing import plan_for
-
-    engine = Engine(file, checkpoint, lambda: detector.network)
-    probe = Probe(engine)
-    findings.engine = EndToEnd(f"{engine.name} {engine.version}", is_exact=probe.target.is_exact)
-    findings.other_numbers = differences(plan_for(probe.target, detector.network), probe.plan)
-    return probe
-
-
-def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings, probe: Probe | None) -> None:
-    inputs = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
-    for report in verify_layers(detector.network, inputs):
-        known = findings.layers.get(report.name)
-        findings.layers[report.name] = report if known is None else known + report
-    how = detector.network_config, detector.post_processing
-    outputs = verify_end_to_end(detector.network, inputs, findings.reference.flips)
-    findings.reference.count_detections(*outputs, *how)
-    if probe is not None and findings.engine is not None:
-        pair = probe.compare(detector.network, inputs, findings.engine.flips)
-        findings.engine.count_detections(*pair, *how)
-
-
-def _print(findings: Findings) -> None:
-    table = Table(title="Layers against the integer reference", title_justify="left")
-    for header in ("layer", "kind", "arithmetic"):
-        table.add_column(header)
-    wrong = (f"mismatched {what}" for what in ("codes", "sums", "outputs"))
-    for header in ("compared", *wrong, "largest difference"):
-        table.add_column(header, justify="right")
-    table.add_column("where")
-    for r in findings.layers.values():
-        counts = (r.num_sums, r.mismatched_codes, r.mismatched_sums, r.mismatched_outputs)
-        numbers = [""] * 5 if r.not_covered else [*(f"{n:,}" for n in counts), f"{r.largest_difference:g}"]
-        where = f"not covered: {r.not_covered}" if r.not_covered else r.where
-        table.add_row(r.name, r.kind, r.arithmetic, *numbers, where)
-    print_plain(table)
-    for end_to_end in filter(None, (findings.reference, findings.engine)):
-        print_plain(end_to_end.sentence())
-        by_layer = end_to_end.flips.by_layer
-        if by_layer:
-            first, count = next(iter(by_layer.items()))
-            reason = FLIP_REASON if end_to_end.is_exact else KERNEL_REASON
-            print_plain(f"codes first differ at {first} ({count:,}): {reason}")
-
-
-def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "checkpoint": {"path": str(checkpoint), "sha256": sha256_of(checkpoint)},
-        "layers": [asdict(report) for report in findings.layers.values()],
-        **findings.reference.document(),
-        **({} if findings.engine is None else {"engine": findings.engine.document()}),
-        "failures": failures,
-    }
