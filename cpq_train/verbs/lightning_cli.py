@@ -13,6 +13,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,6 +35,7 @@ from cpq_train.common.documents import parse_yaml
 from cpq_train.common.errors import OptionError, UserError
 from cpq_train.common.files import check_writable, write_whole
 from cpq_train.common.lightning_private import HookedCLI
+from cpq_train.common.memory import keep_freed_memory
 from cpq_train.common.progress import draws_bars
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.loggers import CSVRunLogger, StartLoggers, WandbRunLogger
@@ -273,6 +275,8 @@ class QuantCLI(HookedCLI):
         if config.logger is None:
             kwargs["logger"] = CSVRunLogger() if self.subcommand == "fit" else False
         trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.accelerator, CPUAccelerator):  # arrays of a GPU are not in it
+            keep_freed_memory()
         for logger in trainer.loggers:
             if isinstance(logger, CSVRunLogger | WandbRunLogger):
                 logger.run_dir = Path(trainer.default_root_dir)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cpq_train.common.memory import keep_freed_memory
 
 INSTRUCTION_SETS = {
     "AVX2": "avx2",
@@ -31,15 +32,6 @@ def settle(threads: int = 1) -> None:
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc never to return memory to the system; nothing happens with another C library."""
-    m_trim_threshold, m_mmap_threshold, one_gib = -1, -3, 2**30
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(m_trim_threshold, one_gib)
-        mallopt(m_mmap_threshold, one_gib)
 
 
 def machine_name(device: str = "cpu") -> str:
