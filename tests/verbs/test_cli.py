@@ -14,8 +14,10 @@ import pytest
 import torch
 import yaml
 from command_line import fails
+from lightning.pytorch.accelerators import CUDAAccelerator
 from tiny_model import BASE, OVERLAY, tiny_options
 
+from cpq_train.verbs import lightning_cli
 from cpq_train.verbs.cli import main
 
 Run = dict[str, Path]
@@ -482,3 +484,16 @@ def test_nan_in_a_cloud(
     assert ".pcd.bin" in error
     assert "sample" in error
     assert "NaN" in error
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False])
+def test_freed_memory_is_kept_on_the_cpu_alone(
+    is_on_cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(lightning_cli, "keep_freed_memory", lambda: calls.append(None))
+    if not is_on_cpu:
+        monkeypatch.setattr(lightning_cli, "CPUAccelerator", CUDAAccelerator)
+    run = ["calibrate", "-c", BASE, *tiny_options(Path("nowhere"), tmp_path), "--output", str(tmp_path / "o")]
+    assert "starts from model.weights" in fails([*run, "--trainer.accelerator", "cpu"], capsys)
+    assert len(calls) == is_on_cpu

@@ -1,6 +1,8 @@
 """The verbs without a trainer: options are the parameters of a function, texts its docstring's."""
 
 import inspect
+import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -33,14 +35,61 @@ def test_help_lists_every_option(name: str, capsys: pytest.CaptureFixture[str]) 
     assert ("YAML file with these options" in texts) == ("config" not in parameters)
 
 
-@pytest.mark.parametrize("name", ["compare", "score", "simulate"])
-def test_starts_without_torch(name: str) -> None:
-    code = (
-        "import sys, contextlib\nfrom cpq_train.verbs.cli import main\n"
-        f"with contextlib.suppress(SystemExit): main([{name!r}, '--help'])\n"
-        "sys.exit(len({'torch', 'lightning'} & sys.modules.keys()))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+HEAVY = (
+    *("torch", "lightning", "torchmetrics", "spconv", "pytorch_quantization"),
+    *("matplotlib", "scipy", "nuscenes", "onnx", "onnxruntime", "wandb"),
+)
+STARTS = """
+import contextlib, io, json, sys
+from cpq_train.verbs.cli import main
+found = []
+for arguments in {commands!r}:
+    said = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(said):
+        main(arguments)
+    found.append([said.getvalue(), sorted(set({heavy!r}) & sys.modules.keys())])
+json.dump(found, sys.stderr)
+"""
+
+
+def _starts(commands: list[list[str]], cwd: Path) -> list[tuple[str, list[str]]]:
+    """What command lines say, one after the other in a process, and what is imported by then."""
+    code = STARTS.format(commands=commands, heavy=HEAVY)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    program = [sys.executable, "-c", code]
+    done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True)
+    return [(said, imported) for said, imported in json.loads(done.stderr)]
+
+
+def test_starts_without_heavy_libraries(tmp_path: Path) -> None:
+    verbs = [*cli.PLAIN_VERBS.keys() - {"record"}]
+    assert dict(zip(verbs, _starts([[verb, "--help"] for verb in verbs], tmp_path), strict=True)) == {
+        verb: ("", []) for verb in verbs
+    }
+
+
+MISTAKES = {
+    "describe no.ckpt": "checkpoint 'no.ckpt' does not exist",
+    "verify no.ckpt": "checkpoint 'no.ckpt' does not exist",
+    "verify no.ckpt --num_samples 0": "num_samples is 0",
+    "export no.ckpt --output net.onnx": "checkpoint 'no.ckpt' does not exist",
+    "export no.ckpt --output net.pt": "expected a file that ends in .onnx",
+    "export no.ckpt --output net.onnx --target engine": "target: got 'engine'",
+    "export no.ckpt --output net.onnx --target tensorrt --with_runtime": "--with_runtime with target",
+    "convert --input no.pth --output a.ckpt": "source is None, target is None",
+    "convert --input no.pth --output a.ckpt --source openpcdet": "checkpoint 'no.pth' does not exist",
+    "convert --input no.pth --output a.ckpt --source openpcdet --config no.yaml": "'no.yaml' does not exist",
+    "build-gt-database --root nowhere --num_sweeps 0": "num_sweeps is 0",
+    "simulate --output data --num_scenes 0": "num_scenes is 0",
+}
+"""Command line -> what is wrong with it."""
+
+
+def test_mistakes_are_told_before_heavy_imports(tmp_path: Path) -> None:
+    found = _starts([command.split() for command in MISTAKES], tmp_path)
+    for (command, text), (said, imported) in zip(MISTAKES.items(), found, strict=True):
+        assert text in said, command
+        assert not imported, command
 
 
 def _record(
