@@ -19,8 +19,8 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory of freed arrays, for the next ones.
 
     By itself glibc gives a large array back to the system, which clears its pages for the next one: thousands
-    of page faults in a training step. What is kept is never more than what was in use at once, and what lies
-    idle at the end of the heap never more than 1 GiB. Processes that are forked do the same.
+    of page faults in a training step. The process stays about as large as it was at its largest, and at most
+    1 GiB lies idle at the end of its heap (`docs/performance.md`). Processes that are forked do the same.
 
     Nothing happens with another C library, nor where the environment has settings of its own for malloc.
     """
