@@ -400,6 +400,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("content", ["model: {network: {width: 3}}", "model: 3", "a: [", "3"])
 def test_a_config_without_sizes(content: str, tmp_path: Path) -> None:
+    (tmp_path / "in.pth").touch()
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=r"c.yaml' (has no readable model.network|is no YAML: line 1)"):
         convert(tmp_path / "in.pth", tmp_path / "out.ckpt", "openpcdet", config=tmp_path / "c.yaml")
