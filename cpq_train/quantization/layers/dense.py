@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution
-from cpq_train.quantization.numerics import int8_kernel
+from cpq_train.quantization.numerics import blocks, int8_kernel
 from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.exact_sum import (
     EXACT_LIMIT,
@@ -19,6 +19,7 @@ from cpq_train.quantization.numerics.exact_sum import (
     are_exact,
     largest_sum,
 )
+from cpq_train.quantization.numerics.int8_kernel import Geometry
 
 
 class _QuantizedDenseConvolution(QuantizedConvolution):
@@ -41,24 +42,35 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
     ) -> Tensor:
         assert isinstance(convolve, DenseConvolution)
-        x_format, w_format = self._formats()
-        largest_x, largest_w = x_format.qmax, w_format.largest_magnitude
-        sum_of = (x_codes, w_codes)
-        if not convolve.more_behind and int8_kernel.takes(*sum_of, largest_x, largest_w, convolve.geometry):
-            packed = self._made_of_weight(
-                f"packed for {tuple(x_codes.shape)}",
-                lambda: int8_kernel.pack(w_codes, convolve.geometry, x_codes.shape),
-            )
-            bound = self._made_of_weight(
-                "bound", lambda: largest_sum(w_codes, largest_x, largest_w, self.axes)
-            )
-            if bias_codes is None or bound < EXACT_LIMIT:
-                return int8_kernel.convolve(x_codes, packed, convolve.geometry, bias_codes)
-            sums = int8_kernel.convolve(x_codes, packed, convolve.geometry)
-            # It rounds its sums once; with a bias they must not have been rounded yet.
-            if are_exact(sums):
-                return add_bias_codes(sums, bias_codes, self.axes)
+        if not convolve.more_behind:
+            sums = self._sum_of_bytes(x_codes, w_codes, convolve.geometry, bias_codes)
+            if sums is not None:
+                return sums
         return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
+
+    def _sum_of_bytes(
+        self, x_codes: Tensor, w_codes: Tensor, geometry: Geometry, bias_codes: Tensor | None
+    ) -> Tensor | None:
+        """By the 8-bit kernel; None where it does not take the sum, or rounds it before the bias is added."""
+        x_format, w_format = self._formats()
+        largest = x_format.qmax, w_format.largest_magnitude
+        weight, block = w_codes, w_codes.shape[2:] if blocks.are_apart(geometry, w_codes) else None
+        if block is not None:
+            weight, geometry = blocks.pixel_weight(w_codes), blocks.OF_A_PIXEL
+        if not int8_kernel.takes(x_codes, weight, *largest, geometry):
+            return None
+        bound = self._made_of_weight("bound", lambda: largest_sum(w_codes, *largest, self.axes))
+        packed = self._made_of_weight(
+            f"packed for {tuple(x_codes.shape)}", lambda: int8_kernel.pack(weight, geometry, x_codes.shape)
+        )
+        if bias_codes is None or bound < EXACT_LIMIT:
+            in_sum = None if bias_codes is None else bias_codes.repeat(len(weight) // len(bias_codes))
+            sums = int8_kernel.convolve(x_codes, packed, geometry, in_sum)
+            return sums if block is None else blocks.spread(sums, *block)
+        sums = int8_kernel.convolve(x_codes, packed, geometry)
+        if not are_exact(sums):
+            return None
+        return add_bias_codes(sums if block is None else blocks.spread(sums, *block), bias_codes, self.axes)
 
 
 class QuantConv1d(_QuantizedDenseConvolution, nn.Conv1d):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cpq_train.quantization.numerics import blocks
 from cpq_train.quantization.numerics.int8_kernel import Geometry
 
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -68,9 +69,18 @@ class DenseConvolution:
 
         x is (B, C, ...).
         """
+        are_apart = blocks.are_apart(self.geometry, weight)
+        geometry, shape = self.geometry, weight.shape
+        if are_apart:
+            geometry, weight = blocks.OF_A_PIXEL, blocks.pixel_weight(weight)
+            grad = blocks.gathered(grad, *shape[2:])
+            num_biases = None if num_biases is None else [len(weight)]
         tensors = (tensor.to(dtype) for tensor in (grad, self._padded(x), weight))
-        found = torch.ops.aten.convolution_backward(*tensors, num_biases, *self.geometry, needed)
+        found = torch.ops.aten.convolution_backward(*tensors, num_biases, *geometry, needed)
         grad_x, grad_w, grad_bias = (None if one is None else one.float() for one in found)
+        if are_apart:
+            grad_w = None if grad_w is None else blocks.block_weight(grad_w, shape)
+            grad_bias = None if grad_bias is None else grad_bias.view(-1, shape[1]).sum(0)
         if grad_x is not None and self.more_behind:
             grad_x = grad_x[(..., *map(slice, x.shape[2:]))]
         return grad_x, grad_w, grad_bias
