@@ -40,7 +40,7 @@ def scale_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     """The scale `qmax / amax` in fp32; 0 where amax <= 2^-24, which makes every code 0."""
     amax = amax.float()
     # Divided as tensors: with a Python number torch multiplies by a reciprocal, which rounds twice.
-    return torch.where(amax <= SMALLEST_AMAX, 0.0, torch.full_like(amax, fmt.qmax) / amax)
+    return (torch.full_like(amax, fmt.qmax) / amax).masked_fill_(amax <= SMALLEST_AMAX, 0.0)
 
 
 def step_of(amax: Tensor, fmt: NumberFormat, of_zero: float = 1.0) -> Tensor:
@@ -52,7 +52,7 @@ def step_of(amax: Tensor, fmt: NumberFormat, of_zero: float = 1.0) -> Tensor:
         of_zero: The value where amax <= 2^-24, whose codes are all 0.
     """
     amax = amax.float()
-    return torch.where(amax <= SMALLEST_AMAX, of_zero, amax / torch.full_like(amax, fmt.qmax))
+    return (amax / torch.full_like(amax, fmt.qmax)).masked_fill_(amax <= SMALLEST_AMAX, of_zero)
 
 
 def full_precision(x: Tensor) -> Tensor:
