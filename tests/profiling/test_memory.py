@@ -81,9 +81,9 @@ def test_sparse_layers_by_hand() -> None:
         observer.finish()
     rows = _rows(observer)
     num_voxels, kernel = len(features), 27
-    # Native lists a pair of rows for every voxel and kernel offset, and a number for every offset, in int32.
-    # The two submanifold layers share them.
-    rulebook_bytes = 2 * kernel * num_voxels * 4 + kernel * 4
+    # There is room for a pair of rows for every voxel and kernel offset, in int32. The two submanifold layers
+    # share them.
+    rulebook_bytes = 2 * kernel * num_voxels * 4
     assert rows["first"].saved_bytes == features.nbytes + rulebook_bytes
     assert rows["second"].saved_bytes == num_voxels * 8 * 4
     assert rows["first"].output_bytes == num_voxels * 8 * 4

@@ -98,8 +98,9 @@ def test_layers_that_compute_something_else_fail(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    add = residual.add_codes
+    add, added = residual.add_codes, residual.added
     monkeypatch.setattr(residual, "add_codes", lambda *codes_and_steps: add(*codes_and_steps) * 1.01)
+    monkeypatch.setattr(residual, "added", lambda *a, **k: (added(*a, **k)[0] * 1.01, None))
     output = tmp_path / "v.json"
     error = fails(["verify", str(checkpoint), "--cloud", str(cloud), "--output", str(output)], capsys)
     assert "4 layers differ from the integer reference: backbone_3d.conv1.0.quant_add, " in error

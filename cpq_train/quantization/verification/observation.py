@@ -82,7 +82,8 @@ def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
 
     def tapped(x_codes: Tensor, w_codes: Tensor, *more: Any) -> Tensor:
         sums: Tensor = exact_sum(x_codes, w_codes, *more)
-        tap[:] = [x_codes, w_codes.clone(), sums.clone()]  # both are scaled in place afterwards
+        # Bytes would wrap around where codes are subtracted; the others are scaled in place afterwards.
+        tap[:] = [x_codes.float(), w_codes.clone(), sums.clone()]
         return sums
 
     layer._exact_sum = tapped
