@@ -18,8 +18,12 @@ from cpq_train.common.threads import share_out
 from cpq_train.sparse.kernels import loops
 from cpq_train.sparse.kernels.pair_lists import TILE
 
-ROWS = {1: (0,) * 16, 2: (0,) * 12, 4: (0,) * 6}
-"""Vectors of columns -> pairs, or channels, that are taken at a time: so their sums fit into registers."""
+ROWS = {1: 8, 2: 12, 4: 6}
+"""Vectors of columns -> pairs that are multiplied at a time. Their sums have to fit into 32 registers beside
+the weights, and be enough that none waits for another; measured."""
+
+COLUMNS = {1: 16, 2: 8, 4: 4}
+"""The same of gradients of weights, by channels of the input; those left over are slow."""
 
 TILE_BYTES = 2**18
 """Of the sums of a tile."""
@@ -75,8 +79,7 @@ def weight_gradient(x_VC: Tensor, grad_VC: Tensor, lists: PairLists) -> Tensor:
         for begin, end, vectors in _columns(width):
             loops.add_weight_gradients(
                 *(x, lists.rows_in.numpy(), grad, lists.rows_out.numpy(), tiles, sums.numpy(), first, last),
-                *(begin, end),
-                *((0,) * vectors, ROWS[vectors]),
+                *(begin, end, (0,) * vectors, (0,) * min(COLUMNS[vectors], x.shape[1])),
             )
 
     share_out(work, num_cells)
@@ -114,7 +117,7 @@ def _sums(x_VC: Tensor, weight: Tensor, lists: PairLists) -> Tensor:
             loops.add_tiles(
                 *(x, lists.rows_in.numpy(), _array(padded), out.numpy(), lists.rows_out.numpy(), tiles),
                 lists.cells,
-                *(first, last, begin, end, (0,) * vectors, ROWS[vectors]),
+                *(first, last, begin, end, (0,) * vectors, (0,) * ROWS[vectors]),
             )
 
     share_out(work, len(tiles) - 1)
