@@ -63,14 +63,15 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         packed = self._made_of_weight(
             f"packed for {tuple(x_codes.shape)}", lambda: int8_kernel.pack(weight, geometry, x_codes.shape)
         )
-        if bias_codes is None or bound < EXACT_LIMIT:
-            in_sum = None if bias_codes is None else bias_codes.repeat(len(weight) // len(bias_codes))
-            sums = int8_kernel.convolve(x_codes, packed, geometry, in_sum)
-            return sums if block is None else blocks.spread(sums, *block)
-        sums = int8_kernel.convolve(x_codes, packed, geometry)
-        if not are_exact(sums):
-            return None
-        return add_bias_codes(sums if block is None else blocks.spread(sums, *block), bias_codes, self.axes)
+        in_kernel = bias_codes if bound < EXACT_LIMIT else None
+        if in_kernel is not None and block is not None:
+            in_kernel = in_kernel.repeat(block.numel())
+        sums = int8_kernel.convolve(x_codes, packed, geometry, in_kernel)
+        if block is not None:
+            sums = blocks.spread(sums, *block)
+        if bias_codes is None or in_kernel is not None:
+            return sums
+        return add_bias_codes(sums, bias_codes, self.axes) if are_exact(sums) else None
 
 
 class QuantConv1d(_QuantizedDenseConvolution, nn.Conv1d):
