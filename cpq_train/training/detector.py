@@ -207,6 +207,12 @@ class CenterPointDetector(ArmModule):
         """Calibrate if the arm is quantized and started from float weights; ranks must agree on ranges."""
         if self.subject.arm == "ptq":
             raise UserError("model.arm is 'ptq', which is not trained; fit makes float, float_tuned or qat")
+        if self.gradients != "fp32" and self.subject.arm != "qat":
+            raise UserError(
+                f"model.gradients is {self.gradients!r}, which quantized layers have, and model.arm is "
+                f"{self.subject.arm!r}; accepted: fp32, and trainer.precision bf16-mixed"
+            )
+        compute_gradients_in(self.network, self.gradients)
         if self.distillation is not None:
             self._teacher = find_teacher(self.distillation, self.subject, self.weights, self.is_resuming)
         if self.subject.needs_calibration:
@@ -214,7 +220,6 @@ class CenterPointDetector(ArmModule):
         elif self.is_global_zero:
             print_plain(coverage_table(self.subject.prepared))
         check_equal_over_ranks(static_ranges(self.network))
-        compute_gradients_in(self.network, self.gradients)
         self.on_validation_epoch_end()  # of a fit that an exception ended
         self.freeze_batchnorm()
         if self.trainer.world_size > 1:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import fails
 from tiny_model import BASE, OVERLAY, tiny_options
 
+from cpq_train.common.kernels import HAS_BF16
 from cpq_train.verbs.cli import main
 
 State = dict[str, torch.Tensor]
@@ -122,3 +124,23 @@ def test_averaged_weights_are_scored_with_averaged_ranges(
     scores = [json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "again")]
     assert scores[0]["metrics"] == scores[1]["metrics"]
     assert (run / "results_nusc.json").read_text() == (tmp_path / "again/results_nusc.json").read_text()
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU multiplies no bf16")
+def test_gradients_in_bf16_are_those_of_qat(
+    arms: dict[str, Path], simulated_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ptq, asked = arms["ptq"] / "ptq.ckpt", ("--model.gradients", "bf16")
+    saved = [_fit(simulated_root, tmp_path / n, ptq, *more) for n, more in (("a", ()), ("b", asked))]
+    assert [one["hyper_parameters"]["gradients"] for one in saved] == ["fp32", "bf16"]
+    changes = []
+    for one in saved:
+        name = "network.dense_head.shared_conv.0.weight"
+        changes.append(one["state_dict"][name] - _read(ptq)["state_dict"][name])
+    assert not torch.equal(*changes)
+    assert float((changes[0] - changes[1]).norm() / changes[0].norm()) < 0.2
+    options = [*tiny_options(simulated_root, tmp_path / "c"), *asked, "--model.arm", "float_tuned"]
+    error = fails(
+        ["fit", "-c", BASE, *options, "--model.weights", str(arms["float"] / "checkpoints/last.ckpt")], capsys
+    )
+    assert "model.gradients is 'bf16', which quantized layers have, and model.arm is 'float_tuned'" in error
