@@ -140,7 +140,6 @@ def test_gradients_in_bf16_are_those_of_qat(
     assert not torch.equal(*changes)
     assert float((changes[0] - changes[1]).norm() / changes[0].norm()) < 0.2
     options = [*tiny_options(simulated_root, tmp_path / "c"), *asked, "--model.arm", "float_tuned"]
-    error = fails(
-        ["fit", "-c", BASE, *options, "--model.weights", str(arms["float"] / "checkpoints/last.ckpt")], capsys
-    )
+    weights = str(arms["float"] / "checkpoints/last.ckpt")
+    error = fails(["fit", "-c", BASE, *options, "--model.weights", weights], capsys)
     assert "model.gradients is 'bf16', which quantized layers have, and model.arm is 'float_tuned'" in error
