@@ -145,7 +145,9 @@ class Scope:
         if not self.is_frozen:
             return make()
         if key not in self.kept:
-            self.kept[key] = make()
+            # As ranges are: what is made in inference mode could not be saved for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept[key] = make()
         return self.kept[key]
 
     def begin_forward(self) -> None:
