@@ -19,7 +19,12 @@ from cpq_train.quantization.numerics.coded import Coded, codes_of
 from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
 from cpq_train.quantization.numerics.one_pass import Scalars, has_byte_codes
 from cpq_train.quantization.scheme import QuantizerScheme
-from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked, modes_of
+from cpq_train.quantization.scope import (
+    Scope,
+    are_saved_tensors_hooked,
+    is_gradient_watched,
+    modes_of,
+)
 
 # Importing pytorch-quantization puts absl's handler on the root logger, which would change every user's log
 # lines.
@@ -149,8 +154,10 @@ class Quantizer(TensorQuantizer):
         However many layers ask for it in a forward pass, it is rounded once, at best by the ReLU that made it
         (`layers/activation.py`).
         """
-        if not self._remembers(inputs) or (torch.is_grad_enabled() and are_saved_tensors_hooked()):
-            return self._code(inputs)  # a checkpoint has to save as much in every run, whoever ran before
+        # A checkpoint has to save as much in every run, whoever ran before.
+        is_hooked = torch.is_grad_enabled() and are_saved_tensors_hooked()
+        if is_hooked or is_gradient_watched(inputs) or not self._remembers(inputs):
+            return self._code(inputs)
         self.scope.note_reader(inputs, self)
         known = self.scope.codes.once(
             self, inputs, lambda: self._code(inputs), self.num_readers, modes_of(inputs)

@@ -16,11 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cpq_train.common.errors import UserError
-
-MAKER = "_cpq_maker"
-"""Attribute of a tensor: the use of a module that made it, and would have made its codes too."""
 
 Use: TypeAlias = tuple[nn.Module, int]
 
@@ -104,7 +102,7 @@ class Scope:
         collected: Which of these tensors a calibrator took in.
         reader_of: Module, and which use of it in a pass -> the quantizer that read what it made; outlives a
             pass.
-        kept: What was made of weights that do not change; only while it is frozen.
+        kept: What was made of weights that do not change, and for which state; only while it is frozen.
         is_in_forward: Whether a forward pass is under way; tensors are remembered only then.
         is_frozen: Whether ranges outlive a forward pass.
     """
@@ -115,7 +113,8 @@ class Scope:
         self.collected = Memo()
         self.reader_of: dict[Use, Any] = {}
         self._num_uses: Counter[nn.Module] = Counter()
-        self.kept: dict[Any, Any] = {}
+        self._makers = WeakIdKeyDictionary()
+        self.kept: dict[Any, tuple[Any, Any]] = {}
         self.is_frozen = False
         self.is_in_forward = False
         self._watched: list[_Watched] = []
@@ -134,19 +133,25 @@ class Scope:
         self._num_uses[module] += 1
         return module, self._num_uses[module]
 
+    def note_maker(self, tensor: Tensor, use: Use) -> None:
+        """Remember until the end of the pass which use of a module made a tensor."""
+        self._makers[tensor] = use
+
     def note_reader(self, tensor: Tensor, quantizer: nn.Module) -> None:
-        """Remember who reads what a module made that said so (`MAKER`)."""
-        use: Use | None = getattr(tensor, MAKER, None)
+        """Remember who reads what a module made that said so."""
+        use: Use | None = self._makers.get(tensor)
         if use is not None:
             self.reader_of[use] = quantizer
 
-    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes; made once as long as the network is frozen."""
+    def keep(self, key: Any, make: Callable[[], Any], state: Any = None) -> Any:
+        """What `make` makes; made once as long as the network is frozen and a state is what it was."""
         if not self.is_frozen:
             return make()
-        if key not in self.kept:
-            self.kept[key] = make()
-        return self.kept[key]
+        if key not in self.kept or self.kept[key][0] != state:
+            # As ranges are: what is made in inference mode could not be saved for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept[key] = state, make()
+        return self.kept[key][1]
 
     def begin_forward(self) -> None:
         """Open it for a forward pass.
@@ -173,6 +178,7 @@ class Scope:
     def end_forward(self) -> None:
         """Close it, and drop what does not outlive the pass."""
         self.is_in_forward = False
+        self._makers.clear()
         self.codes.clear()
         self.collected.clear()
         if not self.is_frozen:
@@ -225,6 +231,11 @@ def modes_of(tensor: Tensor) -> tuple[bool, ...]:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to, as far as torch counts; always 0 for one of inference mode."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_gradient_watched(tensor: Tensor) -> bool:
+    """Whether somebody sees the gradient of a tensor, or changes it: then all readers have to contribute."""
+    return tensor.retains_grad or bool(tensor._backward_hooks)
 
 
 def are_saved_tensors_hooked() -> bool:

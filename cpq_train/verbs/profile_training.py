@@ -147,8 +147,9 @@ class _StepObserver:
         self._watch.leave(part, output)
         if part.kind == FORWARD:
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(self._reach, Part(f"{part.name}:backward", "backward")))
+                if tensor.grad_fn is not None:  # a hook of the tensor would change who computes what
+                    behind = Part(f"{part.name}:backward", "backward")
+                    tensor.grad_fn.register_prehook(partial(self._reach, behind))
 
     def enter_backward(self) -> None:
         self._backward = LOSS_BACKWARD
@@ -159,7 +160,7 @@ class _StepObserver:
         self._watch.leave(self._backward, None)
         self._backward = None
 
-    def _reach(self, part: Part, gradient: Tensor) -> None:
+    def _reach(self, part: Part, gradients: tuple[Tensor, ...]) -> None:
         """The gradient of what a part put out is known: its own backward pass begins."""
         if self._backward not in (None, part):
             self.leave_backward()

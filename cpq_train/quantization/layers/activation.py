@@ -1,9 +1,12 @@
 """ReLUs that make the codes of their output, for the quantizer that reads it.
 
-Which quantizer that is, a ReLU learns from the first pass: its output says which use of it made it, and the
-quantizer that codes it answers (`Scope.note_reader`). From then on the ReLU and the codes are one pass, and
-what is kept for backward is a byte of mask instead of the output, which the codes stand for. Whoever else
-reads the output reads the numbers that a ReLU gives, with a ReLU's gradient.
+Which quantizer that is, a ReLU learns from the first pass: it says which use of it made its output
+(`Scope.note_maker`), and the quantizer that codes it answers (`Scope.note_reader`). From then on the ReLU and
+the codes are one pass, and what is kept for backward is a byte of mask instead of the output, which the codes
+stand for. Whoever else reads the output reads the numbers that a ReLU gives, with a ReLU's gradient.
+
+The gradient of codes passes the output by. Who wants it there, as for `torch.autograd.grad`, has to say so
+before the codes are read, by `retain_grad` or a hook of the tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.masks import INSIDE, POSITIVE
 from cpq_train.quantization.numerics.one_pass import Rectified, is_fit, passed, rectified
 from cpq_train.quantization.quantizer import Quantizer
-from cpq_train.quantization.scope import MAKER, Scope, are_saved_tensors_hooked, modes_of
+from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked, modes_of
 
 
 class CodingReLU(nn.ReLU):
@@ -34,18 +37,19 @@ class CodingReLU(nn.ReLU):
         values = self._with_codes(input, self.scope.reader_of.get(use))
         if values is None:
             values = super().forward(input)
-        setattr(values, MAKER, use)
+        self.scope.note_maker(values, use)
         return values
 
     def _with_codes(self, x: Tensor, reader: Quantizer | None) -> Tensor | None:
         """The output, its codes at hand for its reader; None where there is none, or it is for PyTorch."""
-        if reader is None or not is_fit(x) or (self.training and x.is_inference()):
+        if reader is None or not is_fit(x):
             return None
         has_gradient = torch.is_grad_enabled() and x.requires_grad
         scalars = reader.scalars()
         if scalars is None or (has_gradient and are_saved_tensors_hooked()):
             return None
-        made = rectified(x.detach(), scalars, has_gradient)
+        with torch.inference_mode(False):  # of a tensor of inference mode nobody counts who writes to it
+            made = rectified(x.detach(), scalars, has_gradient)
         if made is None:
             return None
         values, source = made.values, made.values

@@ -171,10 +171,10 @@ class QuantizedConvolution(nn.Module):
         )
         return node(coded, self.weight, w_codes, bias.values)
 
-    def _made_of_weight(self, what: str, make: Callable[[], T]) -> T:
-        """What is made of the weight alone, once in a block in which weights do not change."""
+    def _made_of_weight(self, what: str, make: Callable[[], T], state: Any = None) -> T:
+        """What is made of the weight and a state, once in a block in which neither changes."""
         assert self._weight_quantizer is not None
-        return cast(T, self._weight_quantizer.scope.keep((self, what), make))
+        return cast(T, self._weight_quantizer.scope.keep((self, what), make, state))
 
     def _exact_sum(
         self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None

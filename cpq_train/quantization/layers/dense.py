@@ -61,7 +61,7 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
             return None
         bound = self._made_of_weight("bound", lambda: largest_sum(w_codes, *largest, self.axes))
         packed = self._made_of_weight(
-            f"packed for {tuple(x_codes.shape)}", lambda: int8_kernel.pack(weight, geometry, x_codes.shape)
+            "packed", lambda: int8_kernel.pack(weight, geometry, x_codes.shape), state=x_codes.shape
         )
         in_kernel = bias_codes if bound < EXACT_LIMIT else None
         if in_kernel is not None and block is not None:

@@ -34,7 +34,7 @@ def encode_relu(x: Any, scale: Any, largest: Any, amax: Any, y: Any, codes: Any,
     """`y = relu(x)`, its u8 `codes`, and the bits of `mask` if it has a length; not 0 if one is no number."""
     num_unfit = 0
     for i in range(len(x)):
-        value = np.float32(0) if x[i] <= np.float32(0) else x[i]
+        value = np.float32(0) if x[i] < np.float32(0) else x[i]
         code = np.rint(value * scale)
         num_unfit |= 0 if code >= np.float32(0) else 1
         codes[i] = np.uint8(np.int32(code if code < largest else largest))

@@ -49,6 +49,10 @@ class PairRulebook(IndiceData):
     lists: PairLists
     voxels: SortedVoxels
 
+    def is_of(self, x: SparseConvTensor) -> bool:
+        """Whether it reads the voxels of x, in their grid."""
+        return self.indices is x.indices and list(self.spatial_shape) == list(x.spatial_shape)
+
 
 def can_build(x: SparseConvTensor, is_subm: bool, kernel: dict[str, Any], out_shape: list[int]) -> bool:
     """Whether `build` finds the pairs of a layer."""
@@ -100,12 +104,12 @@ def build(x: SparseConvTensor, is_subm: bool, kernel: dict[str, Any], record: di
 def _sorted(x: SparseConvTensor) -> SortedVoxels:
     """The voxels of x, sorted once for all its rulebooks."""
     for known in x.indice_dict.values():
-        if isinstance(known, PairRulebook) and known.indices is x.indices:
+        if isinstance(known, PairRulebook) and known.is_of(x):
             return known.voxels
     from cpq_train.sparse.kernels import pair_lists  # Numba, which takes a second
 
     coords = x.indices.contiguous().numpy()
-    places, are_inside, are_rising = pair_lists.places_of(coords, x.batch_size, _sizes(x.spatial_shape))
+    places, are_inside, are_rising = pair_lists.places_of(coords, int(x.batch_size), _sizes(x.spatial_shape))
     if not are_inside:
         _refuse(coords, x)
     if are_rising:
