@@ -1,8 +1,7 @@
-"""Forward passes that end at a block, and compute nothing again of the blocks before it.
+"""Forward passes that compute nothing again of the blocks that a method is done with.
 
-A method that takes block after block needs each one's inputs, from blocks that it is done with. What those
-put out for a batch does not change any more: it is kept on a `Shelf` and given back in later passes, in which
-only what lies between blocks is computed. So blocks may be connected in any way.
+What these put out for a batch does not change any more: it is kept on a `Shelf` and given back in later
+passes, in which only what lies between them is computed. So blocks may be connected in any way.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Advance:
     """Passes of one network, in evaluation mode.
 
     Args:
-        network: Its blocks change only until the first pass to a later one.
+        network: A block of it changes only until a pass in which it is done.
         blocks: Their names, in the order in which they run.
         forward: Runs it on one batch.
         shelf: For outputs of blocks.
@@ -47,8 +46,21 @@ class Advance:
         self._keeps_rulebooks = any(getattr(module, "inverse", False) for module in network.modules())
 
     @torch.no_grad()
+    def run(self, num_done: int, number: int, batch: Any) -> Any:
+        """The network's output for a batch.
+
+        Args:
+            num_done: So many of the first blocks do not change any more.
+            number: Of the batch, always the same.
+            batch: The batch.
+        """
+        with ExitStack() as stack:
+            for name in self._blocks[:num_done]:
+                stack.enter_context(self._computed_once(name, number))
+            return self._forward(self._network, batch)
+
     def run_to(self, name: str, number: int, batch: Any) -> tuple[tuple[Any, ...], Any]:
-        """Inputs and output of a block, in its first call of a pass.
+        """Inputs and output of a block in its first call of a pass, the blocks before it being done.
 
         Args:
             name: Of the block.
@@ -61,13 +73,12 @@ class Advance:
             seen.append((inputs, output))
             raise _Stop
 
-        with ExitStack() as stack:
-            for before in self._blocks[: self._blocks.index(name)]:
-                stack.enter_context(self._computed_once(before, number))
-            handle = self._network.get_submodule(name).register_forward_hook(record)
-            stack.callback(handle.remove)
+        handle = self._network.get_submodule(name).register_forward_hook(record)
+        try:
             with suppress(_Stop):
-                self._forward(self._network, batch)
+                self.run(self._blocks.index(name), number, batch)
+        finally:
+            handle.remove()
         return seen[0]
 
     @contextmanager
