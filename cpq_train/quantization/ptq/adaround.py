@@ -159,13 +159,15 @@ def _has_static_codes(layer: QuantizedConvolution) -> bool:
 
 def _record(twins: Twins, name: str, float_passes: Advance, passes: Advance, calls: Shelf) -> float:
     """Keep the calls of a block, one for each batch; the error of its output as it is."""
-    errors = []
+
+    def record(number: int, batch: Any) -> float:
+        _, target = float_passes.run_to(name, number, batch)
+        inputs, output = passes.run_to(name, number, batch)
+        calls.append(_Call(inputs, target))
+        return float(squared_error(output, target))
+
     with frozen(twins.network):
-        for number, batch in enumerate(twins.batches):
-            _, target = float_passes.run_to(name, number, batch)
-            inputs, output = passes.run_to(name, number, batch)
-            errors.append(float(squared_error(output, target)))
-            calls.append(_Call(inputs, target))
+        errors = [record(*numbered) for numbered in enumerate(twins.batches)]
     return sum(errors) / len(errors)
 
 
