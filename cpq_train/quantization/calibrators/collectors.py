@@ -51,7 +51,9 @@ class Collector:
     def _take_in(self, values: Tensor, limits: Tensor) -> None:
         self._limits = limits if self._limits is None else torch.maximum(self._limits, limits)
         self._num_values += values.numel()
-        if not self._scheme.signed:
+        # On the CPU it is known whether there are any; to ask another device would be to wait for it.
+        may_be_negative = limits.device.type != "cpu" or bool(limits[0] > 0)
+        if not self._scheme.signed and may_be_negative:
             self._num_negative = self._num_negative + (values < 0).sum()
 
     def reduce(self, device: torch.device) -> None:
