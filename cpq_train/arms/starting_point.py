@@ -91,9 +91,10 @@ def improve(
     if has_searched or config.changes_weights:
         with _evaluating(network):
             twins = Twins.of(network, spread(new_loader(), config.num_batches), forward, show_progress)
-            search_ranges(replace(twins, batches=twins.batches[:NUM_SEARCH_BATCHES]), foreground_error)
+            blocks = list(blocks_of(subject.network))
+            few = replace(twins, batches=twins.batches[:NUM_SEARCH_BATCHES])
+            search_ranges(few, foreground_error, blocks)
             if config.adaround_num_steps:
-                blocks = list(blocks_of(subject.network))
                 roundings = round_adaptively(twins, blocks, config.adaround_num_steps)
                 if show_progress:
                     print_plain(rounding_table(roundings))

@@ -1,11 +1,11 @@
-"""What `calibrate` costs at full size: the pass that collects ranges, by calibrator, and AdaRound's memory.
+"""What `calibrate` costs at full size: the pass that collects ranges, by calibrator, and AdaRound.
 
     python scripts/bench/calibration.py
 
 The collecting pass is timed sample by sample (CPU time of one thread), beside a plain evaluation pass of the
 same network; what a calibrator does when the last sample is through stands in a column of its own. AdaRound
-learns one step a block: its peak is what tensors take above the network and its samples, and grows with the
-samples, which it holds the inputs and outputs of a block of.
+learns one step a block: its peak is what tensors take above the network and its samples (what blocks read and
+put out lies in files), its time a sample what a second sample adds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(
     Args:
         methods: Of the inputs' ranges.
         num_samples: That count; one more warms up.
-        adaround: Measure AdaRound's memory too, on 1 and on 2 samples.
+        adaround: Measure AdaRound too, on 1 and on 2 samples.
         network: full or quickstart.
     """
     settle()
@@ -56,9 +56,17 @@ def main(
         prepared = _prepared("max", config)
         with collecting_ranges(prepared):
             _run(prepared, batches[0])
-        peaks = [_adaround(prepared.eval(), batches[:number]) for number in (1, 2)]
-        row = {"samples 1, MiB": peaks[0], "samples 2, MiB": peaks[1], "a sample, MiB": peaks[1] - peaks[0]}
-        write_rows("calibration_adaround", [row], network=network)
+        prepared.eval()
+        one, two = (_adaround(prepared, batches[:number]) for number in (1, 2))
+        row = {
+            "samples 1, MiB": one[0],
+            "samples 2, MiB": two[0],
+            "a sample, MiB": two[0] - one[0],
+            "samples 1, s": one[1],
+            "samples 2, s": two[1],
+            "a sample, s": two[1] - one[1],
+        }
+        write_rows("calibration_adaround", [row], network=network, clock="CPU time")
 
 
 def _prepared(method: str, config: Any) -> CenterPoint:
@@ -90,12 +98,15 @@ def _collecting(network: CenterPoint, method: str, batches: Sequence[Batch]) -> 
     }
 
 
-def _adaround(network: CenterPoint, batches: Sequence[Batch]) -> float:
-    """MiB above what was there before."""
-    twins = Twins.of(network, batches, _run)
+def _adaround(network: CenterPoint, batches: Sequence[Batch]) -> tuple[float, float]:
+    """MiB above what was there before, and seconds."""
+    twins, blocks = Twins.of(network, batches, _run), list(blocks_of(network))
+    begun_s = time.process_time()
+    round_adaptively(twins, blocks, num_steps=1)
+    seconds = time.process_time() - begun_s
     with counting(torch.device("cpu")) as allocator:
-        round_adaptively(twins, list(blocks_of(network)), num_steps=1)
-        return round(allocator.take_peak() / MIB, 1)
+        round_adaptively(twins, blocks, num_steps=1)
+        return round(allocator.take_peak() / MIB, 1), round(seconds, 2)
 
 
 def _run(network: Any, batch: Batch) -> Any:

@@ -6,15 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpq_train.common.kernels import reference_kernels
 from cpq_train.quantization.calibrators.collectors import (
     NUM_BINS,
     Collector,
     HistogramCollector,
     new_collector,
 )
+from cpq_train.quantization.calibrators.counts import counts_of, limits_of
 from cpq_train.quantization.scheme import QuantizerScheme
 
 METHODS = ("max", "percentile", "mse", "entropy")
+WIDTH = 0.125
 
 
 def _amax(method: str, *tensors: torch.Tensor, **settings: object) -> float:
@@ -42,6 +45,47 @@ def test_every_value_is_counted_however_the_range_grows(values: list[float]) -> 
         collector.collect(torch.tensor([value, -value]))
     assert collector._counts.sum() == 2 * len(values)
     assert max(values) <= collector._width * NUM_BINS
+
+
+def _awkward_tensors() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    map_BCHW = torch.randn(2, 48, 40, 40, generator=generator).relu()
+    spread = torch.randn(1000, generator=generator) * torch.logspace(-42, 1, 1000)
+    border = torch.arange(1, NUM_BINS) * WIDTH
+    return [
+        map_BCHW,
+        -map_BCHW.contiguous(memory_format=torch.channels_last),
+        map_BCHW[:, ::3],
+        torch.cat([spread, border, border.nextafter(torch.tensor(0.0)), torch.tensor([0.0, -0.0])]),
+        torch.tensor([-0.0, 0.0]),
+        torch.tensor(-3.0),
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_pass_counts_as_several(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for values in _awkward_tensors():
+        counts, limits = counts_of(values, WIDTH, NUM_BINS), limits_of(values)
+        with reference_kernels():
+            assert counts.tolist() == counts_of(values, WIDTH, NUM_BINS).tolist()
+            assert torch.equal(limits, limits_of(values))
+        assert counts.sum() == values.count_nonzero()
+
+
+@pytest.mark.parametrize("odd", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_limits_of_what_is_not_finite(odd: float) -> None:
+    for values in (torch.tensor([1.0, odd, -2.0]), torch.tensor([odd]), torch.tensor([odd, torch.inf])):
+        with reference_kernels():
+            expected = limits_of(values)
+        torch.testing.assert_close(limits_of(values), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_are_those_of_the_reference_kernels(method: str) -> None:
+    amax = _amax(method, *_awkward_tensors())
+    with reference_kernels():
+        assert _amax(method, *_awkward_tensors()) == amax
 
 
 def test_max_is_the_largest_magnitude() -> None:

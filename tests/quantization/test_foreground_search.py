@@ -1,5 +1,7 @@
 """Ranges searched by their effect on the output."""
 
+from collections import Counter
+
 import torch
 from small_networks import dense_batches, dense_network, run, scheme, twins_of
 from torch import Tensor, nn
@@ -57,3 +59,18 @@ def test_one_quantizer_ends_at_the_best_fraction() -> None:
 def test_other_methods_are_left_alone() -> None:
     twins = twins_of(dense_network(), dense_batches(), scheme(input={"method": "max"}))
     assert search_ranges(twins, _objective) == {}
+
+
+def test_a_search_from_block_to_block_finds_the_same() -> None:
+    """And computes a block, once it is done, no more than once for each batch."""
+    found, computed = [], []
+    for blocks in ([], ["0", "1", "2"]):
+        twins = twins_of(dense_network(), _batches_with_an_outlier(), SEARCHED)
+        layer, calls = twins.network.get_submodule("0.0"), Counter[str]()
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["0"]))
+        kept = search_ranges(twins, _objective, blocks)
+        found.append((kept, {name: q.amax.tolist() for name, q in quantizers(twins.network).items()}))
+        computed.append(calls["0"])
+    assert found[0] == found[1]
+    most_of_one = 2 * len(FRACTIONS)
+    assert computed[1] <= most_of_one + 2 < computed[0]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpq_train.quantization.calibrators.counts import counts_of, limits_of
 from cpq_train.quantization.ranks import largest_over_ranks, sum_over_ranks
 from cpq_train.quantization.scheme import QuantizerScheme
 
@@ -45,11 +46,14 @@ class Collector:
         """Take in one tensor of any shape; what is kept stays on its device."""
         if not values.numel():
             return
-        low, high = values.aminmax()
-        limits = torch.stack([-low, high]).float()
+        self._take_in(values, limits_of(values))
+
+    def _take_in(self, values: Tensor, limits: Tensor) -> None:
         self._limits = limits if self._limits is None else torch.maximum(self._limits, limits)
         self._num_values += values.numel()
-        if not self._scheme.signed:
+        # On the CPU it is known whether there are any; to ask another device would be to wait for it.
+        may_be_negative = limits.device.type != "cpu" or bool(limits[0] > 0)
+        if not self._scheme.signed and may_be_negative:
             self._num_negative = self._num_negative + (values < 0).sum()
 
     def reduce(self, device: torch.device) -> None:
@@ -112,20 +116,13 @@ class HistogramCollector(Collector):
     def _width(self) -> float:
         return 2.0**self._exponent / NUM_BINS
 
-    def collect(self, values: Tensor) -> None:
-        """Take in one tensor."""
-        super().collect(values)
-        values = values[values != 0]
-        if not values.numel():
-            return
-        magnitude = values.abs().float().flatten()
-        largest = float(magnitude.max())
-        if not math.isfinite(largest):
+    def _take_in(self, values: Tensor, limits: Tensor) -> None:
+        super()._take_in(values, limits)
+        largest = float(limits.max())
+        if largest == 0 or not math.isfinite(largest):
             return  # the limits say so
         self._grow(_exponent_above(largest))
-        # width is a power of two: the division is exact, and so is the choice of the bin.
-        bins = (magnitude / self._width).int()
-        self._counts += torch.bincount(bins, minlength=NUM_BINS).cpu().numpy()
+        self._counts += counts_of(values, self._width, NUM_BINS)
 
     def _grow(self, exponent: int) -> None:
         """Merge bins until they reach to 2^exponent."""

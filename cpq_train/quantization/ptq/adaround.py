@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.func import functional_call
 from cpq_train.quantization.health import is_weight
 from cpq_train.quantization.layers import QuantizedConvolution
 from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.prepared import frozen
+from cpq_train.quantization.ptq.advance import Advance
+from cpq_train.quantization.ptq.shelf import Shelf
 from cpq_train.quantization.ptq.twins import Twins, squared_error
 from cpq_train.quantization.switches import quantizers
 
@@ -57,12 +60,10 @@ class BlockRounding:
         return self.learned < self.nearest
 
 
-@dataclass
-class _Call:
-    """One pass of a block: its inputs, its quantized output, and what the float block put out."""
+class _Call(NamedTuple):
+    """One pass of a block: its inputs, and what the float block put out."""
 
     inputs: tuple[Any, ...]
-    output: Any
     target: Any
 
 
@@ -108,33 +109,40 @@ def round_adaptively(twins: Twins, blocks: Sequence[str], num_steps: int) -> lis
     not change. Weights that are not quantized to integers by a static range are left alone.
 
     Args:
-        twins: The networks and the batches; inputs and outputs of one block are kept at a time.
+        twins: The networks and the batches. What blocks read and put out lies in files, on a `Shelf`.
         blocks: Names of modules in the order in which they run.
         num_steps: Steps per block, each on one batch.
 
     Returns:
         What it brought, for every block with a weight to round.
     """
-    rounded = twins.track(blocks, "Learning to round")
-    results = [_round_block(twins, name, num_steps) for name in rounded if twins.batches]
+    with Shelf.temporary() as float_shelf, Shelf.temporary() as shelf:
+        float_passes = Advance(twins.float_network, blocks, twins.forward, float_shelf)
+        passes = Advance(twins.network, blocks, twins.forward, shelf)
+        tracked = twins.track(blocks, "Learning to round")
+        results = [
+            _round_block(twins, name, num_steps, float_passes, passes) for name in tracked if twins.batches
+        ]
     return [result for result in results if result is not None]
 
 
-def _round_block(twins: Twins, name: str, num_steps: int) -> BlockRounding | None:
+def _round_block(
+    twins: Twins, name: str, num_steps: int, float_passes: Advance, passes: Advance
+) -> BlockRounding | None:
     block = twins.network.get_submodule(name)
     layers = {n: m for n, m in block.named_modules() if isinstance(m, QuantizedConvolution)}
     layers = {n: layer for n, layer in layers.items() if _has_static_codes(layer)}
     if not layers:
         return None
-    calls = _calls(twins, name)
-    nearest = sum(float(squared_error(call.output, call.target)) for call in calls) / len(calls)
-    roundings = {n: _Rounding(layer) for n, layer in layers.items()}
-    _learn(block, calls, roundings, num_steps)
-    before = {n: layer.weight.detach().clone() for n, layer in layers.items()}
-    _set_weights(layers, {n: rounding.hard() for n, rounding in roundings.items()})
-    with torch.no_grad():
-        learned = sum(float(squared_error(block(*call.inputs), call.target)) for call in calls) / len(calls)
-    result = BlockRounding(name, nearest, learned)
+    with Shelf.temporary() as calls:
+        nearest = _record(twins, name, float_passes, passes, calls)
+        roundings = {n: _Rounding(layer) for n, layer in layers.items()}
+        _learn(block, calls, roundings, num_steps)
+        before = {n: layer.weight.detach().clone() for n, layer in layers.items()}
+        _set_weights(layers, {n: rounding.hard() for n, rounding in roundings.items()})
+        with torch.no_grad(), frozen(twins.network):
+            errors = [float(squared_error(block(*inputs), target)) for inputs, target in calls]
+    result = BlockRounding(name, nearest, sum(errors) / len(errors))
     if not result.is_kept:
         _set_weights(layers, before)
     return result
@@ -149,34 +157,21 @@ def _has_static_codes(layer: QuantizedConvolution) -> bool:
     )
 
 
-def _calls(twins: Twins, name: str) -> list[_Call]:
-    targets = [output for _, output in _recorded(twins, twins.float_network, name)]
-    quantized = _recorded(twins, twins.network, name)
-    return [_Call(*seen, target) for seen, target in zip(quantized, targets, strict=True)]
+def _record(twins: Twins, name: str, float_passes: Advance, passes: Advance, calls: Shelf) -> float:
+    """Keep the calls of a block, one for each batch; the error of its output as it is."""
+
+    def record(number: int, batch: Any) -> float:
+        _, target = float_passes.run_to(name, number, batch)
+        inputs, output = passes.run_to(name, number, batch)
+        calls.append(_Call(inputs, target))
+        return float(squared_error(output, target))
+
+    with frozen(twins.network):
+        errors = [record(*numbered) for numbered in enumerate(twins.batches)]
+    return sum(errors) / len(errors)
 
 
-class _Stop(Exception):
-    """Ends a forward pass behind the block of interest."""
-
-
-@torch.no_grad()
-def _recorded(twins: Twins, network: nn.Module, name: str) -> list[tuple[tuple[Any, ...], Any]]:
-    """Inputs and output of a block for every batch."""
-    seen: list[tuple[tuple[Any, ...], Any]] = []
-
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        seen.append((inputs, output))
-        raise _Stop
-
-    handle = network.get_submodule(name).register_forward_hook(record)
-    for batch in twins.batches:
-        with suppress(_Stop):
-            twins.forward(network, batch)
-    handle.remove()
-    return seen
-
-
-def _learn(block: nn.Module, calls: Sequence[_Call], roundings: dict[str, _Rounding], num_steps: int) -> None:
+def _learn(block: nn.Module, calls: Shelf, roundings: dict[str, _Rounding], num_steps: int) -> None:
     """Learn the logits; weights enter softly rounded, so their quantizers are off, the inputs' stay on."""
     logits = [rounding.logits for rounding in roundings.values()]
     optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.quantization.batchnorm import kept_batchnorms
 from cpq_train.quantization.layers import QuantizedConvolution
-from cpq_train.quantization.prepared import prepared_of
+from cpq_train.quantization.prepared import frozen, prepared_of
 from cpq_train.quantization.ptq.twins import Twins
 from cpq_train.sparse import SparseConvTensor
 
@@ -52,8 +52,9 @@ def correct_biases(twins: Twins) -> None:
         twins: The networks and the batches.
     """
     errors = {name: _MeanError() for name in _convolutions(twins.network)}
-    for batch in twins.track(twins.batches, "Correcting biases"):
-        _measure(twins, batch, errors)
+    with frozen(twins.network):
+        for batch in twins.track(twins.batches, "Correcting biases"):
+            _measure(twins, batch, errors)
     kept = kept_batchnorms(twins.network, prepared_of(twins.network).folds)
     norms = {layer: cast(_BatchNorm, twins.network.get_submodule(norm)) for norm, layer in kept.items()}
     for name, layer in _convolutions(twins.network).items():
