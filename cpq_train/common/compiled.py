@@ -1,7 +1,11 @@
-"""Loops in Python that Numba compiles, once for each machine: what it made is kept beside the source."""
+"""Loops in Python that Numba compiles, once for each machine: what it made is kept beside the source.
+
+Where that folder cannot be written to it is kept in NUMBA_CACHE_DIR or the user's cache; failing that, not.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -12,5 +16,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def compiled(function: F) -> F:
     """The function in machine code, which holds no lock of Python's while it runs and checks no index."""
-    settings = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
-    return cast(F, njit(**settings)(function))
+    settings = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    try:
+        return cast(F, njit(cache=True, **settings)(function))
+    except RuntimeError:
+        warnings.warn(
+            "kernels are compiled again in every process, which takes seconds: their folder cannot be "
+            "written to; accepted: one that can, in the environment variable NUMBA_CACHE_DIR",
+            stacklevel=1,
+        )
+        return cast(F, njit(**settings)(function))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -21,12 +24,22 @@ def _is_fit() -> bool:
     return has_fma and find_spec("numba") is not None
 
 
+@cache
+def _is_numba_whole() -> bool:
+    """Whether Numba can be imported, which it refuses beside a NumPy that is too new for it."""
+    try:
+        import_module("numba")
+    except (ImportError, OSError) as error:
+        warnings.warn(f"Numba is of no use here, so that steps are slower: {error}", stacklevel=2)
+        return False
+    return True
+
+
 IS_FIT = _is_fit()
 """Whether this machine can run them."""
 
 HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 """Whether it multiplies 8-bit codes."""
-
 
 HAS_BF16 = any(
     bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()) for name in ("avx512_bf16", "amx_tile")
@@ -44,8 +57,8 @@ def are_reference() -> bool:
 
 
 def are_on() -> bool:
-    """Whether they compute now."""
-    return IS_FIT and not are_reference()
+    """Whether they compute now; imports Numba, which takes a second."""
+    return IS_FIT and not are_reference() and _is_numba_whole()
 
 
 @contextmanager

@@ -53,9 +53,9 @@ def is_fit(*tensors: Tensor) -> bool:
     """Whether tensors can be passed over here: all of one shape, and in one order of memory."""
     first = tensors[0]
     return (
-        are_on()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
+        and are_on()
         and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors[1:])
         and in_memory_order(first) is not None
     )

@@ -18,11 +18,14 @@ from cpq_train.common.threads import share_out
 from cpq_train.sparse.kernels import loops
 from cpq_train.sparse.kernels.pair_lists import TILE
 
-ROWS = {1: 8, 2: 12, 4: 6}
-"""Vectors of columns -> pairs that are multiplied at a time. Their sums have to fit into 32 registers beside
+HAS_LONG_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether a vector of 16 numbers is one register of 32; with AVX2 it is two of 16."""
+
+ROWS = {4: 6, 2: 12, 1: 8} if HAS_LONG_VECTORS else {1: 6}
+"""Vectors of columns -> pairs that are multiplied at a time. Their sums have to fit into the registers beside
 the weights, and be enough that none waits for another; measured."""
 
-COLUMNS = {1: 16, 2: 8, 4: 4}
+COLUMNS = {4: 4, 2: 8, 1: 16} if HAS_LONG_VECTORS else {1: 6}
 """The same of gradients of weights, by channels of the input; those left over are slow."""
 
 TILE_BYTES = 2**18
@@ -160,7 +163,7 @@ def _tiles(bounds: NDArray[np.int64], row_bytes: int) -> NDArray[np.int64]:
 def _columns(num_channels: int) -> Iterator[tuple[int, int, int]]:
     """Ranges of columns and how many vectors at a time take them."""
     first = 0
-    for vectors in (4, 2, 1):
+    for vectors in ROWS:
         width = loops.LANES * vectors
         last = first + (num_channels - first) // width * width
         if last > first:
