@@ -202,8 +202,9 @@ def test_training_steps_are_those_of_plain_relus(read: Callable[[Net, Tensor], T
     assert not len(prepared_of(network).scope.codes)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "training"), [(torch.no_grad, True), (torch.inference_mode, True), (torch.inference_mode, False)]
+)
 @pytest.mark.parametrize("read", {**READS, **WRITES}.values(), ids={**READS, **WRITES})
 def test_passes_without_a_gradient(
     read: Callable[[Net, Tensor], Tensor], training: bool, mode: Callable[[], AbstractContextManager[object]]

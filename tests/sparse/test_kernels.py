@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -119,11 +120,11 @@ def test_sums_of_codes_are_exact(
 # Tiles, threads and processes
 
 
-def _of_numbers(num_in: int = 24, num_out: int = 40) -> list[Tensor]:
-    """Results of all kinds for voxels of several tiles."""
+def _of_numbers(kinds: tuple[str, ...] = KINDS) -> list[Tensor]:
+    """Results for voxels of several tiles."""
     found = []
-    for kind in KINDS:
-        found += _results(_network(kind, num_in, num_out), _input(kind, num_in, fraction=0.95))
+    for kind in kinds:
+        found += _results(_network(kind, 24, 40), _input(kind, 24, fraction=0.95))
     return found
 
 
@@ -178,6 +179,42 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = _run_code(code, {})
     assert done.returncode == 0, done.stderr
+
+
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+lzcnt,+popcnt,+f16c",
+    "ATEN_CPU_CAPABILITY": "avx2",
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a processor of another kind")
+def test_two_processes_that_compile_at_once_for_short_vectors(tmp_path: Path) -> None:
+    """The first that ever run here, on a processor with AVX2 alone."""
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_kernels
+from test_kernels import convolutions
+assert not convolutions.HAS_LONG_VECTORS
+torch.save(test_kernels._of_numbers(test_kernels.KINDS[:1]), sys.argv[2])
+print(*convolutions.loops.add_tiles.inspect_asm().values())  # of what it compiled itself
+"""
+    files = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    environment = {**os.environ, **AVX2, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)]
+    running = [
+        subprocess.Popen([*command, str(file)], env=environment, stdout=subprocess.PIPE, text=True)
+        for file in files
+    ]
+    compiled = "".join(process.communicate(timeout=120)[0] for process in running)
+    assert [process.returncode for process in running] == [0, 0]
+    assert "ymm" in compiled
+    assert "zmm" not in compiled
+    expected = _of_numbers(KINDS[:1])
+    for file in files:
+        for i, (found, ours) in enumerate(zip(torch.load(file), expected, strict=True)):
+            assert (found - ours).norm() <= (1e-5 * ours.norm() if i else 0)
 
 
 def _run_code(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
