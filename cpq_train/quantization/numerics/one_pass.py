@@ -80,7 +80,7 @@ class Rectified(NamedTuple):
     Attributes:
         values: relu(x).
         codes: Their u8 codes.
-        mask: Which gradients come back, see `loops`; None where none will.
+        mask: Which gradients come back, see `masks`; None where none will.
     """
 
     values: Tensor
@@ -89,7 +89,7 @@ class Rectified(NamedTuple):
 
 
 def rectified(x: Tensor, by: Scalars, has_gradient: bool) -> Rectified | None:
-    """ReLU and codes of a tensor that is fit; None if there is no number in it."""
+    """ReLU and codes of a tensor that is fit; None if one of its elements is NaN."""
     values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
     mask = torch.empty_like(codes) if has_gradient else None
     numbers = by.scale, by.largest, by.amax
