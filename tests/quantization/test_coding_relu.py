@@ -111,6 +111,13 @@ def _checkpointed(use_reentrant: bool) -> Callable[[Net, Tensor], Tensor]:
     return lambda n, y: checkpoint(lambda t: n.b(n.other(n.a(t))) + n.c(t), y, use_reentrant=use_reentrant)
 
 
+def _checkpointed_by_turns(n: Net, y: Tensor) -> Tensor:
+    def behind(t: Tensor) -> Tensor:
+        return n.b(n.other(n.a(t))) + n.c(t)
+
+    return behind(y) if n.num_passes % 2 == 0 else checkpoint(behind, y, use_reentrant=False)
+
+
 READS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "one": lambda n, y: n.a(y),
     "several": lambda n, y: n.a(y) + n.b(y) + n.c(y),
@@ -129,6 +136,7 @@ READS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "inference mode": _in_inference_mode,
     "reentrant checkpoint": _checkpointed(True),
     "checkpoint": _checkpointed(False),
+    "checkpoint by turns": _checkpointed_by_turns,
     "rows": lambda n, y: n.a(y.transpose(2, 3)) + n.b(y),
 }
 WRITES: dict[str, Callable[[Net, Tensor], Tensor]] = {  # PyTorch refuses their gradients
@@ -372,7 +380,21 @@ def test_one_pass_makes_the_codes_of_a_shared_tensor(monkeypatch: pytest.MonkeyP
         assert (len(seen), len(made)) == (num_relus, num_codes), num_passes
     network.stem(X)
     network.relu(X)
-    assert len(seen) == 2  # a part of a network makes none
+    with quantizers_off(network):
+        network(X)
+    assert len(seen) == 2  # a part of a network makes none, nor does one that rounds nothing
+
+
+def test_each_use_of_a_relu_has_a_reader_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = _prepared(READS["reused"])
+    seen = _count(monkeypatch)
+    network(X)
+    network(X)
+    readers = {use: reader for (module, use), reader in network.relu.scope.reader_of.items()}
+    assert readers == {
+        i + 1: layer._input_quantizer for i, layer in enumerate((network.c, network.b, network.a))
+    }
+    assert len(seen) == 3
 
 
 def test_copies_and_pickles_of_a_network_after_a_pass() -> None:

@@ -73,6 +73,7 @@ def test_a_processor_without_fused_multiply_add(expected: Found, monkeypatch: py
 
 def test_a_processor_that_does_not_multiply_codes(expected: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "HAS_VNNI", False)
+    monkeypatch.setattr("cpq_train.sparse.kernels.convolutions.convolve_codes", None)  # not called
     monkeypatch.setattr(int8_kernel, "IS_AVAILABLE", False)
     steps().check(expected)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -188,6 +188,7 @@ def test_sums_scaled_by_channel(feature_axis: int, num_units: int, has_bias: boo
     sums=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=60),
     bias=st.none() | st.integers(-(2**31), 2**31),
 )
+@example(sums=[2**24 + 1], bias=1)
 @settings(max_examples=100, deadline=None)
 def test_sums_and_bias_codes_are_rounded_once(sums: list[int], bias: int | None) -> None:
     given_sums = torch.tensor([sums, sums[::-1]]).int()

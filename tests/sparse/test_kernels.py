@@ -161,6 +161,21 @@ def test_no_sum_of_codes_depends_on_it(num_threads: int, monkeypatch: pytest.Mon
     assert torch.equal(_of_codes(), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_tiles_have_an_output_in_common(kind: str) -> None:
+    network, x = _network(kind, 4, 4), _input(kind, 4, fraction=0.95)
+    layer = network
+    if kind == "inverse":
+        x, layer = network[0](x), network[1]
+    lists = lists_of(find_or_build(layer, x), kind == "inverse")
+    tile_of: dict[int, int] = {}
+    for tile in range(len(lists.tiles_out) - 1):
+        for cell in range(len(lists.rows_out)):
+            pairs = slice(lists.tiles_out[tile, cell], lists.tiles_out[tile + 1, cell])
+            for row in lists.rows_out[cell, pairs].tolist():
+                assert tile_of.setdefault(row, tile) == tile
+
+
 def test_a_fork_has_threads_of_its_own() -> None:
     """A process whose threads have computed, and its child, which has none of them."""
     code = """
