@@ -25,6 +25,7 @@ from cpq_train.profiling.report import Profile, print_profile, write_files
 from cpq_train.profiling.storage import storage_rows
 from cpq_train.profiling.trace import write_trace
 from cpq_train.quantization.costs import count_costs
+from cpq_train.quantization.prepared import frozen
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.training.features import check_features
@@ -79,8 +80,10 @@ class ProfiledDetector:
         """Measure everything."""
         observe = partial(observing, self.network, functions=DETECTION_FUNCTIONS)
         macs = self._macs()
-        latency = measure_latency(self.detect, observe, self.device, macs, settings.num_passes, NUM_WARM_UP)
-        evaluation = self._memory(self.detect)
+        with frozen(self.network):  # as `validate` runs it
+            passes = self.detect, observe, self.device, macs, settings.num_passes, NUM_WARM_UP
+            latency = measure_latency(*passes)
+            evaluation = self._memory(self.detect)
         self.model.train()
         with kept_buffers(self.network):
             training = self._memory(self.train)

@@ -7,7 +7,7 @@ are none of a vehicle, so each row says what runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cpq_train.profiling.latency_file import (
     write_latency,
 )
 from cpq_train.profiling.report import print_in_turn, summary_line, write_files
+from cpq_train.quantization.prepared import frozen
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import stated_by
 from cpq_train.verbs.profile import NUM_WARM_UP, Context, ProfiledDetector
@@ -102,7 +103,10 @@ def profile_several(
         timed[name] = Timed(network.detect, _row(network, _measure(network, name, settings)))
     if engine is not None:
         timed[DEPLOYED] = _timed_engine(engine, cloud)
-    rows = _rows(timed, device, settings.num_passes)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(frozen(model.network))
+        rows = _rows(timed, device, settings.num_passes)
     document = {**cloud.context(settings), "rows": rows}
     print_in_turn(rows)
     if settings.output is not None:
