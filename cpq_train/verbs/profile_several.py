@@ -6,7 +6,7 @@ are none of a vehicle, so each row says what runs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,10 +103,7 @@ def profile_several(
         timed[name] = Timed(network.detect, _row(network, _measure(network, name, settings)))
     if engine is not None:
         timed[DEPLOYED] = _timed_engine(engine, cloud)
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(frozen(model.network))
-        rows = _rows(timed, device, settings.num_passes)
+    rows = _rows(timed, models.values(), device, settings.num_passes)
     document = {**cloud.context(settings), "rows": rows}
     print_in_turn(rows)
     if settings.output is not None:
@@ -194,9 +191,17 @@ def _timed_engine(detector: CenterPointDetector, cloud: OneCloud) -> Timed:
     return Timed(detect, row)
 
 
-def _rows(timed: Mapping[str, Timed], device: torch.device, num_passes: int) -> list[dict[str, Any]]:
+def _rows(
+    timed: Mapping[str, Timed],
+    models: Iterable[CenterPointDetector],
+    device: torch.device,
+    num_passes: int,
+) -> list[dict[str, Any]]:
     passes = {name: one.detect for name, one in timed.items()}
-    times = time_in_turn(passes, device, num_passes, NUM_WARM_UP)
+    with ExitStack() as stack:
+        for model in models:  # as `validate` runs them
+            stack.enter_context(frozen(model.network))
+        times = time_in_turn(passes, device, num_passes, NUM_WARM_UP)
     return [
         {"name": name, **one.row, **asdict(times[name].wall), "cpu_ms": times[name].cpu_ms}
         for name, one in timed.items()
