@@ -54,6 +54,11 @@ def test_tables_take_the_place_of_those_between_the_marks() -> None:
         _script("page").filled(text, {"a": {"other": _table({"x": 1})}})
 
 
+def test_a_table_without_rows_is_its_caption() -> None:
+    found = _script("results").markdown(_table())
+    assert found.split() == ["A", "CPU", "(AVX2),", "threads", "1;", "rounds", "3;", "torch", "2.13."]
+
+
 def test_a_table_takes_its_own_place_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = _script("results")
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,31 @@ Mark = Any
 
 Times = dict[Part, float]
 """Milliseconds of each part with a row, in the order of the pass."""
+
+
+class Clock(NamedTuple):
+    """What times a training step.
+
+    Attributes:
+        name: Of it, in words.
+        now: Seconds, of marks on the CPU.
+    """
+
+    name: str
+    now: Callable[[], float]
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for a device.
+
+    With one thread it is the CPU time of the process: what else the machine does is not in it, nor is what
+    loading processes do.
+    """
+    if device.type == "cuda":
+        return Clock("CUDA events", time.perf_counter)
+    if torch.get_num_threads() == 1:
+        return Clock("CPU time of the process", time.process_time)
+    return Clock("wall time", time.perf_counter)
 
 
 class Stopwatch:

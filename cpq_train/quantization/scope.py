@@ -48,7 +48,7 @@ class _Made(NamedTuple):
 
 
 class Memo:
-    """Shared quantizer -> what was made of the tensor that it met last, until its last reader has it."""
+    """Quantizer -> what was made of the tensor that it met last, until its last reader has it."""
 
     def __init__(self) -> None:
         self._made: dict[nn.Module, _Made] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -17,7 +16,6 @@ from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,7 +27,7 @@ from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.profiling.allocation import tensors_in
 from cpq_train.profiling.detector_parts import QUANTIZER_FUNCTIONS, STEP_FUNCTIONS
 from cpq_train.profiling.instrument import Part, observing
-from cpq_train.profiling.latency import PassTimes, Stopwatch
+from cpq_train.profiling.latency import PassTimes, Stopwatch, clock_of
 from cpq_train.profiling.step_report import StepTimes, step_document, step_table, write_steps
 from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.profile_input import OneCloud, ProfileSettings
@@ -76,7 +74,7 @@ def profile_training(
     Returns:
         The contents of `training_step.json`.
     """
-    clock, now = _clock_of(cloud.device)
+    clock, now = clock_of(cloud.device)
     is_sample = settings.sample is not None
     new_batches = data.train_dataloader if is_sample else lambda: [cloud.training_batch()]
     steps = time_steps(models, new_batches, new_trainer, Stopwatch(cloud.device, now), settings.num_passes)
@@ -91,19 +89,6 @@ def profile_training(
     if settings.output is not None:
         write_steps(settings.output, document)
     return document
-
-
-def _clock_of(device: torch.device) -> tuple[str, Callable[[], float]]:
-    """What steps are timed by, in words, and the clock of marks on the CPU.
-
-    With one thread it is the CPU time of the process: what else the machine does is not in it, nor is what
-    loading processes do.
-    """
-    if device.type == "cuda":
-        return "CUDA events", time.perf_counter
-    if torch.get_num_threads() == 1:
-        return "CPU time of the process", time.process_time
-    return "wall time", time.perf_counter
 
 
 def time_steps(

@@ -31,7 +31,6 @@ from steps import (
     QAT_BF16,
     Measured,
     Workload,
-    clock_name,
     config_of,
     time_part,
     weigh,
@@ -39,6 +38,7 @@ from steps import (
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.progress import progress
+from cpq_train.profiling.latency import clock_of
 
 BATCH_SIZES = {"full": 1, "quickstart": 4}
 PEAK, KEPT = "peak memory", "kept for backward"
@@ -117,7 +117,7 @@ def main(
                 found[name, part] = time_part(work, part, num_rounds, done=lambda: advance(1))
             if "whole" in parts:
                 found[name, PEAK], found[name, KEPT] = weigh(work)
-    context = {"clock": clock_name(device), "rounds": num_rounds}
+    context = {"clock": clock_of(torch.device(device)).name, "rounds": num_rounds}
     bounds = bounds_met(found)
     write_rows("qat_overhead", _rows(found, voxels), device, **context)
     write_rows("qat_overhead_bounds", bounds, device, **context)

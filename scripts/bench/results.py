@@ -63,14 +63,14 @@ def markdown(table: Mapping[str, Any]) -> str:
         table: Context and rows, as the files have them.
     """
     rows = table["rows"]
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     is_number = [not any(isinstance(row[column], str) for row in rows) for column in columns]
     lines = [
         columns,
         ["--:" if right else "---" for right in is_number],
         *([_text(row[column]) for column in columns] for row in rows),
     ]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines if line)
     return f"\n{text}\n{_caption(table['context'])}\n\n"
 
 

@@ -21,9 +21,11 @@ from jsonargparse import auto_cli
 from lidar_like import synthetic_batch
 from machine import settle
 from results import Row, spread, write_rows
-from steps import ARMS, FLOAT, QAT, Measured, Workload, clock_name, config_of, time_part
+from steps import ARMS, FLOAT, QAT, Measured, Workload, config_of, time_part
 from torch import distributed, nn
 from torch.multiprocessing import get_context
+
+from cpq_train.profiling.latency import clock_of
 
 WAYS = (FLOAT, QAT)
 
@@ -52,9 +54,8 @@ def main(
         rows.append(_grown("quickstart", "samples", number, device, num_rounds, number))
     for number in ranks:
         rows.append(_row("quickstart", "ranks", number, _over_ranks(number, num_rounds)))
-    write_rows(
-        "scaling", rows, device, clock=f"{clock_name(device)}, over ranks wall time", rounds=num_rounds
-    )
+    clock = clock_of(torch.device(device)).name
+    write_rows("scaling", rows, device, clock=f"{clock}, over ranks wall time", rounds=num_rounds)
 
 
 def _grown(

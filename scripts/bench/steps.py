@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from cpq_train.data.dataset import Batch
 from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.profiling.allocation import counting
-from cpq_train.profiling.latency import Stopwatch
+from cpq_train.profiling.latency import Stopwatch, clock_of
 from cpq_train.profiling.memory import observing_memory
 from cpq_train.quantization.prepared import frozen, is_prepared, prepared_of
 from cpq_train.quantization.scheme import Scheme
@@ -123,13 +122,6 @@ def config_of(name: str) -> tuple[NetworkConfig, int]:
     return NetworkConfig(**content["model"]["network"]), content["data"]["num_sweeps"]
 
 
-def clock_name(device: str) -> str:
-    """What times are of."""
-    if device == "cuda":
-        return "CUDA events"
-    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
-
-
 def time_part(
     work: Workload,
     part: str,
@@ -146,8 +138,8 @@ def time_part(
         arms: Which; nothing is those of the part.
         done: Called behind each round.
     """
-    clock = process_time if clock_name(work.device) == "CPU time" else perf_counter
-    watch = Stopwatch(torch.device(work.device), clock)
+    device = torch.device(work.device)
+    watch = Stopwatch(device, clock_of(device).now)
     times: Measured = {arm: [] for arm in arms or PARTS[part]}
     with _passes(work, part, list(times)) as passes:
         for number in range(num_rounds + 1):

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpq_train.common.threads import share_out
-from cpq_train.quantization.numerics.one_pass import SMALLEST_PART, in_memory_order, is_fit
+from cpq_train.quantization.numerics.one_pass import flat, in_parts, is_fit
 
 
 def limits_of(values: Tensor) -> Tensor:
@@ -52,12 +51,9 @@ def counts_of(values: Tensor, bin_width: float, num_bins: int) -> NDArray[np.int
 
 def _by_part(count: Callable[[NDArray[Any]], Any], values: Tensor) -> list[Any]:
     """What a loop says of the parts of a tensor, of which each thread has one."""
-    ordered = in_memory_order(values.detach())
-    assert ordered is not None
-    array, found = ordered.view(-1).numpy(), []
-    if len(array) < SMALLEST_PART:
-        return [count(array)]
-    share_out(lambda first, last: found.append(count(array[first:last])), len(array))
+    array = flat(values)
+    found: list[Any] = []
+    in_parts(lambda first, last: found.append(count(array[first:last])), len(array))
     return found
 
 

@@ -40,7 +40,7 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 
 ADDED = (
     *("_input_quantizer", "_weight_quantizer", "_residual_quantizer"),
-    *("why_simulated", "bias_kind", "widens_steps", "float_class"),
+    *("why_simulated", "bias_kind", "widens_steps", "gradients", "float_class"),
 )
 """What a quantized layer has beyond the float one."""
 

@@ -107,7 +107,7 @@ def _next_float32(value: float) -> float:
 
 
 class _How(NamedTuple):
-    """What the two functions below need beside tensors that autograd must know of."""
+    """What the functions below need beside tensors that autograd must know of."""
 
     fmt: NumberFormat
     window: float | None

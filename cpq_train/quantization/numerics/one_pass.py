@@ -131,7 +131,7 @@ def scale_(sums: Tensor, unit: Tensor, bias: Tensor | None, feature_axis: int) -
     num_channels = rows.shape[-1]
     by_channel = [_numbers(unit.expand(num_channels)), _numbers(bias)]
     matrix = rows.view(-1, num_channels).numpy()
-    _share_out(lambda a, b: _loops().scale_rows(matrix[a:b], *by_channel), len(matrix), num_channels)
+    in_parts(lambda a, b: _loops().scale_rows(matrix[a:b], *by_channel), len(matrix), num_channels)
     return sums
 
 
@@ -140,7 +140,7 @@ def rounded(sums: Tensor, bias_codes: Tensor | None) -> Tensor:
     out = torch.empty_like(sums, dtype=torch.float32)
     codes = np.empty(0, np.int64) if bias_codes is None else bias_codes.detach().long().numpy()
     given, made = sums.numpy(), out.numpy()
-    _share_out(lambda a, b: _loops().round_sums(given[a:b], codes, made[a:b]), len(given), given.shape[1])
+    in_parts(lambda a, b: _loops().round_sums(given[a:b], codes, made[a:b]), len(given), given.shape[1])
     return out
 
 
@@ -156,20 +156,22 @@ def _numbers(tensor: Tensor | None) -> Array:
 
 def _each(loop: Callable[..., int | None], *tensors: Tensor | None) -> bool:
     """Runs a loop over the numbers of tensors that lie alike; whether no part of it returned a flag."""
-    arrays = [_flat(tensor) for tensor in tensors]
+    arrays = [flat(tensor) for tensor in tensors]
     flags: list[int | None] = []
-    _share_out(lambda a, b: flags.append(loop(*(array[a:b] for array in arrays))), len(arrays[0]))
+    in_parts(lambda a, b: flags.append(loop(*(array[a:b] for array in arrays))), len(arrays[0]))
     return not any(flags)
 
 
-def _share_out(work: Callable[[int, int], None], length: int, num_each: int = 1) -> None:
+def in_parts(work: Callable[[int, int], None], length: int, num_each: int = 1) -> None:
+    """As `share_out`, of numbers or of rows of `num_each`; few are not shared out."""
     if length * num_each < SMALLEST_PART:
         work(0, length)
     else:
         share_out(work, length)
 
 
-def _flat(tensor: Tensor | None) -> Array:
+def flat(tensor: Tensor | None) -> Array:
+    """The numbers of a tensor that is fit, as they lie in memory; None has none."""
     if tensor is None:
         return np.empty(0, np.uint8)
     ordered = in_memory_order(tensor.detach())

@@ -31,7 +31,7 @@ LANES = 16
 
 binding.initialize_native_asmparser()  # for an instruction that is called by its name
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _SIZE = 4
 """Bytes of a number of 32 bits, and of four codes."""
