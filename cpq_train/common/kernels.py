@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 _switched_off = 0
+_as_on_gpu = 0
 
 
 def _is_fit() -> bool:
@@ -70,3 +71,23 @@ def reference_kernels() -> Iterator[None]:
         yield
     finally:
         _switched_off -= 1
+
+
+def are_numbers_at_hand(device: torch.device) -> bool:
+    """Whether the host may look at numbers on a device without waiting for it."""
+    return device.type == "cpu" and not _as_on_gpu
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """While open, the CPU takes the path of a GPU: the reference's kernels, and no number is looked at early.
+
+    For tests, and to count what a GPU would be given.
+    """
+    global _as_on_gpu
+    _as_on_gpu += 1
+    try:
+        with reference_kernels():
+            yield
+    finally:
+        _as_on_gpu -= 1
