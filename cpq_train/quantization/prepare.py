@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.batchnorm import check_fold, fold_batchnorm
+from cpq_train.quantization.forward_pass import begin_forward, end_forward
 from cpq_train.quantization.health import Problem, is_weight, refuse
 from cpq_train.quantization.layers import quantize_layer, unquantize_layer
 from cpq_train.quantization.layers.activation import make_coding, make_plain
@@ -77,8 +78,8 @@ def _prepare(network: nn.Module, scheme: Scheme, wiring: Wiring, fold: bool) -> 
     for quantizer in quantizers(network).values():
         quantizer.scope = prepared.scope
     make_coding(network, prepared.scope)
-    begin = network.register_forward_pre_hook(_begin_forward)
-    prepared.hooks = (begin, network.register_forward_hook(_end_forward, always_call=True))
+    begin = network.register_forward_pre_hook(begin_forward)
+    prepared.hooks = (begin, network.register_forward_hook(end_forward, always_call=True))
     network.__dict__[ATTRIBUTE] = prepared
     return prepared
 
@@ -203,6 +204,7 @@ def leave_in_float(network: nn.Module, problems: list[Problem]) -> Scheme:
         for member in (name, name + RESIDUAL):
             prepared.shares_input_with.pop(member, None)
     prepared.left_in_float += readers
+    prepared.scope.members = None
     return scheme
 
 
@@ -271,13 +273,3 @@ def _take_slow_path(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
-
-
-def _begin_forward(network: nn.Module, inputs: Any) -> None:
-    if not torch.compiler.is_compiling():
-        prepared_of(network).scope.begin_forward()
-
-
-def _end_forward(network: nn.Module, inputs: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        prepared_of(network).scope.end_forward()

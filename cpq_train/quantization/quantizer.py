@@ -12,6 +12,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.quantization.calibrators.collectors import Collector, new_collector
 from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, weight_amax
 from cpq_train.quantization.numerics import fake_quant
@@ -133,18 +134,16 @@ class Quantizer(TensorQuantizer):
             inputs, chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
         )
 
-    def codes(self, tensor: Tensor, step_other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def codes(self, tensor: Tensor, grad_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integer codes (held in fp32) and the value of one step.
 
         Args:
             tensor: A weight, or what is read once.
-            step_other: For a weight, the step of the input it meets: the gradient of the codes is then put
-                right for `fake_quant.rescale`.
+            grad_factor: Multiplies the gradient of the codes, which is then that of the values.
         """
         chosen = self.range_of(tensor)
-        factor = None if step_other is None else step_other / chosen.step
         codes = fake_quant.codes(
-            tensor, chosen.amax, self.format, chosen.window, factor, chosen.scale, chosen.log_amax
+            tensor, chosen.amax, self.format, chosen.window, grad_factor, chosen.scale, chosen.log_amax
         )
         return codes, chosen.step
 
@@ -169,21 +168,22 @@ class Quantizer(TensorQuantizer):
         codes = codes_of(x, chosen.scale, self.format)
         if not (torch.is_grad_enabled() and x.requires_grad) and chosen.log_amax is None:
             return Coded(x, codes)
-        how = chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
+        how = chosen.amax, self.format, chosen.window, chosen.scale, chosen.step, chosen.log_amax
         return Coded(fake_quant.source_of(x, *how), codes)
 
     def scalars(self) -> Scalars | None:
-        """The range as numbers; None unless it is one number, static, at hand and not learned, of bytes."""
+        """The range for passes over a tensor; None unless it is one number, static and not learned, of integers.
+
+        The loops of the CPU make bytes.
+        """
         if not self.is_active or self._if_calib or self.scheme.mode != "static" or not self.is_per_tensor:
             return None
         chosen = self.range_of(self._amax)
-        if (
-            chosen.window is None
-            or not isinstance(self.format, IntegerFormat)
-            or not has_byte_codes(self.format)
-        ):
+        if chosen.log_amax is not None or not isinstance(self.format, IntegerFormat):
             return None
-        return Scalars.of(chosen.scale, chosen.step, chosen.window, self.format)
+        if are_numbers_at_hand(self._amax.device) and not has_byte_codes(self.format):
+            return None
+        return Scalars(chosen.scale, chosen.step, chosen.amax, self.format)
 
     def _remembers(self, inputs: Tensor) -> bool:
         """Whether other readers of a tensor may have what is made of it now.
@@ -210,8 +210,14 @@ class Quantizer(TensorQuantizer):
     def _static_range(self) -> Range:
         if self._log_amax is not None:
             return self._new_range(self._log_amax.detach().exp(), log_amax=self._log_amax)
-        is_at_hand = self.is_per_tensor and self._amax.device.type == "cpu" and not is_compiling()
+        is_at_hand = self.is_per_tensor and not is_compiling() and are_numbers_at_hand(self._amax.device)
         return self._new_range(self._amax, float(self._amax) if is_at_hand else None)
+
+    def as_range(self, amax: Tensor, scale: Tensor, step: Tensor, window: float | None = None) -> Range:
+        """A static range that was worked out elsewhere, from as many numbers as amax has."""
+        shape = self._amax.shape
+        numbers = (amax, scale, step) if not shape else (t.view(shape) for t in (amax, scale, step))
+        return Range(*numbers, None if self._log_amax is not None else window, self._log_amax)
 
     def _new_range(
         self, amax: Tensor, window: float | None = None, log_amax: nn.Parameter | None = None

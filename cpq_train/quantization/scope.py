@@ -98,10 +98,14 @@ class Scope:
 
     Attributes:
         ranges: Quantizer -> its static range.
+        weights: Layer -> what its weight was rounded to, together with those of all others.
         codes: Codes of tensors with several readers.
         collected: Which of these tensors a calibrator took in.
         reader_of: Module, and which use of it in a pass -> the quantizer that read what it made; outlives a
             pass.
+        members: Static quantizers and quantized layers of the network; None until they are looked for.
+        range_table: Works out all ranges; None until it is made, as the next.
+        weight_table: Rounds all weights.
         kept: What was made of weights that do not change, and for which state; only while it is frozen.
         is_in_forward: Whether a forward pass is under way; tensors are remembered only then.
         is_frozen: Whether ranges outlive a forward pass.
@@ -109,9 +113,13 @@ class Scope:
 
     def __init__(self) -> None:
         self.ranges: dict[nn.Module, Any] = {}
+        self.weights: dict[nn.Module, Any] = {}
         self.codes = Memo()
         self.collected = Memo()
         self.reader_of: dict[Use, Any] = {}
+        self.members: Any = None
+        self.range_table: Any = None
+        self.weight_table: Any = None
         self._num_uses: Counter[nn.Module] = Counter()
         self._makers = WeakIdKeyDictionary()
         self.kept: dict[Any, tuple[Any, Any]] = {}
@@ -183,6 +191,7 @@ class Scope:
         self.collected.clear()
         if not self.is_frozen:
             self.ranges.clear()
+            self.weights.clear()
 
     def freeze(self, tensors: Mapping[str, tuple[nn.Module, str]]) -> None:
         """Keep ranges from pass to pass until `thaw`.
@@ -202,6 +211,7 @@ class Scope:
         """Drop what was kept."""
         self.is_frozen, self._watched = False, []
         self.ranges.clear()
+        self.weights.clear()
         self.kept.clear()
 
 

@@ -139,7 +139,7 @@ class Emulation(nn.Module):
             sums: Tensor = outputs[-1].features
             return sums
 
-        total = exact_sum(x.features, weight, CODES, CODES, convolve, QuantSubMConv3d.axes)
+        total = exact_sum(x.features, weight, CODES, CODES, convolve, QuantSubMConv3d.axes).values
         step = self.steps.get(layer.name, torch.tensor(1.0))
         scale = torch.from_numpy(layer.weight_step) * self.steps[layer.source] / step
         y = total * scale + bias / step

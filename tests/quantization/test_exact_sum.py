@@ -25,7 +25,7 @@ def _codes(fmt: IntegerFormat, *shape: int) -> torch.Tensor:
 def test_equals_whole_numbers(x_bits: int, w_bits: int, signed: bool) -> None:
     x_format, w_format = IntegerFormat(x_bits, signed), IntegerFormat(w_bits)
     x, w = _codes(x_format, 2, 96, 5, 5), _codes(w_format, 3, 96, 3, 3)
-    result = exact_sum(x, w, x_format, w_format, nn.functional.conv2d, AXES)
+    result = exact_sum(x, w, x_format, w_format, nn.functional.conv2d, AXES).values
     whole = nn.functional.conv2d(x.double(), w.double())  # below 2^53
     assert torch.equal(result, whole.float())
 
@@ -45,7 +45,7 @@ def test_a_sum_in_groups_is_split_within_each(bits: int, transposed: bool) -> No
     axes = Axes(output=int(transposed), input=int(not transposed), feature=-3, groups=3)
     assert num_exact_parts(Codes.of(x, fmt), Codes.of(w, fmt), axes) != 1
     whole = convolve(x.double(), w.double())
-    assert torch.equal(exact_sum(x, w, fmt, fmt, convolve, axes), whole.float())
+    assert torch.equal(exact_sum(x, w, fmt, fmt, convolve, axes).values, whole.float())
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -65,7 +65,7 @@ def test_one_channel_alone_passes_fp32() -> None:
     x, w = torch.full((1, 1, 1500), 126.0), torch.full((1, 1, 1500), 127.0)
     x[0, 0, 0], axes = 125.0, Axes(output=0, input=1, feature=-2)
     assert num_exact_parts(Codes.of(x, fmt), Codes.of(w, fmt), axes) == 0
-    result = exact_sum(x, w, fmt, fmt, nn.functional.conv1d, axes)
+    result = exact_sum(x, w, fmt, fmt, nn.functional.conv1d, axes).values
     assert result.item() == torch.tensor(126 * 127 * 1500 - 127.0, dtype=torch.float64).float()
 
 
@@ -77,17 +77,17 @@ def test_a_traced_sum_is_split_for_the_largest_codes(
     """At 40 x 40 cells one channel alone could pass 2^24."""
     fmt = IntegerFormat(bits)
     x, w = _codes(fmt, 1, 128, size, size), _codes(fmt, 2, 128, size, size)
-    known = exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES)
+    known = exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES).values
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     num_parts = num_exact_parts(Codes(x, -128, 127), Codes(w, -128, 127), AXES)
     assert num_parts == {3: 2, 40: 0}[size]  # 128 * 9 * 128^2 is just above 2^24
-    assert torch.equal(exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES), known)
+    assert torch.equal(exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES).values, known)
 
 
 def test_wide_sums_have_the_gradient_of_the_convolution() -> None:
     fmt = IntegerFormat(16)
     x, w = _codes(fmt, 1, 4, 5, 5).requires_grad_(), _codes(fmt, 2, 4, 3, 3).requires_grad_()
-    ours = torch.autograd.grad(exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES).sum(), (x, w))
+    ours = torch.autograd.grad(exact_sum(x, w, fmt, fmt, nn.functional.conv2d, AXES).values.sum(), (x, w))
     theirs = torch.autograd.grad(nn.functional.conv2d(x, w).sum(), (x, w))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)

@@ -105,7 +105,7 @@ def test_rescale_has_the_gradient_of_the_values() -> None:
     amax_x, amax_w = torch.tensor(1.5), w.detach().abs().amax(0, keepdim=True) * 0.8
     step_x, step_w = step_of(amax_x, fmt), step_of(amax_w, fmt)
     acc = codes(x, amax_x, fmt, 1.5) @ codes(w, amax_w, fmt, grad_factor=step_x / step_w)
-    y = rescale(acc, step_x, step_w, bias)
+    y = rescale(acc, step_x * step_w, step_w, bias)
     grad = torch.randn(7, 3)
     ours = torch.autograd.grad(y, (x, w, bias), grad)
     value = fake_quantize(x, amax_x, fmt) @ fake_quantize(w, amax_w, fmt) + bias

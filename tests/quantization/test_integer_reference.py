@@ -14,6 +14,7 @@ from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
 from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.numerics import fake_quant
+from cpq_train.quantization.numerics.exact_sum import Sums
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme
@@ -183,15 +184,16 @@ def test_residual_add_with_the_range_of_the_block() -> None:
 @pytest.mark.parametrize("kind", ["plain", "transposed", "submanifold", "sparse", "inverse"])
 def test_a_wrong_sum_is_found_where_it_is(kind: str) -> None:
     layer, inputs = _quantized(kind)
-    exact_sum = type(layer)._exact_sum
+    exact_sums = type(layer)._sums
 
-    def wrong(layer: Any, *arguments: Any) -> torch.Tensor:
-        sums = exact_sum(layer, *arguments).detach()
-        sums[(1, 3, 2, 0)[: sums.dim()]] += 1
-        return sums
+    def wrong(layer: Any, *arguments: Any) -> Sums:
+        sums = exact_sums(layer, *arguments)
+        values = sums.values.detach()
+        values[(1, 3, 2, 0)[: values.dim()]] += 1
+        return sums._replace(values=values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(layer), "_exact_sum", wrong)
+        patch.setattr(type(layer), "_sums", wrong)
         (report,) = verify_layers(layer, inputs)
         out = layer(*inputs)
     assert (report.mismatched_codes, report.mismatched_sums, report.mismatched_outputs) == (0, 1, 1)
@@ -214,7 +216,7 @@ def test_a_layer_with_another_range_than_it_says_is_caught() -> None:
 
 def test_a_voxel_too_few_is_caught() -> None:
     layer, inputs = _quantized("sparse")
-    exact_sum, place = type(layer)._exact_sum, type(layer).place
+    exact_sums, place = type(layer)._sums, type(layer).place
 
     def wrong(*arguments: Any) -> SparseConvTensor:
         out = place(*arguments)
@@ -222,7 +224,7 @@ def test_a_voxel_too_few_is_caught() -> None:
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(layer), "_exact_sum", lambda *arguments: exact_sum(*arguments)[1:])
+        patch.setattr(type(layer), "_sums", lambda *arguments: Sums(exact_sums(*arguments).values[1:]))
         patch.setattr(type(layer), "place", wrong)
         (report,) = verify_layers(layer, inputs)
     assert report.mismatched_outputs == 5

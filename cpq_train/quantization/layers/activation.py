@@ -55,7 +55,7 @@ class CodingReLU(nn.ReLU):
         values, source = made.values, made.values
         if has_gradient:
             values, source = _Rectified.apply(x, made)
-        coded = Coded(source, made.codes)
+        coded = Coded(source, made.codes, are_signed=False, has_numbers=not has_gradient)
         self.scope.codes.put(reader, values, coded, reader.num_readers, modes_of(values))
         return values
 
@@ -67,7 +67,7 @@ class _Rectified(Function):
     def forward(ctx: Any, x: Tensor, made: Rectified) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(made.mask)
-        return made.values, made.values.new_zeros(()).expand_as(made.values)  # of its shape, without its size
+        return made.values, made.values.new_empty(()).expand_as(made.values)  # of its shape, without its size
 
     @staticmethod
     def backward(ctx: Any, of_values: Tensor | None, of_codes: Tensor | None) -> tuple[Tensor | None, None]:

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from cpq_train.common.errors import UserError
 from cpq_train.quantization.layers.integer_convolution import Convolution, IntegerConvolution
 from cpq_train.quantization.numerics.biases import (
     STEP_OF_ZERO_CHANNEL,
+    Bias,
     BiasKind,
     as_deployed,
     rounded_to_half,
 )
-from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, exact_sum
-from cpq_train.quantization.numerics.fake_quant import rescale, round_to_codes
+from cpq_train.quantization.numerics.coded import Coded
+from cpq_train.quantization.numerics.exact_sum import (
+    EXACT_LIMIT,
+    HEADROOM,
+    Axes,
+    Codes,
+    Convolve,
+    LargestSums,
+    Sums,
+    exact_sum,
+)
+from cpq_train.quantization.numerics.fake_quant import rescale
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
+from cpq_train.quantization.scope import are_saved_tensors_hooked, version_of
 
 T = TypeVar("T")
+
+
+class RoundedWeight(NamedTuple):
+    """A weight, and the bias, as the layer's sum has them.
+
+    Attributes:
+        codes: In the shape of the weight, fp32; their gradient is that of its values.
+        values: Of the codes, for backward; None where they are not known yet.
+        step: Value of code 1 as the output channels have it, (C',) or one number.
+        unit: Value of 1 in the sum, likewise.
+        bias: As deployed.
+        known: Largest sums of codes, a step before.
+        weight: What was rounded; None where that is beyond doubt.
+        version: How often it had been written to.
+    """
+
+    codes: Tensor
+    values: Tensor | None
+    step: Tensor
+    unit: Tensor
+    bias: Bias
+    known: LargestSums | None = None
+    weight: Tensor | None = None
+    version: int = 0
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is still what a weight is rounded to.
+
+        A checkpoint has to save as much in every run: under its hooks each layer rounds its own.
+        """
+        is_hooked = torch.is_grad_enabled() and are_saved_tensors_hooked()
+        return weight is self.weight and version_of(weight) == self.version and not is_hooked
 
 
 class QuantizedConvolution(nn.Module):
@@ -50,6 +95,8 @@ class QuantizedConvolution(nn.Module):
     why_simulated: str
     bias_kind: BiasKind
     widens_steps: bool
+    passes_gradient_of_codes = True
+    """Whether the gradient of the weight's codes, not that of its values, comes from `quantized`."""
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
@@ -95,6 +142,27 @@ class QuantizedConvolution(nn.Module):
             self._input_quantizer.collect(x)
         return not self.is_bypassed and bool(self._active())
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether the layer is an integer sum now."""
+        return not self.why_simulated and not self.is_bypassed and len(self._active()) == 2
+
+    @property
+    def has_wide_sums(self) -> bool:
+        """Whether sums of codes of 8 bits could pass what fp32 holds, if they were the largest there are."""
+        x_format, w_format = self._formats()
+        num_products = self.weight.numel() // self.weight.shape[self.axes.output]
+        largest = x_format.largest_magnitude * w_format.largest_magnitude
+        return max(x_format.bits, w_format.bits) <= 8 and num_products * largest >= EXACT_LIMIT
+
+    def has_outgrown(self, before: LargestSums, now: LargestSums) -> bool:
+        """Whether one part sufficed for codes with the sums `before`, by `num_exact_parts`, and now does not."""
+        codes = Codes.of(self.weight, self._formats()[0])
+        inputs = codes, codes._replace(smallest=0)
+        return any(
+            before.bound(x) < EXACT_LIMIT * (1 - HEADROOM) and now.bound(x) >= EXACT_LIMIT for x in inputs
+        )
+
     def _active(self) -> list[Quantizer]:
         both = (self._input_quantizer, self._weight_quantizer)
         return [q for q in both if q is not None and q.is_active]
@@ -115,7 +183,7 @@ class QuantizedConvolution(nn.Module):
                 "torch.float32, under autocast too"
             )
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
-            if not self.why_simulated and len(self._active()) == 2:
+            if self.is_integer:
                 return self._integer(x.float(), convolve)
             return self._simulated(x, convolve)
 
@@ -131,12 +199,14 @@ class QuantizedConvolution(nn.Module):
     def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
-        step_x = self._input_quantizer.range_of(x).step
-        w_codes, step_w = self._weight_quantizer.codes(self.weight, step_x)
-        step_w = self.per_output(step_w)
-        bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
-        acc = self._exact_sum(self._input_quantizer.coded(x).in_fp32(), w_codes, convolve, bias.codes)
-        return rescale(acc, step_x, step_w, bias.values, self.axes.feature, bias.is_in_sum)
+        weight = self._rounded_weight(x, by_codes=True)
+        coded = self._input_quantizer.coded(x)
+        sums = self._sums(coded, coded.in_fp32(), weight, convolve)
+        bias = weight.bias
+        return rescale(
+            *(sums.values, weight.unit, weight.step, bias.values, self.axes.feature, bias.is_in_sum),
+            sums.bias_codes,
+        )
 
     def _as_one_node(self, x: Tensor, convolution: Convolution, convolve: Convolve) -> Tensor:
         """As `_integer`, by an autograd node of its own.
@@ -148,39 +218,52 @@ class QuantizedConvolution(nn.Module):
         """
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
-        x_format, w_format = self._formats()
-        x_range, w_range = self._input_quantizer.range_of(x), self._weight_quantizer.range_of(self.weight)
         coded = self._input_quantizer.coded(x)
-        w_codes = self._made_of_weight(
-            "codes", lambda: round_to_codes(self.weight.detach(), w_range.scale, w_format)
-        )
-        unit = x_range.step * self.per_output(w_range.step)
-        bias = as_deployed(self.bias, self.bias_kind, unit)
+        weight = self._rounded_weight(x, by_codes=False)
         node = IntegerConvolution(
-            are_kept=coded.are_bytes or self._input_quantizer.is_shared,
-            x_range=x_range,
-            x_format=x_format,
-            w_range=w_range,
-            w_format=w_format,
+            are_kept=coded.are_bytes or not coded.has_numbers or self._input_quantizer.is_shared,
+            x_scale=self._input_quantizer.range_of(x).scale,
+            x_format=self._formats()[0],
+            w_step=self._weight_quantizer.range_of(self.weight).step,
             convolution=convolution,
-            exact_sum=lambda x, w: self._exact_sum(x, w, convolve, bias.codes),
-            unit=unit,
+            sums=lambda codes: self._sums(coded, codes, weight, convolve),
+            unit=weight.unit,
             feature_axis=self.axes.feature,
-            is_bias_in_sum=bias.is_in_sum,
+            is_bias_in_sum=weight.bias.is_in_sum,
             gradients=self.gradients,
         )
-        return node(coded, self.weight, w_codes, bias.values)
+        return node(coded, weight.codes, weight.values, weight.bias.values)
+
+    def _rounded_weight(self, x: Tensor, by_codes: bool) -> RoundedWeight:
+        """The weight and bias for an input, as they were rounded with all others, or else now.
+
+        Args:
+            x: The input.
+            by_codes: Whether the gradient will be that of codes, not of values.
+        """
+        assert self._input_quantizer is not None
+        quantizer = self._weight_quantizer
+        assert quantizer is not None
+        known = None if is_compiling() else quantizer.scope.weights.get(self)
+        if known is not None and by_codes == self.passes_gradient_of_codes and known.is_of(self.weight):
+            return cast(RoundedWeight, known)
+        step_x, found = self._input_quantizer.range_of(x).step, quantizer.range_of(self.weight)
+        codes, _ = quantizer.codes(self.weight, step_x / found.step if by_codes else step_x)
+        step_w = self.per_output(found.step)
+        bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
+        return RoundedWeight(codes, None, step_w, step_x * step_w, bias)
 
     def _made_of_weight(self, what: str, make: Callable[[], T], state: Any = None) -> T:
         """What is made of the weight and a state, once in a block in which neither changes."""
         assert self._weight_quantizer is not None
         return cast(T, self._weight_quantizer.scope.keep((self, what), make, state))
 
-    def _exact_sum(
-        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
-    ) -> Tensor:
-        axes = self.axes._replace(groups=self.groups)
-        return exact_sum(x_codes, w_codes, *self._formats(), convolve, axes, bias_codes)
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
+        """Exact sums of products of codes, see `exact_sum`; `x_codes` are those of `x`, in either form."""
+        return exact_sum(
+            *(x_codes.float(), weight.codes, *self._formats(), convolve),
+            *(self.axes._replace(groups=self.groups), weight.bias.codes, weight.known, x.are_signed),
+        )
 
     def _formats(self) -> tuple[IntegerFormat, IntegerFormat]:
         both = (self._input_quantizer, self._weight_quantizer)

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from cpq_train.quantization.layers.convolution import QuantizedConvolution
+from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
 from cpq_train.quantization.numerics import blocks, int8_kernel
+from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.exact_sum import (
     EXACT_LIMIT,
     Axes,
     Convolve,
+    Sums,
     add_bias_codes,
     are_exact,
     largest_sum,
@@ -24,6 +26,8 @@ from cpq_train.quantization.numerics.int8_kernel import Geometry
 
 class _QuantizedDenseConvolution(QuantizedConvolution):
     """The dense convolutions: (B, C, ...) -> (B, C', ...), with or without B."""
+
+    passes_gradient_of_codes = False
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C', ...)."""
@@ -38,15 +42,13 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
             return self._as_one_node(x.unsqueeze(0), convolve, convolve).squeeze(0)
         return self._as_one_node(x, convolve, convolve)
 
-    def _exact_sum(
-        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
-    ) -> Tensor:
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
         assert isinstance(convolve, DenseConvolution)
         if not convolve.more_behind:
-            sums = self._sum_of_bytes(x_codes, w_codes, convolve.geometry, bias_codes)
+            sums = self._sum_of_bytes(x_codes, weight.codes, convolve.geometry, weight.bias.codes)
             if sums is not None:
-                return sums
-        return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
+                return Sums(sums)
+        return super()._sums(x, x_codes, weight, convolve)
 
     def _sum_of_bytes(
         self, x_codes: Tensor, w_codes: Tensor, geometry: Geometry, bias_codes: Tensor | None

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.numerics.coded import Coded
+from cpq_train.quantization.numerics.coded import Coded, codes_of
 from cpq_train.quantization.numerics.dense_convolution import Gradients
-from cpq_train.quantization.numerics.fake_quant import pass_inside, round_to_codes
+from cpq_train.quantization.numerics.exact_sum import Sums
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.one_pass import scale_
-from cpq_train.quantization.quantizer import Range
 
 
 class Convolution(Protocol):
@@ -49,41 +48,38 @@ class IntegerConvolution(NamedTuple):
 
     Attributes:
         are_kept: Whether codes of the input are kept for backward, which otherwise makes them again.
-        x_range: Range of the input.
+        x_scale: Codes per unit of the input.
         x_format: Integers of the input.
-        w_range: Range of the weight.
-        w_format: Integers of the weight.
+        w_step: Value of code 1 of the weight, broadcastable to it.
         convolution: The layer's.
-        exact_sum: That of two code tensors; what it returns is overwritten.
+        sums: Of codes of the input with those of the weight; what it returns is overwritten.
         unit: Value of 1 in that sum, (C',) or one number.
         feature_axis: Where features have their channels.
-        is_bias_in_sum: Whether that sum has the bias already, as a code.
+        is_bias_in_sum: Whether codes in that sum stand for the bias.
         gradients: What gradients are computed in.
     """
 
     are_kept: bool
-    x_range: Range
+    x_scale: Tensor
     x_format: IntegerFormat
-    w_range: Range
-    w_format: IntegerFormat
+    w_step: Tensor
     convolution: Convolution
-    exact_sum: Callable[[Tensor, Tensor], Tensor]
+    sums: Callable[[Tensor], Sums]
     unit: Tensor
     feature_axis: int
     is_bias_in_sum: bool
     gradients: torch.dtype
 
-    def __call__(self, x: Coded, weight: Tensor, w_codes: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Coded, w_codes: Tensor, w_values: Tensor | None, bias: Tensor | None) -> Tensor:
         """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it.
 
         Args:
             x: The input.
-            weight: Float.
-            w_codes: Its codes, in fp32.
+            w_codes: Codes of the weight, in fp32; get the gradient of the values with an input in codes.
+            w_values: Their values, if they are at hand.
             bias: Float, or None.
         """
-        tensors = x.source, weight, bias, self.w_range.log_amax, x.codes, w_codes
-        return cast(Tensor, _IntegerConvolution.apply(*tensors, self))
+        return cast(Tensor, _IntegerConvolution.apply(x.source, w_codes, bias, x.codes, w_values, self))
 
 
 class _IntegerConvolution(Function):
@@ -91,35 +87,28 @@ class _IntegerConvolution(Function):
     def forward(
         ctx: Any,
         source: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        log_w: Tensor | None,
-        x_codes: Tensor,
         w_codes: Tensor,
+        bias: Tensor | None,
+        x_codes: Tensor,
+        w_values: Tensor | None,
         of: IntegerConvolution,
     ) -> Tensor:
-        sums = of.exact_sum(x_codes, w_codes)
+        sums = of.sums(x_codes)
         ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.save_for_backward(x_codes if of.are_kept else source, weight, w_codes, *of.convolution.kept)
-        return scale_(sums, of.unit, None if of.is_bias_in_sum else bias, of.feature_axis)
+        ctx.has_values = w_values is not None
+        kept_x, kept_w = x_codes if of.are_kept else source, w_codes if w_values is None else w_values
+        ctx.save_for_backward(kept_x, kept_w, *of.convolution.kept)
+        to_add = None if of.is_bias_in_sum else bias
+        return scale_(sums.values, of.unit, to_add, of.feature_axis, sums.bias_codes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, w_codes, *_ = ctx.saved_tensors
+        kept_x, kept_w, *_ = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
-        needs_x, needs_w, needs_bias, needs_log_w, *_ = ctx.needs_input_grad
-        needed = (needs_x, needs_w or needs_log_w, needs_bias)
-        x_codes = kept if of.are_kept else round_to_codes(kept, of.x_range.scale, of.x_format)
-        w_values = w_codes * of.w_range.step
-        grad_x, grad_w, grad_bias = of.convolution.gradients(
-            grad, x_codes, w_values, ctx.bias_shape, needed, of.gradients
+        x_codes = kept_x if of.are_kept else codes_of(kept_x, of.x_scale, of.x_format)
+        w_values = kept_w if ctx.has_values else kept_w * of.w_step
+        grads = of.convolution.gradients(
+            grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients
         )
-        grad_log_w = None
-        if grad_w is not None:
-            grad_w.mul_(of.x_range.step)
-        if needs_log_w:
-            grad_log_w = of.w_range.log_gradient(cast(Tensor, grad_w), weight, w_codes.clone(), of.w_format)
-        if grad_w is not None:
-            grad_w = pass_inside(grad_w, weight, of.w_range.limit)
-        return grad_x, grad_w, grad_bias, grad_log_w, None, None, None
+        return *grads, None, None, None

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from cpq_train.common.kernels import HAS_VNNI
-from cpq_train.quantization.layers.convolution import QuantizedConvolution
+from cpq_train.common.kernels import HAS_VNNI, are_on
+from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
+from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.dense_convolution import Gradients
-from cpq_train.quantization.numerics.exact_sum import Axes, Convolve
+from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, Sums
 from cpq_train.quantization.numerics.one_pass import rounded
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d
 from cpq_train.sparse.rulebook import Rulebook, lists_of
@@ -80,6 +81,11 @@ class _QuantizedSparseConvolution(QuantizedConvolution):
     place: Callable[..., SparseConvTensor]
     find_rulebook: Callable[[SparseConvTensor], Rulebook | None]
 
+    @property
+    def passes_gradient_of_codes(self) -> bool:  # type: ignore[override]
+        """Not where our kernels compute."""
+        return self.weight.is_cuda or not are_on()
+
     def forward(self, input: SparseConvTensor) -> SparseConvTensor:
         """Sparse tensor in, sparse tensor out."""
         if not self.rounds(input.features):
@@ -94,17 +100,15 @@ class _QuantizedSparseConvolution(QuantizedConvolution):
             return super()._integer(x, convolve)
         return self._as_one_node(x, convolve, convolve)
 
-    def _exact_sum(
-        self, x_codes: Tensor, w_codes: Tensor, convolve: Convolve, bias_codes: Tensor | None
-    ) -> Tensor:
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
         assert isinstance(convolve, _AtVoxels)
         lists = convolve.lists
-        if lists is None or x_codes.dtype != torch.uint8 or not self._fits_kernel(w_codes):
-            return super()._exact_sum(x_codes.float(), w_codes, convolve, bias_codes)
+        if lists is None or x_codes.dtype != torch.uint8 or not self._fits_kernel(weight.codes):
+            return super()._sums(x, x_codes, weight, convolve)
         from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
 
-        packed = self._made_of_weight("packed", lambda: convolutions.packed(w_codes))
-        return rounded(convolutions.convolve_codes(x_codes, packed, lists), bias_codes)
+        packed = self._made_of_weight("packed", lambda: convolutions.packed(weight.codes))
+        return Sums(rounded(convolutions.convolve_codes(x_codes, packed, lists), weight.bias.codes))
 
     def _fits_kernel(self, w_codes: Tensor) -> bool:
         """Whether sums of bytes fit into 32 bits, on a processor that multiplies them."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cpq_train.quantization.numerics import one_pass
+from cpq_train.quantization.numerics.device.operators import operators
 from cpq_train.quantization.numerics.fake_quant import round_to_codes
 from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
 
@@ -23,11 +24,15 @@ class Coded(NamedTuple):
     Attributes:
         source: Takes the gradient of the values that the codes stand for; of the shape of the tensor, its
             numbers need not be the tensor's.
-        codes: u8, or fp32 where a code is negative, wide or no number; without a gradient.
+        codes: u8, or fp32 where a code is negative, wide or no number, and on a GPU; without a gradient.
+        are_signed: Whether a code may be negative, as far as is known.
+        has_numbers: Whether `source` has those of the tensor.
     """
 
     source: Tensor
     codes: Tensor
+    are_signed: bool = True
+    has_numbers: bool = True
 
     @property
     def are_bytes(self) -> bool:
@@ -52,8 +57,10 @@ class _WithGradient(Function):
 def codes_of(x: Tensor, scale: Tensor, fmt: NumberFormat) -> Tensor:
     """See `Coded.codes`."""
     x = x.detach()
-    if one_pass.has_byte_codes(fmt) and scale.numel() == 1 and one_pass.is_fit(x):
-        codes = one_pass.encoded(x, scale, cast(IntegerFormat, fmt))
+    if isinstance(fmt, IntegerFormat) and scale.numel() == 1 and one_pass.is_fit(x):
+        if one_pass.are_operators_for(x):
+            return cast(Tensor, operators.encode(x, scale, float(fmt.qmin), float(fmt.qmax)))
+        codes = one_pass.encoded(x, scale, fmt) if one_pass.has_byte_codes(fmt) else None
         if codes is not None:
             return codes
     return round_to_codes(x, scale, fmt)

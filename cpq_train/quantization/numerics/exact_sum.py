@@ -5,24 +5,31 @@ parts are added in fp64. Codes of 9 to 16 bits are split first, into two digits 
 `code = 256 * high + low`; a convolution is linear, so the sums of digits are put together in fp64, which is
 exact up to 2^53. The total is rounded to fp32 once, as an integer engine's 64-bit sum would be.
 
-While a network is traced (torch.compile, torch.export) a sum is split for the largest codes that there could
-be, not for those that there are: the parts are more, the total is the same.
+The codes that there are need fewer parts than the largest that there could be, but to look at them is to wait
+for a GPU, and impossible while a network is traced (torch.compile, torch.export). A traced sum is split for
+the largest codes; on a GPU one part is taken where codes of a step before were well below the limit. Whatever
+the parts, the total is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.one_pass import in_memory_order
 
 EXACT_LIMIT = 2.0**24
 """fp32 holds every whole number up to here."""
+
+HEADROOM = 1 / 8
+"""Share of the limit that is left free where codes are those of a step before: AdamW moves a weight by about
+the learning rate a step, which is a fraction of a code."""
 
 DIGIT = 256
 
@@ -68,6 +75,39 @@ class Codes(NamedTuple):
         return max(-self.smallest, self.largest)
 
 
+class LargestSums(NamedTuple):
+    """Of the codes of a weight, over an output channel.
+
+    Attributes:
+        of_a_sign: Largest sum of the magnitudes of codes of one sign.
+        of_both: Largest sum of all magnitudes.
+    """
+
+    of_a_sign: float
+    of_both: float
+
+    def bound(self, x: Codes) -> float:
+        """What no sum with an input passes: without negative codes there, the signs never add up."""
+        return self.of_a_sign * x.largest if x.smallest >= 0 else self.of_both * x.magnitude
+
+
+class Sums(NamedTuple):
+    """Sums of products of codes.
+
+    Attributes:
+        values: fp32.
+        bias_codes: (C',) whole numbers that have still to be added, which may be done in fp32, since no
+            value was rounded; or None.
+    """
+
+    values: Tensor
+    bias_codes: Tensor | None = None
+
+    def total(self, axes: Axes) -> Tensor:
+        """With the bias codes, rounded once."""
+        return add_bias_codes(self.values.clone(), self.bias_codes, axes)
+
+
 def exact_sum(
     x_codes: Tensor,
     w_codes: Tensor,
@@ -76,7 +116,9 @@ def exact_sum(
     convolve: Convolve,
     axes: Axes,
     bias_codes: Tensor | None = None,
-) -> Tensor:
+    known: LargestSums | None = None,
+    are_signed: bool = True,
+) -> Sums:
     """`convolve(x_codes, w_codes) + bias_codes`, every sum exact and rounded to fp32 once.
 
     Args:
@@ -87,25 +129,32 @@ def exact_sum(
         convolve: Convolution of features with a weight, linear in both, for any number of input channels.
         axes: Where the channels are.
         bias_codes: (C',) whole numbers that fp32 holds, which belong to the sums.
+        known: Of the weight's codes, a step before.
+        are_signed: Whether a code of the features may be negative.
 
     Returns:
         What `convolve` returns, in fp32, differentiable in both codes.
     """
     x, w = Codes.of(x_codes, x_format), Codes.of(w_codes, w_format)
+    if not are_signed:
+        x = x._replace(smallest=0)
     if max(x_format.bits, w_format.bits) <= 8:
-        return add_bias_codes(_sum_of_bytes(x, w, convolve, axes), bias_codes, axes).float()
+        sums = _sum_of_bytes(x, w, convolve, axes, known)
+        if sums.dtype == torch.float32:
+            return Sums(sums, bias_codes)
+        return Sums(add_bias_codes(sums, bias_codes, axes).float())
     with torch.no_grad():
         total = torch.stack(
             [
-                _sum_of_bytes(x_digit, w_digit, convolve, axes).double().mul_(x_place * w_place)
+                _sum_of_bytes(x_digit, w_digit, convolve, axes, None).double().mul_(x_place * w_place)
                 for x_place, x_digit in _digits(x, x_format)
                 for w_place, w_digit in _digits(w, w_format)
             ]
         ).sum(0)
         total = add_bias_codes(total, bias_codes, axes)
     if not torch.is_grad_enabled():
-        return total.float()
-    return cast(Tensor, _TakeGradient.apply(convolve(x_codes, w_codes), total))
+        return Sums(total.float())
+    return Sums(_TakeGradient.apply(convolve(x_codes, w_codes), total))
 
 
 def are_exact(sums: Tensor) -> bool:
@@ -154,9 +203,9 @@ def _digits(codes: Codes, fmt: IntegerFormat) -> list[tuple[int, Codes]]:
     return [(DIGIT, high_codes), (1, Codes(low, 0, DIGIT - 1))]
 
 
-def _sum_of_bytes(x: Codes, w: Codes, convolve: Convolve, axes: Axes) -> Tensor:
+def _sum_of_bytes(x: Codes, w: Codes, convolve: Convolve, axes: Axes, known: LargestSums | None) -> Tensor:
     """In fp32 where one sum is exact there, else in fp64."""
-    num_parts = num_exact_parts(x, w, axes)
+    num_parts = num_exact_parts(x, w, axes, known)
     if num_parts == 1:
         return convolve(x.values, w.values)
     if num_parts == 0:
@@ -175,7 +224,7 @@ def _chunks(values: Tensor, num_parts: int, axis: int, groups: int) -> list[Tens
     return [part.flatten(axis, axis + 1) for part in parts]
 
 
-def num_exact_parts(x: Codes, w: Codes, axes: Axes) -> int:
+def num_exact_parts(x: Codes, w: Codes, axes: Axes, known: LargestSums | None = None) -> int:
     """Into how many parts of the input channels a sum must be split so that each stays below 2^24.
 
     A layer's bound is the largest sum of |code_w| * max|code_x| over an output channel. Without negative
@@ -190,13 +239,19 @@ def num_exact_parts(x: Codes, w: Codes, axes: Axes) -> int:
     of_a_channel = w.values.numel() // (num_outputs * num_channels) * x.magnitude * w.magnitude
     if num_channels * of_a_channel < EXACT_LIMIT:
         return 1
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not are_numbers_at_hand(w.values.device):
+        if known is not None and known.bound(x) < EXACT_LIMIT * (1 - HEADROOM):
+            return 1
         most = int((EXACT_LIMIT - 1) // of_a_channel)
         return -(-num_channels // most) if most else 0
     num_parts = _num_parts(w.values, x.magnitude, axes, one_sided=False)
-    if num_parts != 1 and x.values.numel() and float(x.values.detach().amin()) >= 0:
+    if num_parts != 1 and (x.smallest >= 0 or _is_never_negative(x.values)):
         num_parts = _num_parts(w.values, x.largest, axes, one_sided=True)
     return num_parts
+
+
+def _is_never_negative(values: Tensor) -> bool:
+    return bool(values.numel() and float(values.detach().amin()) >= 0)
 
 
 def _num_parts(w_codes: Tensor, largest_x: int, axes: Axes, one_sided: bool) -> int:

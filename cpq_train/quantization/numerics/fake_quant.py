@@ -26,21 +26,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from cpq_train.quantization.numerics.formats import NumberFormat
+from cpq_train.quantization.numerics import one_pass
+from cpq_train.quantization.numerics.device import eager
+from cpq_train.quantization.numerics.device.operators import operators
+from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
 
 SMALLEST_AMAX = 2.0**-24
 """At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's
 limit)."""
-
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-"""No two fp32 amax and |x| above 2^-100 differ by less."""
 
 
 def scale_of(amax: Tensor, fmt: NumberFormat) -> Tensor:
     """The scale `qmax / amax` in fp32; 0 where amax <= 2^-24, which makes every code 0."""
     amax = amax.float()
     # Divided as tensors: with a Python number torch multiplies by a reciprocal, which rounds twice.
-    return (torch.full_like(amax, fmt.qmax) / amax).masked_fill_(amax <= SMALLEST_AMAX, 0.0)
+    return scales_of(amax, torch.full_like(amax, fmt.qmax))
 
 
 def step_of(amax: Tensor, fmt: NumberFormat, of_zero: float = 1.0) -> Tensor:
@@ -52,7 +52,17 @@ def step_of(amax: Tensor, fmt: NumberFormat, of_zero: float = 1.0) -> Tensor:
         of_zero: The value where amax <= 2^-24, whose codes are all 0.
     """
     amax = amax.float()
-    return (amax / torch.full_like(amax, fmt.qmax)).masked_fill_(amax <= SMALLEST_AMAX, of_zero)
+    return steps_of(amax, torch.full_like(amax, fmt.qmax), torch.full_like(amax, of_zero))
+
+
+def scales_of(amax: Tensor, qmax: Tensor) -> Tensor:
+    """`scale_of` of fp32 ranges of several formats."""
+    return (qmax / amax).masked_fill_(amax <= SMALLEST_AMAX, 0.0)
+
+
+def steps_of(amax: Tensor, qmax: Tensor, of_zero: Tensor) -> Tensor:
+    """`step_of` of fp32 ranges of several formats."""
+    return torch.where(amax <= SMALLEST_AMAX, of_zero, amax / qmax)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -71,9 +81,7 @@ def pass_inside(grad: Tensor, x: Tensor, amax: Tensor | float) -> Tensor:
         # One fused pass. hardtanh's bounds are exclusive, ours are not: hence the next number up.
         limit = math.nextafter(amax, math.inf) if x.dtype == torch.float64 else _next_float32(amax)
         return cast(Tensor, torch.ops.aten.hardtanh_backward(grad, x, -limit, limit))
-    # By the sign of a difference: comparing, and choosing by a mask, are far slower on a CPU.
-    room = amax - x.abs()
-    return cast(Tensor, torch.ops.aten.threshold_backward(grad, room, -SMALLEST_NORMAL))
+    return eager.pass_inside(grad, x, amax)
 
 
 def log_range_gradient(
@@ -98,8 +106,12 @@ def log_range_gradient(
         The shape of `amax`.
     """
     error = codes.mul_(step).sub_(pass_inside(x, x, amax)).mul_(grad)
-    num_shared = max(x.numel() // amax.numel(), 1)
-    return error.sum_to_size(amax.shape) / math.sqrt(num_shared * fmt.qmax)
+    return error.sum_to_size(amax.shape) / log_range_divisor(x.numel(), amax.numel(), fmt)
+
+
+def log_range_divisor(num_numbers: int, num_ranges: int, fmt: NumberFormat) -> float:
+    """What LSQ divides the gradient of a range by: sqrt(N * qmax), N being the numbers that share it."""
+    return math.sqrt(max(num_numbers // num_ranges, 1) * fmt.qmax)
 
 
 def _next_float32(value: float) -> float:
@@ -112,6 +124,7 @@ class _How(NamedTuple):
     fmt: NumberFormat
     window: float | None
     grad_factor: Tensor | None = None
+    step: Tensor | None = None
 
 
 class _FakeQuantize(Function):
@@ -162,11 +175,31 @@ def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of log(amax), from that of the values."""
     x, amax, scale = ctx.saved_tensors
     how: _How = ctx.how
+    step = step_of(amax, how.fmt) if how.step is None and ctx.needs_input_grad[1] else how.step
+    if amax.numel() == 1 and isinstance(how.fmt, IntegerFormat) and one_pass.is_fit(x, grad):
+        if one_pass.are_operators_for(x):
+            return _by_operators(ctx.needs_input_grad[1], grad, x, amax, scale, step, how.fmt)
     grad_log = None
     if ctx.needs_input_grad[1]:
         codes = round_to_codes(x, scale, how.fmt)
-        grad_log = log_range_gradient(grad, x, codes, amax, step_of(amax, how.fmt), how.fmt)
+        grad_log = log_range_gradient(grad, x, codes, amax, cast(Tensor, step), how.fmt)
     return pass_inside(grad, x, amax if how.window is None else how.window), grad_log
+
+
+def _by_operators(
+    is_learned: bool,
+    grad: Tensor,
+    x: Tensor,
+    amax: Tensor,
+    scale: Tensor,
+    step: Tensor | None,
+    fmt: IntegerFormat,
+) -> tuple[Tensor, Tensor | None]:
+    if not is_learned:
+        return operators.pass_inside(grad, x, amax), None
+    bounds = float(fmt.qmin), float(fmt.qmax), log_range_divisor(x.numel(), 1, fmt)
+    passed, grad_log = operators.learn(grad, x, scale, step, amax, *bounds)
+    return passed, grad_log.view_as(amax)
 
 
 def fake_quantize(
@@ -231,13 +264,14 @@ def source_of(
     fmt: NumberFormat,
     window: float | None,
     scale: Tensor,
+    step: Tensor,
     log_amax: Tensor | None = None,
 ) -> Tensor:
     """The tensor itself, which passes the gradient of its rounded values on to it.
 
-    Arguments are those of `fake_quantize`; x is fp32.
+    Arguments are those of `fake_quantize`, and the value of code 1; x is fp32.
     """
-    return cast(Tensor, _Source.apply(x, log_amax, amax, scale, _How(fmt, window)))
+    return cast(Tensor, _Source.apply(x, log_amax, amax, scale, _How(fmt, window, step=step)))
 
 
 class _Rescale(Function):
@@ -245,43 +279,41 @@ class _Rescale(Function):
     def forward(
         ctx: Any,
         acc: Tensor,
-        step_x: Tensor,
+        unit: Tensor,
         step_w: Tensor,
         bias: Tensor | None,
         channel_dim: int,
         is_in_sum: bool,
+        bias_codes: Tensor | None,
     ) -> Tensor:
         shape = [1] * acc.dim()
         shape[channel_dim] = -1
-        step_w = step_w.reshape(shape)
         ctx.channel_dim = channel_dim % acc.dim()
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(step_w)
+        ctx.save_for_backward(step_w.reshape(shape))
         ctx.mark_dirty(acc)
-        acc.mul_(step_x * step_w)
-        if bias is not None and not is_in_sum:
-            acc.add_(bias.reshape(shape))
-        return acc
+        return one_pass.scale_(acc, unit, None if is_in_sum else bias, channel_dim, bias_codes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (step_w,) = ctx.saved_tensors
         bias_grad = None
         if ctx.has_bias and ctx.needs_input_grad[3]:
             others = [d for d in range(grad.dim()) if d != ctx.channel_dim]
             bias_grad = grad.sum(others) if others else grad  # over no axis torch sums over all
-        return grad * step_w, None, None, bias_grad, None, None
+        return grad * step_w, None, None, bias_grad, None, None, None
 
 
 def rescale(
     acc: Tensor,
-    step_x: Tensor,
+    unit: Tensor,
     step_w: Tensor,
     bias: Tensor | None,
     channel_dim: int = 1,
     is_in_sum: bool = False,
+    bias_codes: Tensor | None = None,
 ) -> Tensor:
-    """Sum of products of codes -> float: `y = acc * (step_x * step_w) + bias`, two roundings, in place.
+    """Sum of products of codes -> float: `y = (acc + bias_codes) * unit + bias`, a rounding each, in place.
 
     The gradient handed down is `grad * step_w`. Through the convolution with the weight codes it becomes the
     gradient of the input's value (the sum of grad * step_w * code_w); for the weights it becomes `step_w /
@@ -289,13 +321,14 @@ def rescale(
 
     Args:
         acc: Sums of products of codes, channels at `channel_dim`; overwritten.
-        step_x: Value of one step of the input, a scalar.
+        unit: Value of 1 in them, step_x * step_w, one per channel or a scalar.
         step_w: Value of one step of the weight, one per channel or a scalar, any shape.
         bias: One per channel, or None.
         channel_dim: Where `acc` has its channels.
-        is_in_sum: Whether `acc` has the bias already, as a code (`biases.py`); it still gets its gradient.
+        is_in_sum: Whether codes stand for the bias (`biases.py`); it still gets its gradient.
+        bias_codes: One per channel, where `acc` has not got them yet.
     """
-    return cast(Tensor, _Rescale.apply(acc, step_x, step_w, bias, channel_dim, is_in_sum))
+    return cast(Tensor, _Rescale.apply(acc, unit, step_w, bias, channel_dim, is_in_sum, bias_codes))
 
 
 class _AddCodes(Function):

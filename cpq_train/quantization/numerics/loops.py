@@ -94,3 +94,26 @@ def round_sums(sums: Any, bias_codes: Any, out: Any) -> None:
         for row in range(len(sums)):
             for column in range(sums.shape[1]):
                 out[row, column] = np.float32(sums[row, column])
+
+
+@compiled
+def round_rows(
+    flat: Any, starts: Any, scale: Any, step: Any, smallest: Any, largest: Any, codes: Any, values: Any
+) -> None:
+    """`codes` of the rows from `starts[i]` to `starts[i + 1]`, and their `values` if these have a length."""
+    for row in range(len(starts) - 1):
+        for i in range(starts[row], starts[row + 1]):
+            code = np.rint(flat[i] * scale[row])
+            code = smallest[row] if code < smallest[row] else code
+            codes[i] = largest[row] if code > largest[row] else code
+        if len(values):
+            for i in range(starts[row], starts[row + 1]):
+                values[i] = codes[i] * step[row]
+
+
+@compiled
+def pass_rows(grad: Any, flat: Any, starts: Any, factor: Any, amax: Any, out: Any) -> None:
+    """`out = grad * factor` where |x| <= amax, 0 elsewhere, by rows."""
+    for row in range(len(starts) - 1):
+        for i in range(starts[row], starts[row + 1]):
+            out[i] = np.float32(0) if np.abs(flat[i]) > amax[row] else grad[i] * factor[row]

@@ -1,22 +1,25 @@
-"""Rounding of tensors on the CPU in one pass each (`loops.py`), where they are fit for it.
+"""Rounding of tensors in one pass each, where they are fit for it.
 
-Fit are fp32 tensors on the CPU whose numbers lie in memory without gaps, in whatever order of axes.
-Everything here gives the bits that PyTorch's own passes give, which compute what is not fit.
+Fit are fp32 tensors whose numbers lie in memory without gaps, in whatever order of axes: on the CPU they are
+passed over by `loops.py`, on a GPU by the kernels of `device/`. Everything here gives the bits that PyTorch's
+own passes give, which compute what is not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpq_train.common.kernels import are_on
+from cpq_train.common.kernels import are_numbers_at_hand, are_on
 from cpq_train.common.threads import share_out
+from cpq_train.quantization.numerics.device import eager
+from cpq_train.quantization.numerics.device.operators import operators
 from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
 
 Array: TypeAlias = NDArray[Any]
@@ -26,27 +29,30 @@ SMALLEST_PART = 2**16
 
 
 class Scalars(NamedTuple):
-    """A static range of one tensor, as numbers.
+    """A static range of one tensor.
 
     Attributes:
-        scale: Codes per unit.
+        scale: Codes per unit, one number as the two behind it.
         step: Value of code 1.
         amax: Largest magnitude inside.
-        smallest: Code.
-        largest: Code.
+        fmt: The integers in use.
     """
 
-    scale: np.float32
-    step: np.float32
-    amax: np.float32
-    smallest: np.float32
-    largest: np.float32
+    scale: Tensor
+    step: Tensor
+    amax: Tensor
+    fmt: IntegerFormat
 
-    @classmethod
-    def of(cls, scale: Tensor, step: Tensor, amax: float, fmt: IntegerFormat) -> Scalars:
-        """From what a quantizer knows."""
-        numbers = (scale.item(), step.item(), amax, fmt.qmin, fmt.qmax)
-        return cls(*map(np.float32, numbers))
+    @property
+    def on_host(self) -> tuple[np.float32, ...]:
+        """All five numbers."""
+        numbers = (self.scale.item(), self.step.item(), self.amax.item(), self.fmt.qmin, self.fmt.qmax)
+        return tuple(map(np.float32, numbers))
+
+    @property
+    def on_device(self) -> tuple[Any, ...]:
+        """The same, those that a device computed where they are."""
+        return self.scale, self.step, self.amax, float(self.fmt.qmin), float(self.fmt.qmax)
 
 
 def is_fit(*tensors: Tensor) -> bool:
@@ -54,11 +60,16 @@ def is_fit(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
-        and are_on()
+        and all(t.device == first.device and t.dtype == torch.float32 and t.numel() for t in tensors)
+        and (are_operators_for(first) or (first.device.type == "cpu" and are_on()))
         and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors[1:])
         and in_memory_order(first) is not None
     )
+
+
+def are_operators_for(tensor: Tensor) -> bool:
+    """Whether the kernels of a GPU pass over a tensor that is fit."""
+    return not are_numbers_at_hand(tensor.device)
 
 
 def has_byte_codes(fmt: NumberFormat) -> bool:
@@ -67,7 +78,7 @@ def has_byte_codes(fmt: NumberFormat) -> bool:
 
 
 def encoded(x: Tensor, scale: Tensor, fmt: IntegerFormat) -> Tensor | None:
-    """u8 codes of a tensor that is fit; None if one of them would be negative, or is no number."""
+    """u8 codes of a tensor that is fit for loops; None if one would be negative, or is no number."""
     codes = torch.empty_like(x, dtype=torch.uint8)
     numbers = np.float32(scale.item()), np.float32(fmt.qmax)
     is_whole = _each(lambda x, codes: _loops().encode(x, *numbers, codes), x, codes)
@@ -79,7 +90,7 @@ class Rectified(NamedTuple):
 
     Attributes:
         values: relu(x).
-        codes: Their u8 codes.
+        codes: Their codes, u8, or fp32 on a GPU, whose convolutions take these.
         mask: Which gradients come back, see `masks`; None where none will.
     """
 
@@ -89,12 +100,17 @@ class Rectified(NamedTuple):
 
 
 def rectified(x: Tensor, by: Scalars, has_gradient: bool) -> Rectified | None:
-    """ReLU and codes of a tensor that is fit; None if one of its elements is NaN."""
+    """ReLU and codes of a tensor that is fit; None if one of its elements is NaN, which a byte cannot be."""
+    if are_operators_for(x):
+        scale, _, amax, _, largest = by.on_device
+        values, codes, mask = operators.rectify(x, scale, amax, largest, has_gradient)
+        return Rectified(values, codes, mask if has_gradient else None)
     values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
     mask = torch.empty_like(codes) if has_gradient else None
-    numbers = by.scale, by.largest, by.amax
+    scale, _, amax, _, largest = by.on_host
     is_whole = _each(
-        lambda x, y, codes, mask: _loops().encode_relu(x, *numbers, y, codes, mask), x, values, codes, mask
+        lambda x, y, codes, mask: _loops().encode_relu(x, scale, largest, amax, y, codes, mask),
+        *(x, values, codes, mask),
     )
     return Rectified(values, codes, mask) if is_whole else None
 
@@ -103,6 +119,8 @@ def passed(grad: Tensor, mask: Tensor, bits: np.uint8) -> Tensor:
     """The gradient where a mask has all of the bits, 0 elsewhere."""
     if grad.stride() != mask.stride() or grad.dtype != torch.float32:
         grad = torch.empty_like(mask, dtype=torch.float32).copy_(grad)
+    if are_operators_for(grad):
+        return cast(Tensor, operators.pass_masked(grad, mask, int(bits)))
     out = torch.empty_like(grad)
     _each(lambda grad, mask, out: _loops().pass_masked(grad, mask, bits, out), grad, mask, out)
     return out
@@ -112,22 +130,31 @@ def added(
     a: Tensor, by_a: Scalars, codes_b: Tensor, step_b: Tensor, has_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`code(a) * step_a + codes_b * step_b`, and the mask of a's gradient; a is fit, the codes lie alike."""
+    if are_operators_for(a):
+        y, mask = operators.add_rounded(a, *by_a.on_device, codes_b, step_b, has_gradient)
+        return y, mask if has_gradient else None
     y = torch.empty_like(a)
     mask = torch.empty_like(a, dtype=torch.uint8) if has_gradient else None
-    numbers = by_a.scale, by_a.step, by_a.smallest, by_a.largest, by_a.amax
-    step = np.float32(step_b.item())
-    _each(lambda a, b, y, mask: _loops().add_rounded(a, *numbers, b, step, y, mask), a, codes_b, y, mask)
+    scale, step, amax, smallest, largest = by_a.on_host
+    by_b = np.float32(step_b.item())
+    _each(
+        lambda a, b, y, mask: _loops().add_rounded(a, scale, step, smallest, largest, amax, b, by_b, y, mask),
+        *(a, codes_b, y, mask),
+    )
     return y, mask
 
 
-def scale_(sums: Tensor, unit: Tensor, bias: Tensor | None, feature_axis: int) -> Tensor:
-    """`sums * unit + bias` by channel, in place, in two roundings."""
-    shape = [1] * sums.dim()
-    shape[feature_axis] = -1
-    rows = sums.movedim(feature_axis, -1)
-    if not is_fit(sums) or not rows.is_contiguous():
-        sums.mul_(unit.view(shape))
-        return sums if bias is None else sums.add_(bias.view(shape))
+def scale_(
+    sums: Tensor, unit: Tensor, bias: Tensor | None, feature_axis: int, bias_codes: Tensor | None = None
+) -> Tensor:
+    """`(sums + bias_codes) * unit + bias` by channel, in place, with a rounding each."""
+    rows, is_one_pass = sums.movedim(feature_axis, -1), is_fit(sums)
+    if is_one_pass and are_operators_for(sums):
+        operators.scale_rows_(sums, unit, bias_codes, bias, feature_axis)
+        return sums
+    if not is_one_pass or not rows.is_contiguous() or bias_codes is not None:
+        eager.scale_rows_(sums, unit, bias_codes, bias, feature_axis)
+        return sums
     num_channels = rows.shape[-1]
     by_channel = [_numbers(unit.expand(num_channels)), _numbers(bias)]
     matrix = rows.view(-1, num_channels).numpy()

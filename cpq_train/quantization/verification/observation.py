@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
 from cpq_train.quantization.layers import QuantAdd, QuantLinear
+from cpq_train.quantization.layers.convolution import RoundedWeight
+from cpq_train.quantization.numerics.coded import Coded
+from cpq_train.quantization.numerics.exact_sum import Convolve, Sums
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.switches import QuantizedLayer, evaluating
 from cpq_train.sparse import SparseConvTensor
@@ -73,20 +76,20 @@ def observing(layers: Mapping[str, Any], take: Take) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         for layer in tapped:
-            del layer._exact_sum
+            del layer._sums
 
 
 def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
     """Keep what enters and leaves the layer's sum, which is the last point where both are whole numbers."""
-    exact_sum = layer._exact_sum
+    exact_sums = layer._sums
 
-    def tapped(x_codes: Tensor, w_codes: Tensor, *more: Any) -> Tensor:
-        sums: Tensor = exact_sum(x_codes, w_codes, *more)
+    def tapped(x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
+        sums: Sums = exact_sums(x, x_codes, weight, convolve)
         # Bytes would wrap around where codes are subtracted; the others are scaled in place afterwards.
-        tap[:] = [x_codes.float(), w_codes.clone(), sums.clone()]
+        tap[:] = [x_codes.float(), weight.codes.clone(), sums.total(layer.axes)]
         return sums
 
-    layer._exact_sum = tapped
+    layer._sums = tapped
 
 
 def _hook(name: str, tap: list[Tensor], take: Take) -> Callable[..., None]:

@@ -1,0 +1,57 @@
+"""What a prepared network does around each of its forward passes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from cpq_train.quantization.layers import QuantizedConvolution
+from cpq_train.quantization.layers.rounded_weights import WeightTable, takes_part
+from cpq_train.quantization.prepared import prepared_of
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.range_table import RangeTable
+from cpq_train.quantization.scope import Scope
+from cpq_train.quantization.switches import quantized_layers, quantizers
+
+
+def begin_forward(network: nn.Module, inputs: Any) -> None:
+    """Open the scope; work out all static ranges, and round the weights of all integer layers."""
+    if torch.compiler.is_compiling():
+        return
+    scope = prepared_of(network).scope
+    scope.begin_forward()
+    has_gradient = torch.is_grad_enabled()
+    if scope.is_frozen and has_gradient:
+        scope.weights.clear()  # they have none
+    if scope.is_frozen and scope.ranges and (scope.weights or has_gradient):
+        return
+    # Not in inference mode: what is made there could not be saved for a backward pass in a frozen scope.
+    with torch.inference_mode(False), torch.set_grad_enabled(has_gradient and not scope.is_frozen):
+        _work_out(network, scope)
+
+
+def end_forward(network: nn.Module, inputs: Any, output: Any) -> None:
+    """Close the scope."""
+    if not torch.compiler.is_compiling():
+        prepared_of(network).scope.end_forward()
+
+
+def _work_out(network: nn.Module, scope: Scope) -> None:
+    if scope.members is None:
+        static = [q for q in quantizers(network).values() if q.scheme.mode == "static"]
+        scope.members = static, quantized_layers(network)
+    static, layers = cast(tuple[list[Quantizer], dict[str, QuantizedConvolution]], scope.members)
+    if not static:
+        return
+    ranges: RangeTable | None = scope.range_table
+    if ranges is None or not ranges.is_of(static):
+        ranges = scope.range_table = RangeTable(static)
+    flat = ranges.work_out()
+    together = {name: layer for name, layer in layers.items() if takes_part(layer)}
+    weights: WeightTable | None = scope.weight_table
+    if together and (weights is None or not weights.is_of(together, ranges)):
+        weights = scope.weight_table = WeightTable(together, ranges)
+    if together and weights is not None:
+        scope.weights = weights.round(flat)

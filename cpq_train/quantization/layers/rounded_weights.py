@@ -1,0 +1,313 @@
+"""The weights of all layers of a network, rounded together: a few operations whatever their number.
+
+Weights are joined, a row an output channel, and rounded; backward joins their gradients. That is done part by
+part of the network, so that on several GPUs the gradients of one part travel while the next is computed.
+
+Letters: N numbers, R rows, K channels of all outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from cpq_train.common.kernels import are_numbers_at_hand
+from cpq_train.common.late import Mailbox
+from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
+from cpq_train.quantization.numerics.biases import Bias, as_deployed, bias_codes
+from cpq_train.quantization.numerics.exact_sum import LargestSums
+from cpq_train.quantization.numerics.fake_quant import log_range_divisor
+from cpq_train.quantization.numerics.one_pass import Array
+from cpq_train.quantization.numerics.rows import RowRanges, Rows, learn_rows, pass_rows, round_rows
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.range_table import Flat, RangeTable
+from cpq_train.quantization.scope import version_of
+
+
+class _Place(NamedTuple):
+    """Where a weight lies among the joined ones.
+
+    Attributes:
+        order: Its axes, that of the output channels first, the others as they lie in memory.
+        shape: Of the weight.
+        strides: Of its numbers among the joined ones.
+        start: First of its numbers.
+    """
+
+    order: tuple[int, ...]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, layer: QuantizedConvolution, start: int) -> _Place:
+        weight, first = layer.weight, layer.axes.output
+        others = sorted((d for d in range(weight.dim()) if d != first), key=lambda d: -weight.stride(d))
+        order = (first, *others)
+        sizes = [weight.shape[d] for d in order]
+        behind = list(accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1]
+        strides = [0] * weight.dim()
+        for axis, stride in zip(order, behind, strict=True):
+            strides[axis] = stride
+        return cls(order, weight.shape, tuple(strides), start)
+
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The numbers of a tensor of that shape in the order of the joined ones."""
+        return tensor.permute(self.order).reshape(-1)
+
+    def part_of(self, joined: Tensor) -> Tensor:
+        """The other way round."""
+        return joined.as_strided(self.shape, self.strides, self.start)
+
+
+@dataclass
+class _Part:
+    """Layers whose weights are rounded together.
+
+    Attributes:
+        layers: The layers.
+        places: Where their weights lie.
+        rows: Their output channels.
+        divisor: Of the gradient of log(amax), by row.
+        num_rows: By layer.
+        first_row: Of the part among those of the network.
+        has_wide_sums: Whether sums of one of them could pass what fp32 holds.
+    """
+
+    layers: list[QuantizedConvolution]
+    places: list[_Place]
+    rows: Rows
+    divisor: Tensor
+    num_rows: list[int]
+    first_row: int
+    has_wide_sums: bool
+
+    @property
+    def span(self) -> slice:
+        """Its rows among those of the network."""
+        return slice(self.first_row, self.first_row + sum(self.num_rows))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Numbers of all layers, (N,)."""
+        return torch.cat([place.joined(t) for place, t in zip(self.places, tensors, strict=True)])
+
+
+class _Rounding(NamedTuple):
+    """What the autograd node of a part needs beside its tensors."""
+
+    part: _Part
+    ranges: RowRanges
+    factor: Tensor
+    has_values: bool
+    has_sums: bool
+    made: list[Tensor]
+
+
+class _RoundWeights(Function):
+    """Weights, and log(amax) of those whose range is learned -> codes; `made` gets values and sums."""
+
+    @staticmethod
+    def forward(ctx: Any, of: _Rounding, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights = tensors[: len(of.part.layers)]
+        ctx.of = of
+        ctx.save_for_backward(*weights)
+        ctx.set_materialize_grads(False)
+        joined = of.part.join([w for w in weights if w is not None])
+        codes, *more = round_rows(joined, of.part.rows, of.ranges, of.has_values, of.has_sums)
+        of.made.extend(more)
+        return tuple(place.part_of(codes) for place in of.part.places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of: _Rounding = ctx.of
+        weights = ctx.saved_tensors
+        part, num_layers = of.part, len(weights)
+        known = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+        grad, joined = part.join(known), part.join(weights)
+        of_logs: list[Tensor | None] = [None] * num_layers
+        if any(ctx.needs_input_grad[1 + num_layers :]):
+            passed, sums = learn_rows(grad, joined, part.rows, of.factor, of.ranges)
+            of_logs = _by_range(part, sums / part.divisor)
+        else:
+            passed = pass_rows(grad, joined, part.rows, of.factor, of.ranges.amax)
+        of_weights = [place.part_of(passed) for place in part.places]
+        needed = ctx.needs_input_grad[1:]
+        found = [
+            None if grad is None or not is_needed else one
+            for one, grad, is_needed in zip([*of_weights, *of_logs], [*grads, *grads], needed, strict=True)
+        ]
+        return None, *found
+
+
+def _by_range(part: _Part, sums: Tensor) -> list[Tensor | None]:
+    """Gradients by row, in the shape of each layer's amax."""
+    found: list[Tensor | None] = []
+    for layer, of_layer in zip(part.layers, sums.split(part.num_rows), strict=True):
+        amax = _weight_quantizer(layer)._amax
+        found.append(of_layer.view(amax.shape) if amax.numel() > 1 else of_layer.sum().view(amax.shape))
+    return found
+
+
+class WeightTable:
+    """The integer layers of a network whose ranges are static, in its parts.
+
+    Args:
+        layers: Name -> layer; those that `takes_part` says.
+        ranges: Of all their quantizers.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantizedConvolution], ranges: RangeTable) -> None:
+        self.key = _key(layers)
+        self._ranges, self._names = ranges, {layer: name for name, layer in layers.items()}
+        self._mailbox, self._known = Mailbox(), dict[QuantizedConvolution, LargestSums]()
+        of_part: dict[str, list[QuantizedConvolution]] = {}
+        for name, layer in layers.items():
+            of_part.setdefault(name.partition(".")[0], []).append(layer)
+        self._layers = [layer for members in of_part.values() for layer in members]
+        self._channels = [layer.out_channels for layer in self._layers]
+        rows = [layer.weight.shape[layer.axes.output] for layer in self._layers]
+        self._row_weight, self._row_input = self._places(rows, _weight_quantizer), self._places(rows, _input)
+        self._channel_weight = self._places(self._channels, _weight_quantizer)
+        self._channel_input = self._places(self._channels, _input)
+        by_codes = torch.tensor([layer.passes_gradient_of_codes for layer in self._layers])
+        self._is_by_codes = by_codes.repeat_interleave(torch.tensor(rows)).to(ranges.device)
+        self._parts: list[_Part] = []
+        for members in of_part.values():
+            self._parts.append(_part(members, sum(len(part.divisor) for part in self._parts), ranges.device))
+
+    def _places(self, lengths: Sequence[int], quantizer_of: Callable[[Any], Quantizer]) -> Tensor:
+        """Which of the ranges' numbers belongs to each row or channel; ranges of a group are repeated."""
+        found = []
+        for layer, length in zip(self._layers, lengths, strict=True):
+            quantizer = quantizer_of(layer)
+            found.append(self._ranges.start_of[quantizer] + torch.arange(length) % quantizer._amax.numel())
+        return torch.cat(found).to(self._ranges.device)
+
+    def is_of(self, layers: Mapping[str, QuantizedConvolution], ranges: RangeTable) -> bool:
+        """Whether it is what a table of these would be now."""
+        return ranges is self._ranges and self.key == _key(layers)
+
+    def round(self, flat: Flat) -> dict[QuantizedConvolution, RoundedWeight]:
+        """Round all weights.
+
+        Args:
+            flat: What `RangeTable.work_out` said.
+
+        Returns:
+            By layer.
+        """
+        self._mailbox.receive()
+        is_late = not are_numbers_at_hand(self._ranges.device)
+        ranges = RowRanges(*(t[self._row_weight] for t in (flat.amax, flat.scale, flat.step)))
+        factor = flat.step[self._row_input]
+        if any(layer.passes_gradient_of_codes for layer in self._layers):
+            factor = torch.where(self._is_by_codes, factor / ranges.step, factor)
+        made = [self._round_part(part, ranges, factor, is_late) for part in self._parts]
+        codes = [one for of_part, _ in made for one in of_part]
+        values = [one for _, of_part in made for one in of_part]
+        steps = flat.step[self._channel_weight]
+        units = (flat.step[self._channel_input] * steps).split(self._channels)
+        by_layer = zip(codes, values, steps.split(self._channels), units, self._biases(units), strict=True)
+        return {
+            layer: RoundedWeight(*of_layer, self._known.get(layer), layer.weight, version_of(layer.weight))
+            for layer, of_layer in zip(self._layers, by_layer, strict=True)
+        }
+
+    def _round_part(
+        self, part: _Part, ranges: RowRanges, factor: Tensor, is_late: bool
+    ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+        """Codes and values of a part's weights; values are for backward alone."""
+        weights = [layer.weight for layer in part.layers]
+        logs = [_weight_quantizer(layer)._log_amax for layer in part.layers]
+        has_values = torch.is_grad_enabled()
+        of_part = RowRanges(*(tensor[part.span] for tensor in ranges))
+        rounding = _Rounding(part, of_part, factor[part.span], has_values, is_late and part.has_wide_sums, [])
+        codes = _RoundWeights.apply(rounding, *weights, *logs)
+        values, sums = rounding.made
+        if rounding.has_sums:
+            self._mailbox.send(sums, lambda sums: self._learn_sums(part, sums))
+        return codes, [place.part_of(values) if has_values else None for place in part.places]
+
+    def _biases(self, units: Sequence[Tensor]) -> list[Bias]:
+        """What `as_deployed` makes of the biases, those that become codes together."""
+        pairs = list(zip(self._layers, units, strict=True))
+        coded = [(x, unit) for x, unit in pairs if x.bias_kind == "accumulator" and x.bias is not None]
+        if not coded:
+            return [as_deployed(layer.bias, layer.bias_kind, unit) for layer, unit in pairs]
+        joined = bias_codes(torch.cat([x.bias for x, _ in coded]), torch.cat([unit for _, unit in coded]))
+        parts = dict(zip((x for x, _ in coded), joined.split([len(u) for _, u in coded]), strict=True))
+        return [
+            Bias(layer.bias, parts[layer]) if layer in parts else as_deployed(layer.bias, layer.bias_kind, unit)
+            for layer, unit in pairs
+        ]
+
+    def _learn_sums(self, part: _Part, sums_R2: Array) -> None:
+        """Take in the sums of codes of a step before; tell if they grew past what that step relied on."""
+        for layer, sums in zip(part.layers, np.split(sums_R2, np.cumsum(part.num_rows[:-1])), strict=True):
+            magnitudes = np.abs(sums)
+            found = LargestSums(float(magnitudes.max()), float(magnitudes.sum(1).max()))
+            known = self._known.get(layer)
+            if known is not None and layer.has_outgrown(known, found):
+                warnings.warn(
+                    f"weights of {self._names[layer]} changed so much in one step that sums of its codes may "
+                    "have passed 2^24 and been rounded in that step; they are split from now on",
+                    stacklevel=2,
+                )
+            self._known[layer] = found
+
+
+def takes_part(layer: Any) -> bool:
+    """Whether a layer's weight can be rounded together with others now."""
+    return (
+        isinstance(layer, QuantizedConvolution)
+        and layer.is_integer
+        and layer.weight.dtype == torch.float32
+        and all(quantizer.scheme.mode == "static" for quantizer in (_input(layer), _weight_quantizer(layer)))
+    )
+
+
+def _key(layers: Mapping[str, QuantizedConvolution]) -> list[Any]:
+    """What the places of weights follow from."""
+    return [
+        (
+            *(layer, layer.weight.stride(), _input(layer), _weight_quantizer(layer)),
+            layer.passes_gradient_of_codes,
+        )
+        for layer in layers.values()
+    ]
+
+
+def _part(layers: list[QuantizedConvolution], first_row: int, device: torch.device) -> _Part:
+    places, starts, smallest, largest, divisors, num_rows = [], [0], [], [], [], []
+    for layer in layers:
+        quantizer, weight = _weight_quantizer(layer), layer.weight
+        rows = weight.shape[layer.axes.output]
+        places.append(_Place.of(layer, starts[-1]))
+        starts += [starts[-1] + (row + 1) * (weight.numel() // rows) for row in range(rows)]
+        smallest += [float(quantizer.format.qmin)] * rows
+        largest += [float(quantizer.format.qmax)] * rows
+        divisors += [log_range_divisor(weight.numel(), quantizer._amax.numel(), quantizer.format)] * rows
+        num_rows.append(rows)
+    bounds = (torch.tensor(numbers, device=device) for numbers in (smallest, largest))
+    longest = max(b - a for a, b in pairwise(starts))
+    rows_of_all = Rows(torch.tensor(starts, device=device), longest, *bounds)
+    return _Part(
+        layers, places, rows_of_all, torch.tensor(divisors, device=device), num_rows, first_row,
+        any(layer.has_wide_sums for layer in layers),
+    )  # fmt: skip
+
+
+def _weight_quantizer(layer: QuantizedConvolution) -> Quantizer:
+    return cast(Quantizer, layer._weight_quantizer)
+
+
+def _input(layer: QuantizedConvolution) -> Quantizer:
+    return cast(Quantizer, layer._input_quantizer)

@@ -1,0 +1,1 @@
+"""Roundings as single operators, which a GPU runs as one kernel each."""
