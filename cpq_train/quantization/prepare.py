@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -172,18 +172,19 @@ class Quantizer(TensorQuantizer):
         return Coded(fake_quant.source_of(x, *how), codes)
 
     def scalars(self) -> Scalars | None:
-        """The range for passes over a tensor; None unless it is one number, static and not learned, of integers.
+        """The range for passes over a tensor; None unless it is one number, static, of integers.
 
-        The loops of the CPU make bytes.
+        The loops of the CPU make bytes, and do not learn.
         """
         if not self.is_active or self._if_calib or self.scheme.mode != "static" or not self.is_per_tensor:
             return None
         chosen = self.range_of(self._amax)
-        if chosen.log_amax is not None or not isinstance(self.format, IntegerFormat):
+        if not isinstance(self.format, IntegerFormat):
             return None
-        if are_numbers_at_hand(self._amax.device) and not has_byte_codes(self.format):
+        is_for_loops = are_numbers_at_hand(self._amax.device)
+        if is_for_loops and (chosen.log_amax is not None or not has_byte_codes(self.format)):
             return None
-        return Scalars(chosen.scale, chosen.step, chosen.amax, self.format)
+        return Scalars(chosen.scale, chosen.step, chosen.amax, self.format, chosen.log_amax)
 
     def _remembers(self, inputs: Tensor) -> bool:
         """Whether other readers of a tensor may have what is made of it now.
@@ -216,8 +217,9 @@ class Quantizer(TensorQuantizer):
     def as_range(self, amax: Tensor, scale: Tensor, step: Tensor, window: float | None = None) -> Range:
         """A static range that was worked out elsewhere, from as many numbers as amax has."""
         shape = self._amax.shape
-        numbers = (amax, scale, step) if not shape else (t.view(shape) for t in (amax, scale, step))
-        return Range(*numbers, None if self._log_amax is not None else window, self._log_amax)
+        if shape:
+            amax, scale, step = amax.view(shape), scale.view(shape), step.view(shape)
+        return Range(amax, scale, step, None if self._log_amax is not None else window, self._log_amax)
 
     def _new_range(
         self, amax: Tensor, window: float | None = None, log_amax: nn.Parameter | None = None

@@ -1,9 +1,10 @@
-"""The static ranges of a network's quantizers, worked out together: a few operations whatever their number."""
+"""The static ranges of a network's quantizers, worked out together: few operations whatever their number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class RangeTable:
     @property
     def device(self) -> torch.device:
         """Where the ranges are."""
-        return self.quantizers[0]._amax.device
+        return cast(torch.device, self.quantizers[0]._amax.device)
 
     def is_of(self, quantizers: Sequence[Quantizer]) -> bool:
         """Whether it is what a table of these would be now."""
@@ -82,7 +83,8 @@ class RangeTable:
         is_at_hand = are_numbers_at_hand(flat.amax.device)
         windows = flat.amax[:num_whole].tolist() if is_at_hand else [None] * num_whole
         for quantizer, found, window in zip(self._whole, of_whole, windows, strict=True):
-            quantizer.scope.ranges[quantizer] = quantizer.as_range(*found, window)
+            amax, scale, step = found
+            quantizer.scope.ranges[quantizer] = quantizer.as_range(amax, scale, step, window)
         sizes = [q._amax.numel() for q in self._by_channel]
         of_channels = zip(*(tensor[num_whole:].split(sizes) for tensor in tensors), strict=True)
         for quantizer, found in zip(self._by_channel, of_channels, strict=True):

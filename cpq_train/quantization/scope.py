@@ -113,7 +113,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.ranges: dict[nn.Module, Any] = {}
-        self.weights: dict[nn.Module, Any] = {}
+        self.weights: dict[Any, Any] = {}
         self.codes = Memo()
         self.collected = Memo()
         self.reader_of: dict[Use, Any] = {}

@@ -214,13 +214,25 @@ def gather_multiply_scatter(
     Returns:
         Output features without a bias, shape (V_out, C_out).
     """
-    num_out = len(rulebook.indices if inverse else rulebook.out_indices)
+    num_out = num_outputs(rulebook, inverse)
     if not len(features):
         # The product keeps the weight in the graph, so that its gradient is zero and not missing.
         return features.new_zeros((num_out, weight.shape[0])) * weight.sum()
     if isinstance(rulebook, IndiceData):
         return _native(features, weight, rulebook, num_out, inverse)
     return _implicit_gemm(features, weight, rulebook, num_out, inverse)
+
+
+def num_outputs(rulebook: Rulebook, inverse: bool) -> int:
+    """Rows of a convolution's output, which reads a rulebook from its outputs to its inputs if `inverse`."""
+    return len(rulebook.indices if inverse else rulebook.out_indices)
+
+
+def sides(rulebook: ImplicitGemmIndiceData, inverse: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Pairs, masks and orders of rows, of a forward pass and of the way back."""
+    forth = (rulebook.pair_fwd, rulebook.pair_mask_fwd_splits, rulebook.mask_argsort_fwd_splits)
+    back = (rulebook.pair_bwd, rulebook.pair_mask_bwd_splits, rulebook.mask_argsort_bwd_splits)
+    return (back, forth) if inverse else (forth, back)
 
 
 def _native(features: Tensor, weight: Tensor, rulebook: IndiceData, num_out: int, inverse: bool) -> Tensor:
@@ -240,14 +252,10 @@ def _native(features: Tensor, weight: Tensor, rulebook: IndiceData, num_out: int
 def _implicit_gemm(
     features: Tensor, weight: Tensor, rulebook: ImplicitGemmIndiceData, num_out: int, inverse: bool
 ) -> Tensor:
-    forth = (rulebook.pair_fwd, rulebook.pair_mask_fwd_splits, rulebook.mask_argsort_fwd_splits)
-    back = (rulebook.pair_bwd, rulebook.pair_mask_bwd_splits, rulebook.mask_argsort_bwd_splits)
-    if inverse:
-        forth, back = back, forth
     out: Tensor = functional.implicit_gemm(
         features,
         weight,
-        *(tensor for both in zip(forth, back, strict=True) for tensor in both),
+        *(tensor for both in zip(*sides(rulebook, inverse), strict=True) for tensor in both),
         num_out,
         rulebook.masks,
         True,  # is_train: keeps what backward needs, and the same kernel in train and eval

@@ -57,7 +57,7 @@ def _adversarial(amax: float, fmt: IntegerFormat) -> Tensor:
 
 def _scalars(amax: float, fmt: IntegerFormat) -> Scalars:
     value = torch.tensor(amax)
-    return Scalars.of(scale_of(value, fmt), step_of(value, fmt), float(value), fmt)
+    return Scalars(scale_of(value, fmt), step_of(value, fmt), value, fmt)
 
 
 def _is_same(found: Tensor, wanted: Tensor) -> bool:
@@ -111,7 +111,7 @@ def test_relu_with_its_codes_and_gradients(fmt: IntegerFormat, amax: float, layo
     x = x[x.isfinite()] if amax == 2.0**-24 else x
     x = LAYOUTS[layout](x[: len(x) // 64 * 64])
     assert one_pass.is_fit(x)
-    made = one_pass.rectified(x, _scalars(amax, fmt), has_gradient=True)
+    made = one_pass.rectified(x, _scalars(amax, fmt), has_mask=True)
     assert made is not None
     relu = torch.relu(x)
     assert _is_same(made.values, relu)
@@ -123,7 +123,7 @@ def test_relu_with_its_codes_and_gradients(fmt: IntegerFormat, amax: float, layo
         inside = torch.ops.aten.threshold_backward(pass_inside(grad, relu, float(np.float32(amax))), relu, 0)
         assert torch.equal(one_pass.passed(grad, made.mask, POSITIVE), behind)
         assert torch.equal(one_pass.passed(grad, made.mask, POSITIVE | INSIDE), inside)
-    without = one_pass.rectified(x, _scalars(amax, fmt), has_gradient=False)
+    without = one_pass.rectified(x, _scalars(amax, fmt), has_mask=False)
     assert without.mask is None
     assert torch.equal(without.codes, made.codes)
 
@@ -203,7 +203,7 @@ def test_no_bit_depends_on_the_number_of_threads(num_threads: int, monkeypatch: 
     scalars = _scalars(1.0, BYTES)
 
     def results() -> list[Tensor]:
-        made = one_pass.rectified(x, scalars, has_gradient=True)
+        made = one_pass.rectified(x, scalars, has_mask=True)
         codes = one_pass.encoded(x.abs(), torch.tensor(100.0), BYTES)
         y, mask = one_pass.added(x, scalars, codes, torch.tensor(0.1), has_gradient=True)
         sums = (x * 1e6).contiguous()

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.masks import INSIDE, POSITIVE
-from cpq_train.quantization.numerics.one_pass import Rectified, is_fit, passed, rectified
+from cpq_train.quantization.numerics.one_pass import Rectified, Scalars, is_fit, learned, passed, rectified
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scope import Scope, are_saved_tensors_hooked, modes_of
 
@@ -49,11 +49,14 @@ class CodingReLU(nn.ReLU):
         if scalars is None or (has_gradient and are_saved_tensors_hooked()):
             return None
         with torch.inference_mode(False):  # of a tensor of inference mode nobody counts who writes to it
-            made = rectified(x.detach(), scalars, has_gradient)
+            is_learned = scalars.log_amax is not None
+            made = rectified(x.detach(), scalars, has_mask=has_gradient and not is_learned)
         if made is None:
             return None
         values, source = made.values, made.values
-        if has_gradient:
+        if has_gradient and is_learned:
+            values, source = _RectifiedAndLearned.apply(x, scalars.log_amax, made.values, scalars)
+        elif has_gradient:
             values, source = _Rectified.apply(x, made)
         coded = Coded(source, made.codes, are_signed=False, has_numbers=not has_gradient)
         self.scope.codes.put(reader, values, coded, reader.num_readers, modes_of(values))
@@ -78,6 +81,28 @@ class _Rectified(Function):
             if grad is not None
         ]
         return sum(grads[1:], grads[0]) if grads else None, None
+
+
+class _RectifiedAndLearned(Function):
+    """The same, whose codes have a range that is learned."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_amax: Tensor, values: Tensor, by: Scalars) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.by = by
+        ctx.save_for_backward(values)
+        return values, values.new_empty(()).expand_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, of_values: Tensor | None, of_codes: Tensor | None) -> tuple[Tensor | None, ...]:
+        (values,) = ctx.saved_tensors
+        grad, of_log = None, None
+        if of_codes is not None:
+            grad, of_log = learned(of_codes, values, ctx.by, is_rectified=True)
+        if of_values is not None:
+            through = torch.ops.aten.threshold_backward(of_values, values, 0)
+            grad = through if grad is None else grad + through
+        return grad, of_log, None, None
 
 
 def make_coding(network: nn.Module, scope: Scope) -> None:

@@ -20,17 +20,14 @@ from cpq_train.quantization.numerics.biases import (
 )
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.exact_sum import (
-    EXACT_LIMIT,
     HEADROOM,
     Axes,
     Codes,
-    Convolve,
     LargestSums,
     Sums,
     exact_sum,
 )
-from cpq_train.quantization.numerics.fake_quant import rescale
-from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.formats import EXACT_LIMIT, IntegerFormat
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.scheme import LayerScheme
 from cpq_train.quantization.scope import are_saved_tensors_hooked, version_of
@@ -95,8 +92,6 @@ class QuantizedConvolution(nn.Module):
     why_simulated: str
     bias_kind: BiasKind
     widens_steps: bool
-    passes_gradient_of_codes = True
-    """Whether the gradient of the weight's codes, not that of its values, comes from `quantized`."""
 
     def attach(self, scheme: LayerScheme) -> None:
         """Create the quantizers; the weight's range is known at once."""
@@ -156,7 +151,7 @@ class QuantizedConvolution(nn.Module):
         return max(x_format.bits, w_format.bits) <= 8 and num_products * largest >= EXACT_LIMIT
 
     def has_outgrown(self, before: LargestSums, now: LargestSums) -> bool:
-        """Whether one part sufficed for codes with the sums `before`, by `num_exact_parts`, and now does not."""
+        """Whether one part sufficed for the sums `before`, by `num_exact_parts`, and does not now."""
         codes = Codes.of(self.weight, self._formats()[0])
         inputs = codes, codes._replace(smallest=0)
         return any(
@@ -167,12 +162,12 @@ class QuantizedConvolution(nn.Module):
         both = (self._input_quantizer, self._weight_quantizer)
         return [q for q in both if q is not None and q.is_active]
 
-    def quantized(self, x: Tensor, convolve: Convolve) -> Tensor:
+    def quantized(self, x: Tensor, convolution: Convolution) -> Tensor:
         """The layer's output, bias included.
 
         Args:
             x: Features.
-            convolve: The convolution of features with a weight, without bias; linear in both.
+            convolution: The layer's, without weight and bias.
 
         Raises:
             UserError: The network was made one of another floating-point type.
@@ -184,49 +179,30 @@ class QuantizedConvolution(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
             if self.is_integer:
-                return self._integer(x.float(), convolve)
-            return self._simulated(x, convolve)
+                return self._integer(x.float(), convolution)
+            return self._simulated(x, convolution)
 
-    def _simulated(self, x: Tensor, convolve: Convolve) -> Tensor:
+    def _simulated(self, x: Tensor, convolution: Convolution) -> Tensor:
         x = x.float() if self._input_quantizer is None else self._input_quantizer(x)
         weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
-        out = convolve(x, weight)
+        out = convolution(x, weight)
         if self.bias is None:
             return out
         bias = rounded_to_half(self.bias) if self.bias_kind == "fp16" else self.bias
         return out + self._per_channel(bias, out)
 
-    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
-        assert self._input_quantizer is not None
-        assert self._weight_quantizer is not None
-        weight = self._rounded_weight(x, by_codes=True)
-        coded = self._input_quantizer.coded(x)
-        sums = self._sums(coded, coded.in_fp32(), weight, convolve)
-        bias = weight.bias
-        return rescale(
-            *(sums.values, weight.unit, weight.step, bias.values, self.axes.feature, bias.is_in_sum),
-            sums.bias_codes,
-        )
-
-    def _as_one_node(self, x: Tensor, convolution: Convolution, convolve: Convolve) -> Tensor:
-        """As `_integer`, by an autograd node of its own.
-
-        Args:
-            x: Features, fp32.
-            convolution: Makes the gradients.
-            convolve: The convolution of features with a weight.
-        """
+    def _integer(self, x: Tensor, convolution: Convolution) -> Tensor:
         assert self._input_quantizer is not None
         assert self._weight_quantizer is not None
         coded = self._input_quantizer.coded(x)
-        weight = self._rounded_weight(x, by_codes=False)
+        weight = self._rounded_weight(x)
         node = IntegerConvolution(
             are_kept=coded.are_bytes or not coded.has_numbers or self._input_quantizer.is_shared,
             x_scale=self._input_quantizer.range_of(x).scale,
             x_format=self._formats()[0],
             w_step=self._weight_quantizer.range_of(self.weight).step,
             convolution=convolution,
-            sums=lambda codes: self._sums(coded, codes, weight, convolve),
+            sums=lambda codes: self._sums(coded, codes, weight, convolution),
             unit=weight.unit,
             feature_axis=self.axes.feature,
             is_bias_in_sum=weight.bias.is_in_sum,
@@ -234,21 +210,16 @@ class QuantizedConvolution(nn.Module):
         )
         return node(coded, weight.codes, weight.values, weight.bias.values)
 
-    def _rounded_weight(self, x: Tensor, by_codes: bool) -> RoundedWeight:
-        """The weight and bias for an input, as they were rounded with all others, or else now.
-
-        Args:
-            x: The input.
-            by_codes: Whether the gradient will be that of codes, not of values.
-        """
+    def _rounded_weight(self, x: Tensor) -> RoundedWeight:
+        """The weight and bias for an input, as they were rounded with all others, or else now."""
         assert self._input_quantizer is not None
         quantizer = self._weight_quantizer
         assert quantizer is not None
         known = None if is_compiling() else quantizer.scope.weights.get(self)
-        if known is not None and by_codes == self.passes_gradient_of_codes and known.is_of(self.weight):
+        if known is not None and known.is_of(self.weight):
             return cast(RoundedWeight, known)
         step_x, found = self._input_quantizer.range_of(x).step, quantizer.range_of(self.weight)
-        codes, _ = quantizer.codes(self.weight, step_x / found.step if by_codes else step_x)
+        codes, _ = quantizer.codes(self.weight, step_x)
         step_w = self.per_output(found.step)
         bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
         return RoundedWeight(codes, None, step_w, step_x * step_w, bias)
@@ -258,10 +229,10 @@ class QuantizedConvolution(nn.Module):
         assert self._weight_quantizer is not None
         return cast(T, self._weight_quantizer.scope.keep((self, what), make, state))
 
-    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
         """Exact sums of products of codes, see `exact_sum`; `x_codes` are those of `x`, in either form."""
         return exact_sum(
-            *(x_codes.float(), weight.codes, *self._formats(), convolve),
+            *(x_codes.float(), weight.codes, *self._formats(), convolution.of_codes),
             *(self.axes._replace(groups=self.groups), weight.bias.codes, weight.known, x.are_signed),
         )
 

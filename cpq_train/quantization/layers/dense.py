@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
+from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics import blocks, int8_kernel
 from cpq_train.quantization.numerics.coded import Coded
-from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
-from cpq_train.quantization.numerics.exact_sum import (
-    EXACT_LIMIT,
-    Axes,
-    Convolve,
-    Sums,
-    add_bias_codes,
-    are_exact,
-    largest_sum,
-)
+from cpq_train.quantization.numerics.dense_convolution import DenseConvolution, Gradients
+from cpq_train.quantization.numerics.exact_sum import Axes, Sums, add_bias_codes, are_exact, largest_sum
+from cpq_train.quantization.numerics.formats import EXACT_LIMIT
 from cpq_train.quantization.numerics.int8_kernel import Geometry
 
 
 class _QuantizedDenseConvolution(QuantizedConvolution):
     """The dense convolutions: (B, C, ...) -> (B, C', ...), with or without B."""
-
-    passes_gradient_of_codes = False
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C', ...)."""
@@ -36,29 +29,33 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         layer = cast(_ConvNd, self)
         return self.quantized(input, DenseConvolution.of(layer, layer.output_padding))
 
-    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
-        assert isinstance(convolve, DenseConvolution)
+    def _integer(self, x: Tensor, convolution: Convolution) -> Tensor:
         if x.dim() < self.weight.dim():  # not in the node: its output must not be a view
-            return self._as_one_node(x.unsqueeze(0), convolve, convolve).squeeze(0)
-        return self._as_one_node(x, convolve, convolve)
+            return super()._integer(x.unsqueeze(0), convolution).squeeze(0)
+        return super()._integer(x, convolution)
 
-    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
-        assert isinstance(convolve, DenseConvolution)
-        if not convolve.more_behind:
-            sums = self._sum_of_bytes(x_codes, weight.codes, convolve.geometry, weight.bias.codes)
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
+        assert isinstance(convolution, DenseConvolution)
+        if not convolution.more_behind:
+            sums = self._sum_of_bytes(x, x_codes, weight, convolution.geometry)
             if sums is not None:
-                return Sums(sums)
-        return super()._sums(x, x_codes, weight, convolve)
+                return sums
+        return super()._sums(x, x_codes, weight, convolution)
 
     def _sum_of_bytes(
-        self, x_codes: Tensor, w_codes: Tensor, geometry: Geometry, bias_codes: Tensor | None
-    ) -> Tensor | None:
-        """By the 8-bit kernel; None where it does not take the sum, or rounds it before the bias is added."""
+        self, x: Coded, x_codes: Tensor, rounded: RoundedWeight, geometry: Geometry
+    ) -> Sums | None:
+        """By an 8-bit kernel; None where it does not take the sum, or rounds it before the bias is added."""
         x_format, w_format = self._formats()
+        w_codes, bias_codes = rounded.codes, rounded.bias.codes
         largest = x_format.qmax, w_format.largest_magnitude
         weight, block = w_codes, w_codes.shape[2:] if blocks.are_apart(geometry, w_codes) else None
         if block is not None:
-            weight, geometry = blocks.pixel_weight(w_codes), blocks.OF_A_PIXEL
+            weight, geometry = blocks.pixel_weight(w_codes), int8_kernel.OF_A_PIXEL
+        largest_x = x_format.largest_magnitude if x.are_signed else x_format.qmax
+        if int8_kernel.takes_pixels(x_codes, weight, largest_x, largest[1], geometry):
+            sums = int8_kernel.product_of_pixels(x_codes, weight)
+            return Sums(sums if block is None else blocks.spread(sums, *block), bias_codes)
         if not int8_kernel.takes(x_codes, weight, *largest, geometry):
             return None
         bound = self._made_of_weight("bound", lambda: largest_sum(w_codes, *largest, self.axes))
@@ -72,8 +69,8 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         if block is not None:
             sums = blocks.spread(sums, *block)
         if bias_codes is None or in_kernel is not None:
-            return sums
-        return add_bias_codes(sums, bias_codes, self.axes) if are_exact(sums) else None
+            return Sums(sums)
+        return Sums(add_bias_codes(sums, bias_codes, self.axes)) if are_exact(sums) else None
 
 
 class QuantConv1d(_QuantizedDenseConvolution, nn.Conv1d):
@@ -112,14 +109,44 @@ class QuantConvTranspose2d(_QuantizedDenseConvolution, nn.ConvTranspose2d):
         return self.quantized(input, DenseConvolution.of(self, tuple(output_padding)))
 
 
+class _Product:
+    """What Linear computes: a convolution of one cell."""
+
+    kept = ()
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        return functional.linear(x, weight)
+
+    of_codes = __call__
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        num_biases: list[int] | None,
+        needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+    ) -> Gradients:
+        """In fp32, whatever the type: see `integer_convolution.Convolution`."""
+        grads, inputs = grad.reshape(-1, grad.shape[-1]), x.float().reshape(-1, x.shape[-1])
+        return grad @ weight, grads.T @ inputs, grads.sum(0)
+
+
 class QuantLinear(QuantizedConvolution, nn.Linear):
     """Linear with a quantized weight (axis 0) and input."""
 
     kind = "Linear"
     axes = Axes(output=0, input=1, feature=-1)
 
+    @property
+    def out_channels(self) -> int:  # type: ignore[override]
+        """As a convolution has them."""
+        return self.out_features
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
         if not self.rounds(input):
             return nn.Linear.forward(self, input)
-        return self.quantized(input, functional.linear)
+        return self.quantized(input, _Product())

@@ -27,6 +27,12 @@ from cpq_train.quantization.numerics.one_pass import scale_
 class Convolution(Protocol):
     """What a layer's convolution has to do for backward."""
 
+    def __call__(self, x: Tensor, weight: Tensor, /) -> Tensor:
+        """Of features with a weight, without a bias; linear in both, and differentiable."""
+
+    def of_codes(self, x: Tensor, weight: Tensor, /) -> Tensor:
+        """The same of codes whose sums fp32 holds, exact, without a gradient."""
+
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """What it needs for that, beside what it is given."""

@@ -24,7 +24,7 @@ from cpq_train.common.late import Mailbox
 from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
 from cpq_train.quantization.numerics.biases import Bias, as_deployed, bias_codes
 from cpq_train.quantization.numerics.exact_sum import LargestSums
-from cpq_train.quantization.numerics.fake_quant import log_range_divisor
+from cpq_train.quantization.numerics.formats import log_range_divisor
 from cpq_train.quantization.numerics.one_pass import Array
 from cpq_train.quantization.numerics.rows import RowRanges, Rows, learn_rows, pass_rows, round_rows
 from cpq_train.quantization.quantizer import Quantizer
@@ -174,11 +174,10 @@ class WeightTable:
         self._layers = [layer for members in of_part.values() for layer in members]
         self._channels = [layer.out_channels for layer in self._layers]
         rows = [layer.weight.shape[layer.axes.output] for layer in self._layers]
-        self._row_weight, self._row_input = self._places(rows, _weight_quantizer), self._places(rows, _input)
-        self._channel_weight = self._places(self._channels, _weight_quantizer)
-        self._channel_input = self._places(self._channels, _input)
-        by_codes = torch.tensor([layer.passes_gradient_of_codes for layer in self._layers])
-        self._is_by_codes = by_codes.repeat_interleave(torch.tensor(rows)).to(ranges.device)
+        self._row_weight = self._places(rows, _weight_quantizer)
+        steps = [(rows, _input), (self._channels, _weight_quantizer), (self._channels, _input)]
+        self._steps = torch.cat([self._places(lengths, quantizer_of) for lengths, quantizer_of in steps])
+        self._num_steps = [sum(lengths) for lengths, _ in steps]
         self._parts: list[_Part] = []
         for members in of_part.values():
             self._parts.append(_part(members, sum(len(part.divisor) for part in self._parts), ranges.device))
@@ -207,15 +206,15 @@ class WeightTable:
         self._mailbox.receive()
         is_late = not are_numbers_at_hand(self._ranges.device)
         ranges = RowRanges(*(t[self._row_weight] for t in (flat.amax, flat.scale, flat.step)))
-        factor = flat.step[self._row_input]
-        if any(layer.passes_gradient_of_codes for layer in self._layers):
-            factor = torch.where(self._is_by_codes, factor / ranges.step, factor)
+        factor, step_w, step_x = flat.step[self._steps].split(self._num_steps)
         made = [self._round_part(part, ranges, factor, is_late) for part in self._parts]
         codes = [one for of_part, _ in made for one in of_part]
         values = [one for _, of_part in made for one in of_part]
-        steps = flat.step[self._channel_weight]
-        units = (flat.step[self._channel_input] * steps).split(self._channels)
-        by_layer = zip(codes, values, steps.split(self._channels), units, self._biases(units), strict=True)
+        unit = step_x * step_w
+        units = unit.split(self._channels)
+        by_layer = zip(
+            codes, values, step_w.split(self._channels), units, self._biases(unit, units), strict=True
+        )
         return {
             layer: RoundedWeight(*of_layer, self._known.get(layer), layer.weight, version_of(layer.weight))
             for layer, of_layer in zip(self._layers, by_layer, strict=True)
@@ -236,16 +235,19 @@ class WeightTable:
             self._mailbox.send(sums, lambda sums: self._learn_sums(part, sums))
         return codes, [place.part_of(values) if has_values else None for place in part.places]
 
-    def _biases(self, units: Sequence[Tensor]) -> list[Bias]:
+    def _biases(self, unit: Tensor, units: Sequence[Tensor]) -> list[Bias]:
         """What `as_deployed` makes of the biases, those that become codes together."""
         pairs = list(zip(self._layers, units, strict=True))
         coded = [(x, unit) for x, unit in pairs if x.bias_kind == "accumulator" and x.bias is not None]
         if not coded:
             return [as_deployed(layer.bias, layer.bias_kind, unit) for layer, unit in pairs]
-        joined = bias_codes(torch.cat([x.bias for x, _ in coded]), torch.cat([unit for _, unit in coded]))
+        unit = unit if len(coded) == len(pairs) else torch.cat([u for _, u in coded])
+        joined = bias_codes(torch.cat([x.bias for x, _ in coded]), unit)
         parts = dict(zip((x for x, _ in coded), joined.split([len(u) for _, u in coded]), strict=True))
         return [
-            Bias(layer.bias, parts[layer]) if layer in parts else as_deployed(layer.bias, layer.bias_kind, unit)
+            Bias(layer.bias, parts[layer])
+            if layer in parts
+            else as_deployed(layer.bias, layer.bias_kind, unit)
             for layer, unit in pairs
         ]
 
@@ -277,11 +279,7 @@ def takes_part(layer: Any) -> bool:
 def _key(layers: Mapping[str, QuantizedConvolution]) -> list[Any]:
     """What the places of weights follow from."""
     return [
-        (
-            *(layer, layer.weight.stride(), _input(layer), _weight_quantizer(layer)),
-            layer.passes_gradient_of_codes,
-        )
-        for layer in layers.values()
+        (layer, layer.weight.stride(), _input(layer), _weight_quantizer(layer)) for layer in layers.values()
     ]
 
 

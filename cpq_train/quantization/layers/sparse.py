@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from cpq_train.common.kernels import HAS_VNNI, are_on
+from cpq_train.common.kernels import HAS_VNNI
 from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
+from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.dense_convolution import Gradients
-from cpq_train.quantization.numerics.exact_sum import Axes, Convolve, Sums
+from cpq_train.quantization.numerics.exact_sum import Axes, Sums
 from cpq_train.quantization.numerics.one_pass import rounded
-from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d
+from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d, codes
 from cpq_train.sparse.rulebook import Rulebook, lists_of
 
 if TYPE_CHECKING:
     from cpq_train.sparse.kernels.convolutions import PairLists
 
 
-@dataclass(frozen=True)
+@dataclass
 class _AtVoxels:
     """The convolution of a sparse layer at the voxels of one input.
 
@@ -30,16 +31,26 @@ class _AtVoxels:
         layer: The layer.
         x: The input.
         rulebook: Found once, so that the parts of a split sum share it without an indice key too.
+        state: What spconv's kernels need for backward of their last pass.
     """
 
     layer: _QuantizedSparseConvolution
     x: SparseConvTensor
     rulebook: Rulebook | None
+    state: Any = None
 
     def __call__(self, features: Tensor, weight: Tensor) -> Tensor:
         """(V, C) -> (V', C')."""
         x = self.x.replace_feature(features)
         return cast(Tensor, self.layer.convolve(x, weight, self.rulebook).features)
+
+    def of_codes(self, features: Tensor, weight: Tensor) -> Tensor:
+        """The same of codes, without a gradient."""
+        if self.rulebook is None or self.lists is not None or features.dtype != torch.float32:
+            return self(features, weight)
+        parts = features.contiguous(), weight.contiguous()
+        sums, self.state = codes.convolve(*parts, self.rulebook, self.layer.inverse)
+        return sums
 
     @property
     def lists(self) -> PairLists | None:
@@ -60,15 +71,21 @@ class _AtVoxels:
         needed: tuple[bool, bool, bool],
         dtype: torch.dtype,
     ) -> Gradients:
-        """By our kernels, always in fp32: see `integer_convolution.Convolution`."""
-        from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
-
-        lists = self.lists
-        assert lists is not None
+        """In fp32, whatever the type: see `integer_convolution.Convolution`."""
         needs_x, needs_w, needs_bias = needed
-        grad_x = convolutions.input_gradient(grad, weight, lists) if needs_x else None
-        grad_w = convolutions.weight_gradient(x.float(), grad, lists).view_as(weight) if needs_w else None
-        return grad_x, grad_w, grad.sum(0) if needs_bias else None
+        grad_bias = grad.sum(0) if needs_bias else None
+        if (lists := self.lists) is not None:
+            from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
+
+            grad_x = convolutions.input_gradient(grad, weight, lists) if needs_x else None
+            grad_w = convolutions.weight_gradient(x.float(), grad, lists).view_as(weight) if needs_w else None
+        elif self.rulebook is None:  # each voxel meets itself
+            matrix = weight.flatten(1)
+            grad_x, grad_w = grad @ matrix, (grad.T @ x.float()).view_as(weight)
+        else:
+            tensors = grad, x.float(), weight
+            grad_x, grad_w = codes.gradients(*tensors, self.rulebook, self.layer.inverse, self.state)
+        return grad_x, grad_w, grad_bias
 
 
 class _QuantizedSparseConvolution(QuantizedConvolution):
@@ -81,11 +98,6 @@ class _QuantizedSparseConvolution(QuantizedConvolution):
     place: Callable[..., SparseConvTensor]
     find_rulebook: Callable[[SparseConvTensor], Rulebook | None]
 
-    @property
-    def passes_gradient_of_codes(self) -> bool:  # type: ignore[override]
-        """Not where our kernels compute."""
-        return self.weight.is_cuda or not are_on()
-
     def forward(self, input: SparseConvTensor) -> SparseConvTensor:
         """Sparse tensor in, sparse tensor out."""
         if not self.rounds(input.features):
@@ -94,17 +106,11 @@ class _QuantizedSparseConvolution(QuantizedConvolution):
         features = self.quantized(input.features, at_voxels)
         return self.place(input, features, at_voxels.rulebook)
 
-    def _integer(self, x: Tensor, convolve: Convolve) -> Tensor:
-        assert isinstance(convolve, _AtVoxels)
-        if convolve.lists is None:
-            return super()._integer(x, convolve)
-        return self._as_one_node(x, convolve, convolve)
-
-    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
-        assert isinstance(convolve, _AtVoxels)
-        lists = convolve.lists
+    def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
+        assert isinstance(convolution, _AtVoxels)
+        lists = convolution.lists
         if lists is None or x_codes.dtype != torch.uint8 or not self._fits_kernel(weight.codes):
-            return super()._sums(x, x_codes, weight, convolve)
+            return super()._sums(x, x_codes, weight, convolution)
         from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second
 
         packed = self._made_of_weight("packed", lambda: convolutions.packed(weight.codes))

@@ -1,8 +1,8 @@
 """Transposed convolutions whose blocks do not overlap, as convolutions of one pixel.
 
 With a stride as large as the kernel every input pixel makes a block of the output of its own: a matrix
-product of its channels, whose result is spread over the block. PyTorch has one way for all, which is that of
-blocks that overlap.
+product of its channels, whose result is spread over the block. On the CPU PyTorch has one way for all, which
+is that of blocks that overlap; a GPU's libraries know better.
 
 Letters: B batch, C C' input and output channels, H W rows and columns, K L those of a block.
 """
@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.quantization.numerics.int8_kernel import Geometry
-
-OF_A_PIXEL = Geometry((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
 
 def are_apart(geometry: Geometry, weight: Tensor) -> bool:
-    """Whether a convolution of a weight (C, C', K, L) is such a one."""
+    """Whether a convolution of a weight (C, C', K, L) is such a one, on the CPU."""
     stride = tuple(weight.shape[2:])
-    return weight.dim() == 4 and geometry == Geometry(stride, (0, 0), (1, 1), True, (0, 0), 1)
+    is_here = are_numbers_at_hand(weight.device)
+    return is_here and weight.dim() == 4 and geometry == Geometry(stride, (0, 0), (1, 1), True, (0, 0), 1)
 
 
 def pixel_weight(weight: Tensor) -> Tensor:

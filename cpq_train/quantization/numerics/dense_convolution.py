@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpq_train.quantization.numerics import blocks
-from cpq_train.quantization.numerics.int8_kernel import Geometry
+from cpq_train.quantization.numerics.int8_kernel import OF_A_PIXEL, Geometry
+from cpq_train.quantization.numerics.tensor_cores import exactly
 
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -51,6 +52,10 @@ class DenseConvolution:
             return self(x.unsqueeze(0), weight).squeeze(0)
         return torch.convolution(self._padded(x), weight, None, *self.geometry)
 
+    def of_codes(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same of codes whose sums fp32 holds, exact, without a gradient."""
+        return exactly(self, x, weight, self)
+
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """Tensors that `gradients` needs beside what it is given: none."""
@@ -72,7 +77,7 @@ class DenseConvolution:
         are_apart = blocks.are_apart(self.geometry, weight)
         geometry, shape = self.geometry, weight.shape
         if are_apart:
-            geometry, weight = blocks.OF_A_PIXEL, blocks.pixel_weight(weight)
+            geometry, weight = OF_A_PIXEL, blocks.pixel_weight(weight)
             grad = blocks.gathered(grad, *shape[2:])
             num_biases = None if num_biases is None else [len(weight)]
         tensors = (tensor.to(dtype) for tensor in (grad, self._padded(x), weight))

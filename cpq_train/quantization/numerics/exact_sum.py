@@ -21,11 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cpq_train.common.kernels import are_numbers_at_hand
-from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.formats import EXACT_LIMIT, IntegerFormat
 from cpq_train.quantization.numerics.one_pass import in_memory_order
-
-EXACT_LIMIT = 2.0**24
-"""fp32 holds every whole number up to here."""
 
 HEADROOM = 1 / 8
 """Share of the limit that is left free where codes are those of a step before: AdamW moves a weight by about

@@ -12,8 +12,7 @@ The straight-through gradient passes where |x| <= amax. Backward needs only the 
 saved.
 
 A quantized layer works on the codes and scales its sum afterwards (`layers/`); the gradient of a code is
-then, by convention, the gradient of the *value* it stands for. That spares a pass over every activation:
-`rescale` and `codes` agree on it.
+then, by convention, the gradient of the *value* it stands for. That spares a pass over every activation.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch.autograd import Function
 from cpq_train.quantization.numerics import one_pass
 from cpq_train.quantization.numerics.device import eager
 from cpq_train.quantization.numerics.device.operators import operators
-from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat, log_range_divisor
 
 SMALLEST_AMAX = 2.0**-24
 """At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's
@@ -109,11 +108,6 @@ def log_range_gradient(
     return error.sum_to_size(amax.shape) / log_range_divisor(x.numel(), amax.numel(), fmt)
 
 
-def log_range_divisor(num_numbers: int, num_ranges: int, fmt: NumberFormat) -> float:
-    """What LSQ divides the gradient of a range by: sqrt(N * qmax), N being the numbers that share it."""
-    return math.sqrt(max(num_numbers // num_ranges, 1) * fmt.qmax)
-
-
 def _next_float32(value: float) -> float:
     return float(np.nextafter(np.float32(value), np.float32(math.inf)))
 
@@ -175,31 +169,19 @@ def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of log(amax), from that of the values."""
     x, amax, scale = ctx.saved_tensors
     how: _How = ctx.how
-    step = step_of(amax, how.fmt) if how.step is None and ctx.needs_input_grad[1] else how.step
-    if amax.numel() == 1 and isinstance(how.fmt, IntegerFormat) and one_pass.is_fit(x, grad):
-        if one_pass.are_operators_for(x):
-            return _by_operators(ctx.needs_input_grad[1], grad, x, amax, scale, step, how.fmt)
-    grad_log = None
+    step = None
     if ctx.needs_input_grad[1]:
-        codes = round_to_codes(x, scale, how.fmt)
-        grad_log = log_range_gradient(grad, x, codes, amax, cast(Tensor, step), how.fmt)
+        step = step_of(amax, how.fmt) if how.step is None else how.step
+    is_plain = amax.numel() == 1 and isinstance(how.fmt, IntegerFormat)
+    if is_plain and one_pass.is_fit(x, grad) and one_pass.are_operators_for(x):
+        if step is None:
+            return operators.pass_inside(grad, x, amax), None
+        by = one_pass.Scalars(scale, step, amax, cast(IntegerFormat, how.fmt))
+        return one_pass.learned(grad, x, by, is_rectified=False)
+    grad_log = None
+    if step is not None:
+        grad_log = log_range_gradient(grad, x, round_to_codes(x, scale, how.fmt), amax, step, how.fmt)
     return pass_inside(grad, x, amax if how.window is None else how.window), grad_log
-
-
-def _by_operators(
-    is_learned: bool,
-    grad: Tensor,
-    x: Tensor,
-    amax: Tensor,
-    scale: Tensor,
-    step: Tensor | None,
-    fmt: IntegerFormat,
-) -> tuple[Tensor, Tensor | None]:
-    if not is_learned:
-        return operators.pass_inside(grad, x, amax), None
-    bounds = float(fmt.qmin), float(fmt.qmax), log_range_divisor(x.numel(), 1, fmt)
-    passed, grad_log = operators.learn(grad, x, scale, step, amax, *bounds)
-    return passed, grad_log.view_as(amax)
 
 
 def fake_quantize(
@@ -244,8 +226,7 @@ def codes(
         amax: Broadcastable to `x`, >= 0.
         fmt: The integers to use.
         window: See `fake_quantize`.
-        grad_factor: Multiplies the incoming gradient (broadcastable to `x`); `rescale` says what the weights
-            need.
+        grad_factor: Multiplies the incoming gradient (broadcastable to `x`).
         scale: See `fake_quantize`.
         log_amax: See `fake_quantize`.
 
@@ -272,63 +253,6 @@ def source_of(
     Arguments are those of `fake_quantize`, and the value of code 1; x is fp32.
     """
     return cast(Tensor, _Source.apply(x, log_amax, amax, scale, _How(fmt, window, step=step)))
-
-
-class _Rescale(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        acc: Tensor,
-        unit: Tensor,
-        step_w: Tensor,
-        bias: Tensor | None,
-        channel_dim: int,
-        is_in_sum: bool,
-        bias_codes: Tensor | None,
-    ) -> Tensor:
-        shape = [1] * acc.dim()
-        shape[channel_dim] = -1
-        ctx.channel_dim = channel_dim % acc.dim()
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(step_w.reshape(shape))
-        ctx.mark_dirty(acc)
-        return one_pass.scale_(acc, unit, None if is_in_sum else bias, channel_dim, bias_codes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (step_w,) = ctx.saved_tensors
-        bias_grad = None
-        if ctx.has_bias and ctx.needs_input_grad[3]:
-            others = [d for d in range(grad.dim()) if d != ctx.channel_dim]
-            bias_grad = grad.sum(others) if others else grad  # over no axis torch sums over all
-        return grad * step_w, None, None, bias_grad, None, None, None
-
-
-def rescale(
-    acc: Tensor,
-    unit: Tensor,
-    step_w: Tensor,
-    bias: Tensor | None,
-    channel_dim: int = 1,
-    is_in_sum: bool = False,
-    bias_codes: Tensor | None = None,
-) -> Tensor:
-    """Sum of products of codes -> float: `y = (acc + bias_codes) * unit + bias`, a rounding each, in place.
-
-    The gradient handed down is `grad * step_w`. Through the convolution with the weight codes it becomes the
-    gradient of the input's value (the sum of grad * step_w * code_w); for the weights it becomes `step_w /
-    step_x` times the gradient of their value, which `codes` mends with `grad_factor = step_x / step_w`.
-
-    Args:
-        acc: Sums of products of codes, channels at `channel_dim`; overwritten.
-        unit: Value of 1 in them, step_x * step_w, one per channel or a scalar.
-        step_w: Value of one step of the weight, one per channel or a scalar, any shape.
-        bias: One per channel, or None.
-        channel_dim: Where `acc` has its channels.
-        is_in_sum: Whether codes stand for the bias (`biases.py`); it still gets its gradient.
-        bias_codes: One per channel, where `acc` has not got them yet.
-    """
-    return cast(Tensor, _Rescale.apply(acc, unit, step_w, bias, channel_dim, is_in_sum, bias_codes))
 
 
 class _AddCodes(Function):

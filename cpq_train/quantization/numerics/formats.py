@@ -5,11 +5,15 @@ A format rounds a tensor that was scaled so that amax lies on its largest number
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+EXACT_LIMIT = 2.0**24
+"""fp32 holds every whole number up to here."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,8 @@ class Float8Format:
 
 
 NumberFormat: TypeAlias = IntegerFormat | Float8Format
+
+
+def log_range_divisor(num_numbers: int, num_ranges: int, fmt: NumberFormat) -> float:
+    """What LSQ divides the gradient of a range by: sqrt(N * qmax), N being the numbers that share it."""
+    return math.sqrt(max(num_numbers // num_ranges, 1) * fmt.qmax)

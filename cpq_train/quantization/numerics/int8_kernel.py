@@ -1,7 +1,8 @@
-"""oneDNN's 8-bit convolution, which is in PyTorch's own CPU builds, for sums of products of codes.
+"""Kernels of PyTorch's that multiply codes of 8 bits, for sums of products of codes.
 
-It adds u8 x s8 products in 32-bit integers and rounds the sum to fp32 once: the same number as any other
-exact way, several times faster than fp32 products where the CPU has VNNI instructions.
+They add in 32-bit integers, and the sum is rounded to fp32 once: the same number as any other exact way. On
+the CPU it is oneDNN's convolution (u8 x s8), which is in PyTorch's own builds, several times faster than fp32
+products where the processor has VNNI instructions; on a GPU the matrix product, for convolutions of a pixel.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from cpq_train.common.kernels import HAS_VNNI, are_reference
+from cpq_train.common.kernels import HAS_VNNI, are_numbers_at_hand, are_reference
+from cpq_train.quantization.numerics.formats import EXACT_LIMIT
 
 LARGEST_CODE = 127
 """Of the input. With 8 full bits, pairs of products would saturate on CPUs without VNNI."""
@@ -63,6 +65,39 @@ def takes(x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geom
         and x_codes.numel() > 0
         and (x_codes.dtype == torch.uint8 or float(x_codes.amin()) >= 0)
     )
+
+
+OF_A_PIXEL = Geometry((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+"""A matrix product of the channels of each pixel."""
+
+
+def takes_pixels(
+    x_codes: Tensor, w_codes: Tensor, largest_x: int, largest_w: int, geometry: Geometry
+) -> bool:
+    """Whether `product_of_pixels` computes this sum on a GPU; arguments as of `takes`.
+
+    Sizes are what `torch._int_mm` demands there.
+    """
+    num_pixels = x_codes.numel() // max(x_codes.shape[1], 1)
+    return (
+        not are_numbers_at_hand(x_codes.device)
+        and not torch.compiler.is_compiling()
+        and geometry == OF_A_PIXEL
+        and w_codes.shape[2:].numel() == 1
+        and x_codes.dim() == 4
+        and num_pixels > 16
+        and all(size % 8 == 0 for size in w_codes.shape[:2])
+        and max(largest_x, largest_w) <= 128
+        and w_codes.shape[1] * largest_x * largest_w < EXACT_LIMIT
+    )
+
+
+def product_of_pixels(x_codes: Tensor, w_codes: Tensor) -> Tensor:
+    """(B, C, H, W) codes and (C', C, 1, 1) codes, all of at most 8 bits -> fp32 sums (B, C', H, W)."""
+    batch, channels, height, width = x_codes.shape
+    rows = x_codes.permute(0, 2, 3, 1).reshape(-1, channels).to(torch.int8)
+    sums = torch._int_mm(rows, w_codes.flatten(1).to(torch.int8).t())
+    return sums.float().view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class Packed(NamedTuple):

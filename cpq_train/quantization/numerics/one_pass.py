@@ -20,7 +20,7 @@ from cpq_train.common.kernels import are_numbers_at_hand, are_on
 from cpq_train.common.threads import share_out
 from cpq_train.quantization.numerics.device import eager
 from cpq_train.quantization.numerics.device.operators import operators
-from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat, log_range_divisor
 
 Array: TypeAlias = NDArray[Any]
 
@@ -36,12 +36,14 @@ class Scalars(NamedTuple):
         step: Value of code 1.
         amax: Largest magnitude inside.
         fmt: The integers in use.
+        log_amax: What amax follows from, where it is learned, which loops do not do.
     """
 
     scale: Tensor
     step: Tensor
     amax: Tensor
     fmt: IntegerFormat
+    log_amax: Tensor | None = None
 
     @property
     def on_host(self) -> tuple[np.float32, ...]:
@@ -99,20 +101,29 @@ class Rectified(NamedTuple):
     mask: Tensor | None
 
 
-def rectified(x: Tensor, by: Scalars, has_gradient: bool) -> Rectified | None:
+def rectified(x: Tensor, by: Scalars, has_mask: bool) -> Rectified | None:
     """ReLU and codes of a tensor that is fit; None if one of its elements is NaN, which a byte cannot be."""
     if are_operators_for(x):
         scale, _, amax, _, largest = by.on_device
-        values, codes, mask = operators.rectify(x, scale, amax, largest, has_gradient)
-        return Rectified(values, codes, mask if has_gradient else None)
+        values, codes, mask = operators.rectify(x, scale, amax, largest, has_mask)
+        return Rectified(values, codes, mask if has_mask else None)
     values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
-    mask = torch.empty_like(codes) if has_gradient else None
+    mask = torch.empty_like(codes) if has_mask else None
     scale, _, amax, _, largest = by.on_host
     is_whole = _each(
         lambda x, y, codes, mask: _loops().encode_relu(x, scale, largest, amax, y, codes, mask),
         *(x, values, codes, mask),
     )
     return Rectified(values, codes, mask) if is_whole else None
+
+
+def learned(grad: Tensor, x: Tensor, by: Scalars, is_rectified: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of log(amax) from that of its values; see `device.eager.learn`."""
+    if grad.stride() != x.stride() or grad.dtype != torch.float32:
+        grad = torch.empty_like(x).copy_(grad)
+    divisor = log_range_divisor(x.numel(), 1, by.fmt)
+    passed, of_log = operators.learn(grad, x, *by.on_device, divisor, is_rectified)
+    return passed, of_log.view_as(by.amax)
 
 
 def passed(grad: Tensor, mask: Tensor, bits: np.uint8) -> Tensor:

@@ -81,11 +81,11 @@ def pass_rows(grad: Tensor, flat: Tensor, rows: Rows, factor: Tensor, amax: Tens
     from cpq_train.quantization.numerics import loops  # Numba, whose import takes a second
 
     out = torch.empty_like(grad)
-    starts, *by_row = _arrays(rows.starts, factor, amax)
+    starts, factors, limits = _arrays(rows.starts, factor, amax)
     grads, numbers, passed = _arrays(grad, flat, out)
 
     def work(a: int, b: int) -> None:
-        loops.pass_rows(grads, numbers, starts[a : b + 1], *(array[a:b] for array in by_row), passed)
+        loops.pass_rows(grads, numbers, starts[a : b + 1], factors[a:b], limits[a:b], passed)
 
     share_out(work, len(amax))
     return out
@@ -96,9 +96,7 @@ def learn_rows(
 ) -> tuple[Tensor, Tensor]:
     """See `device.eager.learn_rows`."""
     by_row = factor, *ranges, rows.smallest, rows.largest
-    return cast(
-        tuple[Tensor, Tensor], operators.learn_rows(grad, flat, rows.starts, rows.longest, *by_row)
-    )
+    return cast(tuple[Tensor, Tensor], operators.learn_rows(grad, flat, rows.starts, rows.longest, *by_row))
 
 
 def _arrays(*tensors: Tensor) -> tuple[Array, ...]:

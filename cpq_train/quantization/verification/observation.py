@@ -17,8 +17,9 @@ from cpq_train.common.errors import UserError
 from cpq_train.quantization import reference
 from cpq_train.quantization.layers import QuantAdd, QuantLinear
 from cpq_train.quantization.layers.convolution import RoundedWeight
+from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics.coded import Coded
-from cpq_train.quantization.numerics.exact_sum import Convolve, Sums
+from cpq_train.quantization.numerics.exact_sum import Sums
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.switches import QuantizedLayer, evaluating
 from cpq_train.sparse import SparseConvTensor
@@ -83,8 +84,8 @@ def _tap_sums(layer: Any, tap: list[Tensor]) -> None:
     """Keep what enters and leaves the layer's sum, which is the last point where both are whole numbers."""
     exact_sums = layer._sums
 
-    def tapped(x: Coded, x_codes: Tensor, weight: RoundedWeight, convolve: Convolve) -> Sums:
-        sums: Sums = exact_sums(x, x_codes, weight, convolve)
+    def tapped(x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
+        sums: Sums = exact_sums(x, x_codes, weight, convolution)
         # Bytes would wrap around where codes are subtracted; the others are scaled in place afterwards.
         tap[:] = [x_codes.float(), weight.codes.clone(), sums.total(layer.axes)]
         return sums

@@ -7,6 +7,9 @@ Letters: N numbers, R rows.
 
 from __future__ import annotations
 
+from typing import cast
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +41,20 @@ def pass_masked(grad: Tensor, mask: Tensor, bits: int) -> Tensor:
 def pass_inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
     """The gradient where |x| <= amax, 0 elsewhere."""
     # By the sign of a difference: comparing, and choosing by a mask, are far slower on a CPU.
-    return torch.ops.aten.threshold_backward(grad, amax - x.abs(), -SMALLEST_NORMAL)
+    return cast(Tensor, torch.ops.aten.threshold_backward(grad, amax - x.abs(), -SMALLEST_NORMAL))
 
 
 def learn(
     grad: Tensor, x: Tensor, scale: Tensor, step: Tensor, amax: Tensor, smallest: float, largest: float,
-    divisor: float,
+    divisor: float, is_rectified: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`pass_inside`, and `fake_quant.log_range_gradient`, whose sum is divided by `divisor`."""
+    """`pass_inside`, and `fake_quant.log_range_gradient`, whose sum is divided by `divisor`.
+
+    If x is what a ReLU gave, the gradient is passed on through it.
+    """
     error = encode(x, scale, smallest, largest).mul_(step).sub_(pass_inside(x, x, amax)).mul_(grad)
-    return pass_inside(grad, x, amax), error.sum() / divisor
+    passed = pass_inside(grad, x, amax)
+    return torch.ops.aten.threshold_backward(passed, x, 0) if is_rectified else passed, error.sum() / divisor
 
 
 def add_rounded(
@@ -71,8 +78,8 @@ def scale_rows_(sums: Tensor, unit: Tensor, before: Tensor | None, behind: Tenso
 
 
 def round_rows(
-    flat: Tensor, starts: Tensor, longest: int, scale: Tensor, step: Tensor, smallest: Tensor, largest: Tensor,
-    has_values: bool, has_sums: bool,
+    flat: Tensor, starts: Tensor, longest: int, scale: Tensor, step: Tensor, smallest: Tensor,
+    largest: Tensor, has_values: bool, has_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Codes (N,) of rows that lie one behind the other, their values, and the sums of codes by sign.
 
@@ -123,7 +130,7 @@ def _row_of_each(starts: Tensor, length: int) -> Tensor:
     return torch.repeat_interleave(starts.diff(), output_size=length)
 
 
-def _mask(is_set: Tensor, bit: int) -> Tensor:
+def _mask(is_set: Tensor, bit: np.uint8) -> Tensor:
     return is_set.to(torch.uint8).mul_(int(bit))
 
 

@@ -24,7 +24,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor)",
     "pass_masked": "(Tensor grad, Tensor mask, int bits) -> Tensor",
     "pass_inside": "(Tensor grad, Tensor x, Tensor amax) -> Tensor",
-    "learn": f"(Tensor grad, Tensor x, {_RANGE}, float divisor) -> (Tensor, Tensor)",
+    "learn": f"(Tensor grad, Tensor x, {_RANGE}, float divisor, bool is_rectified) -> (Tensor, Tensor)",
     "add_rounded": f"(Tensor a, {_RANGE}, Tensor codes_b, Tensor step_b, bool has_gradient)"
     " -> (Tensor, Tensor)",
     "scale_rows_": "(Tensor(a!) sums, Tensor unit, Tensor? before, Tensor? behind, int axis) -> ()",

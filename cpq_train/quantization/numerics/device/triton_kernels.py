@@ -72,14 +72,17 @@ def _pass_inside(grad, x, amax, out, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _learn(
-    grad, x, scale, step, amax, out, parts, smallest, largest, length, BLOCK: tl.constexpr
-):
+    grad, x, scale, step, amax, out, parts, smallest, largest, length,
+    IS_RECTIFIED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = i < length
     given, by = tl.load(x + i, is_there, 0.0), tl.load(grad + i, is_there, 0.0)
     is_outside = tl.abs(given) > tl.load(amax)
     value = _round(given, tl.load(scale), smallest, largest) * tl.load(step)
     error = (value - tl.where(is_outside, 0.0, given)) * by
+    if IS_RECTIFIED:
+        is_outside = is_outside | (given <= 0)
     tl.store(out + i, tl.where(is_outside, 0.0, by), is_there)
     tl.store(parts + tl.program_id(0), tl.sum(tl.where(is_there, error, 0.0)))
 
@@ -202,12 +205,12 @@ def pass_inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
 
 def learn(
     grad: Tensor, x: Tensor, scale: Tensor, step: Tensor, amax: Tensor, smallest: float, largest: float,
-    divisor: float,
+    divisor: float, is_rectified: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grid, out = _grid(x), torch.empty_like(grad)
     parts = grad.new_empty(grid)
     arguments = grad, x, scale, step, amax, out, parts, smallest, largest, x.numel()
-    _exact(_learn, grid, *arguments, BLOCK=BLOCK)
+    _exact(_learn, grid, *arguments, IS_RECTIFIED=is_rectified, BLOCK=BLOCK)
     return out, parts.sum() / divisor
 
 
@@ -235,8 +238,8 @@ def _row_grid(starts: Tensor, longest: int) -> tuple[int, int]:
 
 
 def round_rows(
-    flat: Tensor, starts: Tensor, longest: int, scale: Tensor, step: Tensor, smallest: Tensor, largest: Tensor,
-    has_values: bool, has_sums: bool,
+    flat: Tensor, starts: Tensor, longest: int, scale: Tensor, step: Tensor, smallest: Tensor,
+    largest: Tensor, has_values: bool, has_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     codes = torch.empty_like(flat)
     values = torch.empty_like(flat) if has_values else flat.new_empty(0)
