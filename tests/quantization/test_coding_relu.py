@@ -458,12 +458,12 @@ def test_without_quantizers_they_are_plain_again() -> None:
 
 
 def test_weights_are_rounded_and_packed_once_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpq_train.quantization.layers import convolution, dense
+    from cpq_train.quantization.layers import dense, rounded_weights
 
     rounded: list[Tensor] = []
     packed: list[Tensor] = []
     for module, name, seen in (
-        (convolution, "round_to_codes", rounded),
+        (rounded_weights, "round_rows", rounded),
         (dense.int8_kernel, "pack", packed),
     ):
         real = getattr(module, name)

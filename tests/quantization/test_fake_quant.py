@@ -9,7 +9,6 @@ from pytorch_quantization.tensor_quant import fake_tensor_quant
 from cpq_train.quantization.numerics.fake_quant import (
     codes,
     fake_quantize,
-    rescale,
     scale_of,
     step_of,
 )
@@ -95,24 +94,6 @@ def test_codes_are_whole_numbers_in_range() -> None:
     assert_equal(result, result.round())
     assert result.min() == -8
     assert result.max() == 7
-
-
-def test_rescale_has_the_gradient_of_the_values() -> None:
-    """A linear layer on codes: its gradients are those of the same layer on fake-quantized values."""
-    fmt = IntegerFormat()
-    x, w = torch.randn(7, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    bias = torch.randn(3, requires_grad=True)
-    amax_x, amax_w = torch.tensor(1.5), w.detach().abs().amax(0, keepdim=True) * 0.8
-    step_x, step_w = step_of(amax_x, fmt), step_of(amax_w, fmt)
-    acc = codes(x, amax_x, fmt, 1.5) @ codes(w, amax_w, fmt, grad_factor=step_x / step_w)
-    y = rescale(acc, step_x * step_w, step_w, bias)
-    grad = torch.randn(7, 3)
-    ours = torch.autograd.grad(y, (x, w, bias), grad)
-    value = fake_quantize(x, amax_x, fmt) @ fake_quantize(w, amax_w, fmt) + bias
-    theirs = torch.autograd.grad(value, (x, w, bias), grad)
-    torch.testing.assert_close(y, value, rtol=1e-6, atol=1e-6)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_scale_and_step_of_zero_amax() -> None:

@@ -12,6 +12,7 @@ from cpq_train.quantization.layers import quantize_layer
 from cpq_train.quantization.prepare import prepare
 from cpq_train.quantization.prepared import frozen, prepared_of
 from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.range_table import RangeTable
 from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import LayerScheme, QuantizerScheme, Scheme
@@ -62,8 +63,9 @@ X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[Quantizer]:
     """The quantizers whose static range is worked out, from now on."""
     seen: list[Quantizer] = []
-    real = Quantizer._static_range
-    monkeypatch.setattr(Quantizer, "_static_range", lambda q: seen.append(q) or real(q))
+    alone, together = Quantizer._static_range, RangeTable.work_out
+    monkeypatch.setattr(Quantizer, "_static_range", lambda q: seen.append(q) or alone(q))
+    monkeypatch.setattr(RangeTable, "work_out", lambda t: seen.extend(t.quantizers) or together(t))
     return seen
 
 
@@ -74,14 +76,14 @@ def test_a_range_is_worked_out_once_in_a_pass_and_once_in_a_block(monkeypatch: p
     seen = _count(monkeypatch)
     for _ in range(2):
         network(X)
-    assert len(seen) == len(set(seen)) * 2 == 4
+    assert len(seen) == len(set(seen)) * 2 == 8
     seen.clear()
     with frozen(network), frozen(network):
         for _ in range(3):
             network(X)
-    assert len(seen) == len(set(seen)) == 2
+    assert len(seen) == len(set(seen)) == 4
     network(X)
-    assert len(seen) == 4
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("amax", ["frozen", "learned"])

@@ -32,7 +32,9 @@ def test_no_tables_without_a_gpu() -> None:
     """Nor what a fit needs later; and sparse convolutions run."""
     program = [sys.executable, "-W", "ignore", "-c", FIT_HELP]
     done = subprocess.run(program, capture_output=True, text=True)
-    assert done.stderr.splitlines() == ["0 0", "True True", "[]"]
+    of_triton = ("nanobind", " - ", "See https://nanobind")  # if it is installed, PyTorch imports it
+    said = [line for line in done.stderr.splitlines() if not line.startswith(of_triton)]
+    assert said == ["0 0", "True True", "[]"]
     assert done.returncode == 0
 
 

@@ -50,7 +50,7 @@ class CodingReLU(nn.ReLU):
             return None
         with torch.inference_mode(False):  # of a tensor of inference mode nobody counts who writes to it
             is_learned = scalars.log_amax is not None
-            made = rectified(x.detach(), scalars, has_mask=has_gradient and not is_learned)
+            made = rectified(x.detach(), scalars, has_gradient and not is_learned)
         if made is None:
             return None
         values, source = made.values, made.values

@@ -130,8 +130,10 @@ class _Product:
         dtype: torch.dtype,
     ) -> Gradients:
         """In fp32, whatever the type: see `integer_convolution.Convolution`."""
+        needs_x, needs_w, needs_bias = needed
         grads, inputs = grad.reshape(-1, grad.shape[-1]), x.float().reshape(-1, x.shape[-1])
-        return grad @ weight, grads.T @ inputs, grads.sum(0)
+        grad_w, grad_bias = grads.T @ inputs if needs_w else None, grads.sum(0) if needs_bias else None
+        return grad @ weight if needs_x else None, grad_w, grad_bias
 
 
 class QuantLinear(QuantizedConvolution, nn.Linear):

@@ -104,7 +104,7 @@ class _IntegerConvolution(Function):
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.has_values = w_values is not None
         kept_x, kept_w = x_codes if of.are_kept else source, w_codes if w_values is None else w_values
-        ctx.save_for_backward(kept_x, kept_w, *of.convolution.kept)
+        ctx.save_for_backward(*map(_savable, (kept_x, kept_w, *of.convolution.kept)))
         to_add = None if of.is_bias_in_sum else bias
         return scale_(sums.values, of.unit, to_add, of.feature_axis, sums.bias_codes)
 
@@ -118,3 +118,11 @@ class _IntegerConvolution(Function):
             grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients
         )
         return *grads, None, None, None
+
+
+def _savable(tensor: Tensor) -> Tensor:
+    """One of inference mode cannot be saved for a backward pass, which `enable_grad` may ask for there."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

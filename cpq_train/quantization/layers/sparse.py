@@ -80,11 +80,11 @@ class _AtVoxels:
             grad_x = convolutions.input_gradient(grad, weight, lists) if needs_x else None
             grad_w = convolutions.weight_gradient(x.float(), grad, lists).view_as(weight) if needs_w else None
         elif self.rulebook is None:  # each voxel meets itself
-            matrix = weight.flatten(1)
-            grad_x, grad_w = grad @ matrix, (grad.T @ x.float()).view_as(weight)
+            grad_x = grad @ weight.flatten(1) if needs_x else None
+            grad_w = (grad.T @ x.float()).view_as(weight) if needs_w else None
         else:
-            tensors = grad, x.float(), weight
-            grad_x, grad_w = codes.gradients(*tensors, self.rulebook, self.layer.inverse, self.state)
+            both = codes.gradients(grad, x.float(), weight, self.rulebook, self.layer.inverse, self.state)
+            grad_x, grad_w = both if needs_x else (None, both[1])
         return grad_x, grad_w, grad_bias
 
 

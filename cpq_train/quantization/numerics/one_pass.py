@@ -71,7 +71,7 @@ def is_fit(*tensors: Tensor) -> bool:
 
 def are_operators_for(tensor: Tensor) -> bool:
     """Whether the kernels of a GPU pass over a tensor that is fit."""
-    return not are_numbers_at_hand(tensor.device)
+    return tensor.device.type in ("cpu", "cuda") and not are_numbers_at_hand(tensor.device)
 
 
 def has_byte_codes(fmt: NumberFormat) -> bool:
