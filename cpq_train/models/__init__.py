@@ -7,7 +7,7 @@ from cpq_train.models.config import BevGeometry, NetworkConfig
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.losses import center_loss
 from cpq_train.models.nms import rotated_iou_bev, rotated_nms
-from cpq_train.models.targets import HeadTargets, assign_targets
+from cpq_train.models.targets import Targets, assign_targets
 
 __all__ = [
     "BOX_BRANCHES",
@@ -16,9 +16,9 @@ __all__ = [
     "CenterPoint",
     "Detections",
     "HeadOutput",
-    "HeadTargets",
     "NetworkConfig",
     "PostProcessing",
+    "Targets",
     "assign_targets",
     "center_loss",
     "decode",

@@ -4,7 +4,7 @@ Most cells of the map are empty, and what a teacher says of them is noise; so ev
 foreground only, as LiDAR-PTQ's global positive loss (Zhou et al., ICLR 2024) and the pivotal positions of
 Yang et al. (NeurIPS 2022) do. That empty cells stay empty is the hard targets' work.
 
-Letters: B batch, C channels, K slots per sample, H W rows and columns of the map.
+Letters: B batch, C channels, G heads, K slots of a head and sample, H W rows and columns of the map.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 from cpq_train.common.errors import UserError
 from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.centerpoint import CenterPoint
+from cpq_train.models.constants import constant
 from cpq_train.models.divergence import foreground_divergence
 from cpq_train.models.losses import box_code_error, box_codes_at
 from cpq_train.models.normalisers import Sum, SumOverRanks, divided, one_rank
-from cpq_train.models.targets import HeadTargets
+from cpq_train.models.targets import Targets
 
 PEAK_THRESHOLD = 0.1
 """Probability above which a local maximum of the teacher counts as an object, that of decoding."""
@@ -105,50 +106,57 @@ def distillation_loss(
     Returns:
         `distill_heatmap`, `distill_box` and `distill_bev`; float32 scalars, whatever autocast left.
     """
-    heads = list(zip(student.heads, teacher.heads, strict=True))
     with torch.autocast(student.bev_BCHW.device.type, enabled=False):
         sums = {
-            "distill_heatmap": _heatmap_divergence(heads),
-            "distill_box": _box_error(heads, code_weights),
+            "distill_heatmap": _heatmap_divergence(student.heads, teacher.heads),
+            "distill_box": _box_error(student.heads, teacher.heads, code_weights),
             "distill_bev": _feature_error(student.bev_BCHW, teacher.bev_BCHW, foreground_of(teacher.heads)),
         }
-        parts = divided(sums, sum_over_ranks)
+        parts = divided(list(sums.values()), sum_over_ranks)
     weights = (config.heatmap_weight, config.box_weight, config.bev_weight)
-    return {name: weight * part for weight, (name, part) in zip(weights, parts.items(), strict=True)}
+    return {name: weight * part.sum() for name, weight, part in zip(sums, weights, parts, strict=True)}
 
 
 def foreground_of(heads: Sequence[HeadOutput]) -> Tensor:
     """Largest class probability of each cell, (B, 1, H, W) float32."""
-    return torch.cat([head["hm"] for head in heads], dim=1).float().amax(1, keepdim=True).sigmoid()
+    return _logits_of(heads).amax(1, keepdim=True).sigmoid()
 
 
-def peaks_of(head: HeadOutput) -> HeadTargets:
-    """The cells where a teacher's head sees objects, with its box codes: targets for the student.
+def peaks_of(heads: Sequence[HeadOutput]) -> Targets:
+    """The cells where a teacher's heads see objects, with their box codes: targets for the student.
 
     A peak is a cell above `PEAK_THRESHOLD` that none of its eight neighbours exceeds.
     """
-    probability_BCHW = head["hm"].float().sigmoid()
-    best_BHW = probability_BCHW.amax(1)
-    is_peak_BHW = best_BHW == F.max_pool2d(best_BHW, 3, stride=1, padding=1)
-    score_BN = torch.where(is_peak_BHW, best_BHW, 0.0).flatten(1)
-    score_BK, cell_BK = score_BN.topk(min(MAX_PEAKS, score_BN.shape[1]), dim=1)
-    return HeadTargets(probability_BCHW, box_codes_at(head, cell_BK), cell_BK, score_BK > PEAK_THRESHOLD)
+    probability_BCHW = _logits_of(heads).sigmoid()
+    of_heads = probability_BCHW.split([head["hm"].shape[1] for head in heads], dim=1)
+    best_BGHW = torch.stack([probability.amax(1) for probability in of_heads], dim=1)
+    is_peak_BGHW = best_BGHW == F.max_pool2d(best_BGHW, 3, stride=1, padding=1)
+    score_BGN = best_BGHW.masked_fill(~is_peak_BGHW, 0.0).flatten(2)
+    score_BGK, cell_BGK = score_BGN.topk(min(MAX_PEAKS, score_BGN.shape[2]), dim=2)
+    boxes_BGKC = box_codes_at(heads, cell_BGK)
+    known_BGKC = (score_BGK > PEAK_THRESHOLD)[..., None] & ~boxes_BGKC.isnan()
+    return Targets(probability_BCHW, boxes_BGKC, cell_BGK, known_BGKC)
 
 
-def _heatmap_divergence(heads: Sequence[tuple[HeadOutput, HeadOutput]]) -> Sum:
+def _logits_of(heads: Sequence[HeadOutput]) -> Tensor:
+    """Raw heat maps of all heads, (B, C, H, W) float32."""
+    return torch.cat([head["hm"] for head in heads], dim=1).float()
+
+
+def _heatmap_divergence(student: Sequence[HeadOutput], teacher: Sequence[HeadOutput]) -> Sum:
     """Kullback-Leibler divergence of the student's class probabilities, weighted by the teacher's.
 
     Soft targets (Hinton et al., 2015) for independent classes: the cross-entropy less the teacher's own.
     """
-    mine = torch.cat([student["hm"] for student, _ in heads], dim=1).float()
-    theirs = torch.cat([teacher["hm"] for _, teacher in heads], dim=1).float()
-    return Sum(*foreground_divergence(mine, theirs))
+    return Sum(*foreground_divergence(_logits_of(student), _logits_of(teacher)))
 
 
-def _box_error(heads: Sequence[tuple[HeadOutput, HeadOutput]], code_weights: Sequence[float]) -> Sum:
+def _box_error(
+    student: Sequence[HeadOutput], teacher: Sequence[HeadOutput], code_weights: Sequence[float]
+) -> Sum:
     """Weighted absolute error of the box codes at the teacher's peaks, and the number of peaks, by head."""
-    errors, counts = zip(*(box_code_error(mine, peaks_of(theirs)) for mine, theirs in heads), strict=True)
-    return Sum(torch.stack(errors) @ errors[0].new_tensor(code_weights), torch.stack(counts))
+    error_G10, num_peaks_G = box_code_error(student, peaks_of(teacher))
+    return Sum(error_G10 @ constant(tuple(code_weights), error_G10.device), num_peaks_G)
 
 
 def _feature_error(student_BCHW: Tensor, teacher_BCHW: Tensor, weight_B1HW: Tensor) -> Sum:

@@ -7,11 +7,13 @@ loss of the whole batch in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from cpq_train.models.constants import constant
 
 SumOverRanks: TypeAlias = Callable[[Tensor], Tensor]
 """Elementwise sum of a tensor over the ranks, the same on all of them; not differentiated."""
@@ -26,7 +28,7 @@ class Sum(NamedTuple):
     """A part of a loss before it is divided.
 
     Attributes:
-        total: Sum over this rank's samples, a scalar or one per head; differentiable.
+        total: Sum over this rank's samples, a scalar or of any shape; differentiable.
         divisor: What it is divided by, summed over this rank's samples; the shape of `total`.
         least: A smaller divisor, over all ranks, counts as this.
     """
@@ -36,21 +38,21 @@ class Sum(NamedTuple):
     least: float = 1.0
 
 
-def divided(sums: Mapping[str, Sum], sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:
+def divided(sums: Sequence[Sum], sum_over_ranks: SumOverRanks) -> list[Tensor]:
     """Divide every part by its mean divisor per rank; exchanges one tensor for all parts.
 
     Args:
-        sums: Parts by name, equally many of equal shapes on all ranks.
+        sums: Parts, equally many of equal shapes on all ranks.
         sum_over_ranks: Adds up the divisors.
 
     Returns:
-        Parts by name, summed over heads; scalars. Their means over the ranks are those of one process.
+        Parts, of the shapes of their totals. Their means over the ranks are those of one process.
     """
-    mine = [part.divisor.detach().float().flatten() for part in sums.values()]
+    mine = [part.divisor.detach().flatten() for part in sums]
     # The last number counts the ranks.
-    summed = sum_over_ranks(torch.cat([*mine, mine[0].new_ones(1)]))
+    summed = sum_over_ranks(torch.cat([*mine, constant((1.0,), mine[0].device)]))
     of_parts = summed[:-1].split([len(divisor) for divisor in mine])
-    return {
-        name: (part.total * summed[-1] / divisor.clamp(min=part.least).view_as(part.total)).sum()
-        for (name, part), divisor in zip(sums.items(), of_parts, strict=True)
-    }
+    return [
+        part.total * summed[-1] / divisor.clamp(min=part.least).view_as(part.total)
+        for part, divisor in zip(sums, of_parts, strict=True)
+    ]
