@@ -1,6 +1,7 @@
 """From raw head outputs to boxes: peaks, decoding, range and score filter, NMS by head.
 
-Letters: B batch, C channels, H W rows and columns of the map, N boxes. The rules are OpenPCDet's: no 3x3 peak
+Letters: B batch, C classes of all heads, H W rows and columns of the map, N boxes, G heads (with all samples'
+heads in a row where there is no B), S places of the best cells. The rules are OpenPCDet's: no 3x3 peak
 pooling, the best K cells of a head over all its classes (a cell may appear for two classes), suppression
 inside a head regardless of class. Chosen here: equal scores rank by class, row and column, on every device
 alike; a map with fewer than K cells is fine.
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from itertools import accumulate
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpq_train.common.errors import UserError
-from cpq_train.models.center_head import BOX_BRANCHES, HeadOutput
+from cpq_train.common.kernels import are_numbers_at_hand
+from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.config import BevGeometry, NetworkConfig
-from cpq_train.models.nms import rank_in_group, rotated_nms
+from cpq_train.models.constants import constant
+from cpq_train.models.losses import box_codes_at
+from cpq_train.models.nms import ranked_places, suppress
 
 CENTER_RANGE: Final = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
 """Of box centres, as published for nuScenes: x, y, z minimum, then maximum, metres."""
@@ -86,19 +91,28 @@ class Detections:
     labels: Tensor
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """Boxes of one head over all samples, sorted by sample and falling score."""
+class _Candidates(NamedTuple):
+    """The best cells of each head and sample by falling score.
 
-    sample: Tensor
-    boxes: Tensor
+    Attributes:
+        cell: y * W + x, (B, G, S) int64.
+        channel: class, counted over all heads, (B, G, S) int64.
+        scores: (B, G, S) float32.
+        is_there: places that hold a candidate, (B, G, S) bool; elsewhere is some other one.
+    """
+
+    cell: Tensor
+    channel: Tensor
     scores: Tensor
-    labels: Tensor
+    is_there: Tensor
 
 
 @torch.no_grad()
 def decode(heads: Sequence[HeadOutput], config: NetworkConfig, post: PostProcessing) -> list[Detections]:
     """Finds the boxes of every sample.
+
+    The host waits for a GPU three times, however many samples and heads there are: for the number of cells
+    above the threshold, and twice in `suppress`.
 
     Args:
         heads: raw outputs of the network by head.
@@ -109,60 +123,61 @@ def decode(heads: Sequence[HeadOutput], config: NetworkConfig, post: PostProcess
         Detections by sample, on the device of the outputs.
     """
     post = post.reaching(config.point_cloud_range)
-    pairs = zip(heads, config.class_ids, strict=True)
-    found = [_candidates(head, ids, config.geometry, post) for head, ids in pairs]
-    batch_size = heads[0]["hm"].shape[0]
-    return [_suppress([_of_sample(head, sample) for head in found], post) for sample in range(batch_size)]
+    found = _candidates(heads, post)
+    device, num_heads = found.cell.device, len(heads)
+    boxes_BGS9 = _boxes(box_codes_at(heads, found.cell), found.cell, config.geometry)
+    assert post.center_range is not None
+    low, high = constant((post.center_range[:3], post.center_range[3:]), device).unbind()
+    inside_BGS = ((boxes_BGS9[..., :3] >= low) & (boxes_BGS9[..., :3] <= high)).all(-1) & found.is_there
+    enters_BGS = inside_BGS & (inside_BGS.cumsum(2) <= post.nms_pre)
+    kept = suppress(boxes_BGS9.flatten(0, 1), enters_BGS.flatten(0, 1), post.nms_iou, post.nms_post)
+
+    boxes = boxes_BGS9.flatten(0, 2)[kept.places]
+    scores = found.scores.flatten()[kept.places]
+    class_ids = constant(tuple(i for ids in config.class_ids for i in ids), device, torch.int64)
+    labels = class_ids[found.channel.flatten()[kept.places]]
+    sizes = [sum(kept.counts[i : i + num_heads]) for i in range(0, len(kept.counts), num_heads)]
+    of_samples = zip(boxes.split(sizes), scores.split(sizes), labels.split(sizes), strict=True)
+    return [Detections(*of_sample) for of_sample in of_samples]
 
 
-def _candidates(
-    head: HeadOutput, group_class_ids: Sequence[int], geometry: BevGeometry, post: PostProcessing
-) -> _Candidates:
-    """The best cells of one head, decoded; those outside `center_range` drop out."""
-    scores_BCHW = head["hm"].float().sigmoid()
+def _candidates(heads: Sequence[HeadOutput], post: PostProcessing) -> _Candidates:
+    """The best cells of each head and sample, at most `max_objects_per_head`, that are above the threshold."""
+    scores_BCHW = torch.cat([head["hm"] for head in heads], dim=1).float().sigmoid()
+    batch_size, num_channels, height, width = scores_BCHW.shape
+    num_cells, device = height * width, scores_BCHW.device
+    scores = scores_BCHW.flatten()
     # Cells below the threshold cannot survive, so that they need not be sorted.
-    sample, channel, row, column = (scores_BCHW > post.score_threshold).nonzero(as_tuple=True)
-    scores = scores_BCHW[sample, channel, row, column]
-    order = scores.argsort(descending=True, stable=True)
-    order = order[sample[order].argsort(stable=True)]
-    order = order[rank_in_group(sample[order]) < post.max_objects_per_head]
-    sample, channel, row, column = (index[order] for index in (sample, channel, row, column))
+    above_N = (scores > post.score_threshold).nonzero()[:, 0]
+    # Samples, and in them heads, follow one another.
+    ends = list(accumulate(head["hm"].shape[1] * num_cells for _ in range(batch_size) for head in heads))
+    end_G = torch.searchsorted(above_N, constant(tuple(ends), device, torch.int64))
+    sizes_G = end_G.diff(prepend=end_G.new_zeros(1))
+    group_N = torch.searchsorted(end_G, torch.arange(len(above_N), device=device), right=True)
+    # Positive floats rank as their bits do; equal keys stay in order.
+    key_N = (group_N << 32) - scores[above_N].view(torch.int32)
+    sorted_N = above_N[key_N.argsort(stable=True)]
 
-    code_N10 = torch.cat([head[name][sample, :, row, column] for name in BOX_BRANCHES], dim=1).float()
-    boxes_N9 = _boxes(code_N10, row, column, geometry)
-    limits = boxes_N9.new_tensor(post.center_range)
-    inside = ((boxes_N9[:, :3] >= limits[:3]) & (boxes_N9[:, :3] <= limits[3:])).all(1)
-    labels = torch.tensor(group_class_ids, device=channel.device)[channel]
-    return _Candidates(sample[inside], boxes_N9[inside], scores[order][inside], labels[inside])
+    most = min(post.max_objects_per_head, len(above_N))
+    if are_numbers_at_hand(device) and most:
+        most = min(most, int(sizes_G.max()))
+    place_GS, is_there_GS = ranked_places(sizes_G, most)
+    flat_BGS = sorted_N[place_GS].unflatten(0, (batch_size, len(heads)))
+    is_there_BGS = is_there_GS.view_as(flat_BGS)
+    channel_BGS = flat_BGS // num_cells % num_channels
+    return _Candidates(flat_BGS % num_cells, channel_BGS, scores[flat_BGS], is_there_BGS)
 
 
-def _boxes(code_N10: Tensor, row_N: Tensor, column_N: Tensor, geometry: BevGeometry) -> Tensor:
-    """Boxes (N, 9) in the LiDAR frame from box codes and their cells."""
-    cells_N2 = torch.stack([column_N, row_N], dim=1) + code_N10[:, 0:2]
-    voxel_m = code_N10.new_tensor(geometry.voxel_size[:2])
-    origin_m = code_N10.new_tensor(geometry.point_cloud_range[:2])
+def _boxes(code_BGSC: Tensor, cell_BGS: Tensor, geometry: BevGeometry) -> Tensor:
+    """Boxes (B, G, S, 9) in the LiDAR frame from box codes and their cells y * W + x."""
+    place_BGS2 = torch.stack([cell_BGS % geometry.width, cell_BGS // geometry.width], dim=-1)
+    numbers = (geometry.voxel_size[:2], geometry.point_cloud_range[:2])
+    voxel_m, origin_m = constant(numbers, code_BGSC.device).unbind()
     parts = (
-        cells_N2 * geometry.stride * voxel_m + origin_m,
-        code_N10[:, 2:3],
-        code_N10[:, 3:6].exp(),
-        torch.atan2(code_N10[:, 7:8], code_N10[:, 6:7]),
-        code_N10[:, 8:10],
+        (place_BGS2 + code_BGSC[..., 0:2]) * geometry.stride * voxel_m + origin_m,
+        code_BGSC[..., 2:3],
+        code_BGSC[..., 3:6].exp(),
+        torch.atan2(code_BGSC[..., 7:8], code_BGSC[..., 6:7]),
+        code_BGSC[..., 8:10],
     )
-    return torch.cat(parts, dim=1)
-
-
-def _of_sample(candidates: _Candidates, sample: int) -> _Candidates:
-    mine = candidates.sample == sample
-    return _Candidates(sample=candidates.sample[mine], boxes=candidates.boxes[mine],
-                       scores=candidates.scores[mine], labels=candidates.labels[mine])  # fmt: skip
-
-
-def _suppress(heads: Sequence[_Candidates], post: PostProcessing) -> Detections:
-    """NMS inside each head of one sample, all heads at once."""
-    boxes = torch.cat([head.boxes for head in heads])
-    scores = torch.cat([head.scores for head in heads])
-    labels = torch.cat([head.labels for head in heads])
-    sizes = torch.tensor([len(head.scores) for head in heads], device=boxes.device)
-    groups = torch.repeat_interleave(sizes)
-    kept = rotated_nms(boxes, scores, post.nms_iou, groups, post.nms_pre, post.nms_post)
-    return Detections(boxes[kept], scores[kept], labels[kept])
+    return torch.cat(parts, dim=-1)

@@ -10,6 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpq_train.models.constants import constant
+
+_CORNERS = ((1.0, -1.0, -1.0, 1.0), (1.0, 1.0, -1.0, -1.0))
+"""Of the corners, counter-clockwise, in half lengths and half widths."""
+
 _TINY_M = 1e-9
 
 
@@ -88,8 +93,8 @@ def _corners_in_frame(boxes_P7: Tensor, frame_P7: Tensor) -> tuple[Tensor, Tenso
     cos, sin = frame_P7[:, 6].cos(), frame_P7[:, 6].sin()
     center_x, center_y = cos * dx + sin * dy, cos * dy - sin * dx
     yaw = boxes_P7[:, 6] - frame_P7[:, 6]
-    along = boxes_P7.new_tensor([1, -1, -1, 1]) * boxes_P7[:, 3:4] / 2
-    across = boxes_P7.new_tensor([1, 1, -1, -1]) * boxes_P7[:, 4:5] / 2
+    signs_2_4 = constant(_CORNERS, boxes_P7.device, boxes_P7.dtype)
+    along, across = signs_2_4[0] * boxes_P7[:, 3:4] / 2, signs_2_4[1] * boxes_P7[:, 4:5] / 2
     cos, sin = yaw.cos()[:, None], yaw.sin()[:, None]
     return center_x[:, None] + cos * along - sin * across, center_y[:, None] + sin * along + cos * across
 
