@@ -142,7 +142,7 @@ def decode(heads: Sequence[HeadOutput], config: NetworkConfig, post: PostProcess
 
 
 def _candidates(heads: Sequence[HeadOutput], post: PostProcessing) -> _Candidates:
-    """The best cells of each head and sample, at most `max_objects_per_head`, that are above the threshold."""
+    """The best cells above the threshold of each head and sample, at most `max_objects_per_head`."""
     scores_BCHW = torch.cat([head["hm"] for head in heads], dim=1).float().sigmoid()
     batch_size, num_channels, height, width = scores_BCHW.shape
     num_cells, device = height * width, scores_BCHW.device

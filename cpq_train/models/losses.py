@@ -1,7 +1,7 @@
 """Losses of the centre head: penalty-reduced focal loss on the heat maps, weighted L1 on the box codes.
 
-All heads are computed at once. Letters: B batch, G heads, K slots of a head and sample, C classes of all heads,
-H W rows and columns of the map. The rules are OpenPCDet's; where it is odd the choice made here is:
+All heads are computed at once. Letters: B batch, G heads, K slots of a head and sample, C classes of all
+heads, H W rows and columns of the map. The rules are OpenPCDet's; where it is odd the choice made here is:
 
 * the order of the box code is centre, z, size, rotation, velocity, so OpenPCDet's ten code weights put
   their 0.2 on the cosine and sine of the yaw, not on the velocity: see `code_weights`;

@@ -10,7 +10,7 @@ NETWORK_FUNCTIONS = (Function("cpq_train.sparse.convolution", "find_or_build", "
 DETECTION_FUNCTIONS = (
     *NETWORK_FUNCTIONS,
     Function("cpq_train.training.detector", "decode", "decode"),
-    Function("cpq_train.models.decode", "rotated_nms", "NMS"),
+    Function("cpq_train.models.decode", "suppress", "NMS"),
 )
 """In a pass from voxels to boxes."""
 

@@ -26,7 +26,7 @@ def training_losses(
 
     Args:
         network: What is trained.
-        batch: Voxels and boxes, on the network's device.
+        batch: Voxels and boxes, on the network's device; `targets` of the boxes where they were made before.
         code_weights: Loss weight of each of the ten numbers of a box code.
         loc_weight: Weight of the box losses against the heat-map losses.
         teacher: Whom the network learns from beside the boxes.
@@ -34,7 +34,7 @@ def training_losses(
     Returns:
         `loss` and its parts, scalars.
     """
-    targets = assign_targets(batch["gt_boxes"], network.config)
+    targets = batch.get("targets") or assign_targets(batch["gt_boxes"], network.config)
     heads, distilled = _outputs(network, batch, code_weights, teacher)
     losses = center_loss(heads, targets, code_weights, loc_weight, sum_over_ranks)
     if distilled:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpq_train.common.nuscenes import CLASS_GROUPS
-from cpq_train.models import CenterPoint, HeadTargets, NetworkConfig
+from cpq_train.models import CenterPoint, NetworkConfig, Targets
 
 SMALL_RANGE = (-12.8, -12.8, -5.0, 12.8, 12.8, 3.0)
 SMALL = NetworkConfig(point_cloud_range=SMALL_RANGE)
@@ -51,16 +51,20 @@ def raw_heads(arrays: Any, pattern: str) -> list[dict[str, Tensor]]:
     ]
 
 
-def golden_targets(arrays: Any, prefix: str = "") -> list[HeadTargets]:
-    return [
-        HeadTargets(
-            torch.from_numpy(arrays[f"{prefix}heatmap{head}"]),
-            torch.from_numpy(arrays[f"{prefix}target_boxes{head}"]),
-            torch.from_numpy(arrays[f"{prefix}inds{head}"]),
-            torch.from_numpy(arrays[f"{prefix}mask{head}"]).bool(),
-        )
-        for head in range(NUM_HEADS)
-    ]
+def golden_targets(arrays: Any, prefix: str = "") -> Targets:
+    heatmaps, boxes, indices, masks = (
+        [torch.from_numpy(arrays[f"{prefix}{name}{head}"]) for head in range(NUM_HEADS)]
+        for name in ("heatmap", "target_boxes", "inds", "mask")
+    )
+    codes, mask = torch.stack(boxes, 1), torch.stack(masks, 1).bool()
+    known = mask[..., None] & ~codes.isnan()
+    return Targets(torch.cat(heatmaps, 1), codes, torch.stack(indices, 1), known)
+
+
+def of_head(targets: Targets, head: int, network: NetworkConfig = SMALL) -> Targets:
+    """The targets of one head, as those of a network that has no other."""
+    heatmap = targets.heatmap.split([len(group) for group in network.class_groups], dim=1)[head]
+    return Targets(heatmap, *(value[:, head : head + 1] for value in targets[1:]))
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -72,10 +76,10 @@ def relative_error(actual: Any, expected: Any) -> float:
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
-def assert_targets_equal(actual: list[HeadTargets], expected: list[HeadTargets]) -> None:
-    for got, wanted in zip(actual, expected, strict=True):
-        assert torch.equal(got.mask, wanted.mask)
-        assert torch.equal(got.indices, wanted.indices)
-        torch.testing.assert_close(got.heatmap, wanted.heatmap, rtol=0, atol=1e-7)
-        assert torch.equal(got.heatmap == 1, wanted.heatmap == 1)
-        torch.testing.assert_close(got.boxes, wanted.boxes, rtol=1e-6, atol=1e-6, equal_nan=True)
+def assert_targets_equal(got: Targets, wanted: Targets) -> None:
+    assert torch.equal(got.mask, wanted.mask)
+    assert torch.equal(got.known, wanted.known)
+    assert torch.equal(got.indices, wanted.indices)
+    torch.testing.assert_close(got.heatmap, wanted.heatmap, rtol=0, atol=1e-7)
+    assert torch.equal(got.heatmap == 1, wanted.heatmap == 1)
+    torch.testing.assert_close(got.boxes, wanted.boxes, rtol=1e-6, atol=1e-6, equal_nan=True)

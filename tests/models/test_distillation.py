@@ -89,7 +89,7 @@ def test_peaks_are_local_maxima() -> None:
     logits = teacher.heads[0]["hm"]
     logits[0, 0, 2, 2] = _logit(0.7)  # beside the peak
     logits[0, 0, 4, 0] = _logit(0.2)
-    peaks = peaks_of(teacher.heads[0])
+    peaks = peaks_of(teacher.heads)
     assert sorted(peaks.indices[peaks.mask].tolist()) == [2 * 5 + 3, 4 * 5]
 
 

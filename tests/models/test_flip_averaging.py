@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden import NUM_HEADS, of_head
 from torch import Tensor
 
 from cpq_train.callbacks.evaluation import postprocessing_sha256
@@ -85,9 +86,11 @@ def perfect_heads(boxes: np.ndarray) -> list[HeadOutput]:
     """What a network says that knows the boxes (N, 10): the targets as raw outputs."""
     given = torch.from_numpy(boxes).float()[None]
     heads: list[HeadOutput] = []
-    for target in assign_targets(given, SMALL):
+    targets = assign_targets(given, SMALL)
+    for head in range(NUM_HEADS):
+        target = of_head(targets, head)
         code = torch.zeros((10, target.heatmap.shape[2] * target.heatmap.shape[3]))
-        code[:, target.indices[0][target.mask[0]]] = target.boxes[0][target.mask[0]].T
+        code[:, target.indices[target.mask]] = target.boxes[target.mask].T
         code_BCHW = code.view(1, 10, *target.heatmap.shape[2:])
         parts = dict(zip(BOX_BRANCHES, code_BCHW.split(list(BOX_BRANCHES.values()), 1), strict=True))
         heads.append({**parts, "hm": torch.where(target.heatmap == 1, 2.0, -4.0)})

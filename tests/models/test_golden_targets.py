@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import NUM_HEADS, SMALL, assert_targets_equal, config, golden_targets, raw_heads
+from golden import NUM_HEADS, SMALL, assert_targets_equal, config, golden_targets, of_head, raw_heads
 
 from cpq_train.models import assign_targets, center_loss
 from cpq_train.models.losses import box_code_error, heatmap_loss
@@ -47,7 +47,7 @@ def test_drawn_gaussians(target_arrays: Any, radius: int, place: str) -> None:
     cells = torch.tensor([[4, 7]] if place == "mid" else [[0, 23], [19, 1]])
     heatmap = torch.zeros(1, 1, 24, 20)
     zeros = torch.zeros(len(cells), dtype=torch.int64)
-    draw_gaussians(heatmap, zeros, zeros, cells, torch.full_like(zeros, radius))
+    draw_gaussians(heatmap, zeros, cells, torch.full((len(cells),), float(radius)))
     expected = torch.from_numpy(target_arrays[f"draw_r{radius}_{place}"])
     torch.testing.assert_close(heatmap[0, 0], expected, rtol=0, atol=1e-7)
 
@@ -56,12 +56,12 @@ def test_losses(target_arrays: Any) -> None:
     heads = raw_heads(target_arrays, "pred{}_{}")
     targets = golden_targets(target_arrays)
     losses = center_loss(heads, targets)
+    errors, nums_objects = box_code_error(heads, targets)
     for head in range(NUM_HEADS):
         expected = target_arrays[f"hm_loss{head}"].item()
         assert losses[f"hm_loss_head_{head}"].item() == pytest.approx(expected, rel=1e-6)
         # Where OpenPCDet's loss is NaN (a NaN target times 0), the mended one is finite.
-        total, num_objects = box_code_error(heads[head], targets[head])
-        error = total / num_objects.clamp(min=1)
+        error = errors[head] / nums_objects[head].clamp(min=1)
         per_code = torch.from_numpy(target_arrays[f"reg_loss_per_code{head}"])
         known = ~per_code.isnan()
         torch.testing.assert_close(error[known], per_code[known], rtol=1e-5, atol=1e-6)
@@ -75,10 +75,11 @@ def test_losses(target_arrays: Any) -> None:
 
 def test_unknown_velocity_costs_nothing_and_has_no_gradient(target_arrays: Any) -> None:
     head = {name: value.requires_grad_() for name, value in raw_heads(target_arrays, "pred{}_{}")[1].items()}
-    target = golden_targets(target_arrays)[1]
-    known = center_loss([head], [target])["loss"]
+    target = of_head(golden_targets(target_arrays), 1)
+    known = center_loss([head], target)["loss"]
     target.boxes[..., 8:] = torch.nan
-    unknown = center_loss([head], [target])["loss"]
+    target.known[..., 8:] = False
+    unknown = center_loss([head], target)["loss"]
     assert 0 < unknown.item() < known.item()
     unknown.backward()
     assert head["vel"].grad is not None
@@ -89,6 +90,6 @@ def test_unknown_velocity_costs_nothing_and_has_no_gradient(target_arrays: Any) 
 
 def test_focal_loss_without_objects(target_arrays: Any) -> None:
     logits = torch.from_numpy(target_arrays["noobj_logits"])
-    loss = heatmap_loss(logits, torch.zeros_like(logits))
+    loss = heatmap_loss([{"hm": logits}], torch.zeros_like(logits))
     assert loss.divisor == 0
     assert loss.total.item() == pytest.approx(target_arrays["noobj_hm_loss"].item(), rel=1e-6)

@@ -11,7 +11,7 @@ from cpq_train.models.center_head import HeadOutput
 from cpq_train.models.distillation import DistillationConfig, Outputs, distillation_loss
 from cpq_train.models.losses import CODE_WEIGHTS
 from cpq_train.models.normalisers import SumOverRanks, one_rank
-from cpq_train.models.targets import HeadTargets
+from cpq_train.models.targets import Targets
 
 GROUPS = (("car",), ("pedestrian", "bicycle"))
 CONFIG = NetworkConfig(point_cloud_range=(-6.4, -6.4, -5.0, 6.4, 6.4, 3.0), class_groups=GROUPS)
@@ -83,7 +83,7 @@ def test_detection_loss(counts: tuple[int, ...]) -> None:
     """A rank, or all of them, may have no object."""
     heads, boxes = _leaves(), _boxes(counts)
 
-    def targets(samples: slice) -> list[HeadTargets]:
+    def targets(samples: slice) -> Targets:
         return assign_targets(boxes[samples], CONFIG)
 
     def loss(samples: slice, sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:
