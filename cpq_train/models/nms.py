@@ -17,7 +17,7 @@ from cpq_train.models.rotated_iou import circles_meet, pair_iou, rotated_iou_bev
 __all__ = ["Kept", "ranked_places", "rotated_iou_bev", "rotated_nms", "suppress"]
 
 _ROUNDS = 16
-"""Of suppression, before the host asks a GPU whether more are needed: chains of maps drawn at random had 8 links."""
+"""Of suppression, before the host asks a GPU whether more are needed: maps drawn at random took 4 to 8."""
 
 
 class Kept(NamedTuple):
