@@ -159,7 +159,7 @@ def _candidates(heads: Sequence[HeadOutput], post: PostProcessing) -> _Candidate
     sorted_N = above_N[key_N.argsort(stable=True)]
 
     most = min(post.max_objects_per_head, len(above_N))
-    if are_numbers_at_hand(device) and most:
+    if are_numbers_at_hand(device):
         most = min(most, int(sizes_G.max()))
     place_GS, is_there_GS = ranked_places(sizes_G, most)
     flat_BGS = sorted_N[place_GS].unflatten(0, (batch_size, len(heads)))

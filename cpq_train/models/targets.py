@@ -108,7 +108,8 @@ def assign_targets(
     known[placed.slot] = codes_BMC == codes_BMC  # which NaN does not
 
     radius_BM = gaussian_radius(in_cells_BM5[..., 3], in_cells_BM5[..., 4], gaussian_overlap)
-    radius_BM = radius_BM.trunc().clamp(min=min_radius).masked_fill(~placed.has_target, _NO_RADIUS)
+    no_radius = constant((_NO_RADIUS,), radius_BM.device, radius_BM.dtype)
+    radius_BM = torch.where(placed.has_target, radius_BM.trunc().clamp(min=min_radius), no_radius)
     num_classes = sum(map(len, config.class_groups))
     heatmap = gt_boxes_BM10.new_zeros((batch_size, num_classes, geometry.height, geometry.width))
     draw_gaussians(heatmap, placed.first_cell.flatten(), cell_BM2.flatten(0, 1), radius_BM.flatten())
@@ -156,28 +157,35 @@ def draw_gaussians(heatmap: Tensor, first_cell_N: Tensor, cells_N2: Tensor, radi
     """
     height, width = heatmap.shape[-2:]
     largest = int(radius_N.max()) if len(radius_N) else 0  # the host waits here, and nowhere else
-    offset_E, minus_half_square_EE = _window(max(0, min(largest, max(height, width))), heatmap.device)
-    position_N2E = cells_N2[..., None] + offset_E
+    window = _window(max(0, min(largest, max(height, width))), heatmap.device)
+    position_N2E = cells_N2[..., None] + window.offset_E
     bounds = constant((((0,), (0,)), ((width - 1,), (height - 1,))), heatmap.device, torch.int64)
     inside_N2E = position_N2E.clamp(bounds[0], bounds[1])
-    is_drawn_N2E = (offset_E.abs() <= radius_N[:, None, None]) & (position_N2E == inside_N2E)
+    is_drawn_N2E = (window.distance_E <= radius_N[:, None, None]) & (position_N2E == inside_N2E)
     is_drawn_NEE = is_drawn_N2E[:, 1, :, None] & is_drawn_N2E[:, 0, None]
 
     variance_N = ((radius_N.double() + 0.5) / 3) ** 2
-    value_NEE = torch.exp(minus_half_square_EE / variance_N[:, None, None]) * is_drawn_NEE
+    value_NEE = torch.exp(window.minus_half_square_EE / variance_N[:, None, None]) * is_drawn_NEE
     row_NE = inside_N2E[:, 1] * width + first_cell_N[:, None]
     flat_NEE = row_NE[..., None] + inside_N2E[:, 0, None]
     value = value_NEE.to(heatmap.dtype).flatten()
     heatmap.view(-1).scatter_reduce_(0, flat_NEE.flatten(), value, "amax")
 
 
+class _Window(NamedTuple):
+    """Where the cells of a window are from its centre: along an edge, int64, and in the plane, float64."""
+
+    offset_E: Tensor
+    distance_E: Tensor
+    minus_half_square_EE: Tensor
+
+
 @cache
-def _window(radius: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Offsets along an edge of a window, (E,) int64; minus half its cells' squared distances, (E, E)."""
-    with torch.inference_mode(False):
+def _window(radius: int, device: torch.device) -> _Window:
+    with torch.inference_mode(False):  # see `constant`
         offset_E = torch.arange(-radius, radius + 1, device=device)
         square_E = offset_E.double() ** 2
-        return offset_E, -(square_E[:, None] + square_E) / 2
+        return _Window(offset_E, offset_E.abs(), -(square_E[:, None] + square_E) / 2)
 
 
 def _place(gt_boxes_BM10: Tensor, config: NetworkConfig, max_objects: int) -> _Placed:
