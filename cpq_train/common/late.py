@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Take: TypeAlias = Callable[[NDArray[Any]], None]
+Array: TypeAlias = NDArray[Any]
+Take: TypeAlias = Callable[[Array], None]
 
 
 class _Letter(NamedTuple):

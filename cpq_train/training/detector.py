@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -24,12 +23,14 @@ from cpq_train.arms.teacher import Teacher, find_teacher
 from cpq_train.common.arm_names import Arm
 from cpq_train.common.console import print_plain
 from cpq_train.common.errors import UserError
+from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.export.engine import Engine
 from cpq_train.models import HeadOutput, NetworkConfig
 from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
+from cpq_train.models.targets import assign_targets
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
 )
@@ -41,31 +42,17 @@ from cpq_train.quantization.ranks import check_equal_over_ranks, sum_over_ranks
 from cpq_train.quantization.switches import GradientPrecision, compute_gradients_in
 from cpq_train.resilience.nonfinite import nonfinite_loss
 from cpq_train.training.arm_module import ArmModule
+from cpq_train.training.finite_steps import FiniteSteps, prepare_to_skip
 from cpq_train.training.losses import training_losses
 from cpq_train.training.moving_ranges import MovingRanges
-from cpq_train.training.optim import OptimizerConfig, gradient_norm, new_optimizer
-from cpq_train.training.settings import plain
+from cpq_train.training.optim import OptimizerConfig, new_optimizer
+from cpq_train.training.settings import plain, reaching
 from cpq_train.training.strategy import check_batch_statistics
 
 Batch = dict[str, Any]
 
 FOLDED_FILE = "folded.ckpt"
 """The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
-
-
-def _reaching(post: PostProcessing, network: NetworkConfig) -> PostProcessing:
-    """With the center range that null stands for; one that is set and loses boxes is told."""
-    reaching = post.reaching(network.point_cloud_range)
-    widest = replace(post, center_range=None).reaching(network.point_cloud_range)
-    if any(
-        abs(own) < abs(least)
-        for own, least in zip(reaching.center_range or (), network.point_cloud_range, strict=False)
-    ):
-        rank_zero_warn(
-            f"model.post_processing.center_range is {reaching.center_range}, less than point_cloud_range "
-            f"{network.point_cloud_range}: boxes beyond are dropped; null is {widest.center_range}"
-        )
-    return reaching
 
 
 class CenterPointDetector(ArmModule):
@@ -116,7 +103,7 @@ class CenterPointDetector(ArmModule):
         weights_parts: list[str] | None = None,
         gradients: GradientPrecision = "fp32",
     ) -> None:
-        post_processing = _reaching(post_processing, network)
+        post_processing = reaching(post_processing, network)
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if test_time_flip:
@@ -134,6 +121,7 @@ class CenterPointDetector(ArmModule):
         self.distillation = distillation
         self._teacher: Teacher | None = None
         self._moving_ranges = MovingRanges(ranges)
+        self._finite_steps = FiniteSteps()
         self._evaluation = ExitStack()
 
     @classmethod
@@ -164,10 +152,25 @@ class CenterPointDetector(ArmModule):
         """Loss of a batch, whose mean over the ranks is that of all their samples; logs it with its parts."""
         losses = training_losses(self.network, batch, self.code_weights, self.loc_weight, self._teacher)
         self._log_losses(losses, batch["batch_size"])
-        if not torch.isfinite(losses["loss"]):  # waits for the device, once per step
-            where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
-            raise nonfinite_loss(self.network, lambda: self(batch), losses, batch, where)
-        return losses["loss"]
+        where = f"step {self.global_step}, batch {batch_idx} of the epoch, rank {self.global_rank}"
+        explain = partial(nonfinite_loss, self.network, lambda: self(batch), batch=batch, where=where)
+        return self._finite_steps.see_loss(losses, explain, self._looks_late)
+
+    @property
+    def _looks_late(self) -> bool:
+        """Whether the host does not wait to see if a step is finite; a gradient scaler looks for itself."""
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return not are_numbers_at_hand(self.device) and not has_scaler
+
+    @override
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Add the targets of training: made on the CPU, where boxes are, they cost a GPU no time."""
+        if not self.trainer.training or are_numbers_at_hand(self.device):
+            return batch
+        targets = assign_targets(batch["gt_boxes"], self.network_config)
+        if self.device.type == "cuda":
+            targets = type(targets)(*(tensor.pin_memory() for tensor in targets))  # or the copy would wait
+        return {**batch, "targets": targets}
 
     def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
         values = torch.stack([value.detach() for value in losses.values()])
@@ -235,8 +238,21 @@ class CenterPointDetector(ArmModule):
         calibrate(self.subject, samples, self._run, self.calibration, given, self.is_global_zero)
 
     @override
+    def on_train_start(self) -> None:
+        """The optimizers are restored by now."""
+        for optimizer in self.trainer.optimizers:
+            prepare_to_skip(optimizer, self.device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `ArmModule`; nothing is saved behind a step that was not finite."""
+        self._finite_steps.check()
+        super().on_save_checkpoint(checkpoint)
+
+    @override
     def on_train_end(self) -> None:
-        """Ranks that moved or learned ranges must still agree on them."""
+        """The last step was finite, and ranks that moved or learned ranges must still agree on them."""
+        self._finite_steps.check()
         learned = {name: p for name, p in self.network.named_parameters() if name.endswith("_log_amax")}
         check_equal_over_ranks({**static_ranges(self.network), **learned})
 
@@ -264,6 +280,7 @@ class CenterPointDetector(ArmModule):
         """Refuse to score a network whose ranges were never found, or whose layers cannot hold their bias."""
         if self.engine is not None:
             return
+        self._finite_steps.check()
         self._moving_ranges.move(self.network)  # between accumulated batches: validation is not observed
         if self.subject.needs_calibration:
             raise UserError(
@@ -311,7 +328,8 @@ class CenterPointDetector(ArmModule):
         Raises:
             UserError: Their norm is not finite; no weight has been touched.
         """
-        norm = gradient_norm(self.named_parameters())
+        where = f"step {self.global_step}, rank {self.global_rank}"
+        norm = self._finite_steps.see_gradients(self, optimizer, where, self._looks_late)
         self.log("train/grad_norm", norm)
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
             clip_grad_value_(self.parameters(), gradient_clip_val)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -88,27 +85,6 @@ class _Schedule(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take up the position; the optimizer's own state holds the learning rate."""
         self.last_epoch = state_dict["last_epoch"]
-
-
-def gradient_norm(parameters: Iterable[tuple[str, nn.Parameter]]) -> Tensor:
-    """Euclidean norm of all gradients together, a scalar.
-
-    Args:
-        parameters: Names and parameters; those without a gradient are left out.
-
-    Raises:
-        UserError: It is NaN or infinite; names the first parameters whose gradients are, in the order given.
-    """
-    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-    norm = get_total_norm(gradients.values())
-    if not norm.isfinite():
-        unfit = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        first = ", ".join(unfit[:3]) or "none alone, only their norm"
-        raise UserError(
-            f"the gradient norm is {float(norm)}, and the weights were left as they are: {len(unfit)} of "
-            f"{len(gradients)} parameters have NaN or infinite gradients, first {first}"
-        )
-    return norm
 
 
 def learning_rate_and_momentum(config: OptimizerConfig, step: int, num_steps: int) -> tuple[float, float]:

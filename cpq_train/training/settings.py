@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired
 
@@ -112,3 +113,18 @@ def _check_known(settings: Mapping[str, Any], accepted: Collection[str], where: 
 def _type_of(kinds: tuple[tuple[str, Any], ...]) -> TypeAdapter[dict[str, Any]]:
     """What settings should be, from the types of the arguments that they are for; any may be missing."""
     return TypeAdapter(keys({name: NotRequired[kind] for name, kind in kinds}))
+
+
+def reaching(post: PostProcessing, network: NetworkConfig) -> PostProcessing:
+    """With the center range that null stands for; one that is set and loses boxes is told."""
+    reaching = post.reaching(network.point_cloud_range)
+    widest = replace(post, center_range=None).reaching(network.point_cloud_range)
+    if any(
+        abs(own) < abs(least)
+        for own, least in zip(reaching.center_range or (), network.point_cloud_range, strict=False)
+    ):
+        rank_zero_warn(
+            f"model.post_processing.center_range is {reaching.center_range}, less than point_cloud_range "
+            f"{network.point_cloud_range}: boxes beyond are dropped; null is {widest.center_range}"
+        )
+    return reaching
