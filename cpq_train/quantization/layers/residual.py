@@ -59,7 +59,8 @@ class QuantAdd(ResidualAdd):
         codes = identity.codes
         if branch.shape != codes.shape or branch.stride() != codes.stride() or not is_fit(branch):
             return None
-        return None if self._input_quantizer.is_shared else self._input_quantizer.scalars()
+        scalars = None if self._input_quantizer.is_shared else self._input_quantizer.scalars()
+        return None if scalars is None or scalars.log_amax is not None else scalars
 
 
 class _AddRounded(Function):
