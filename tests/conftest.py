@@ -26,6 +26,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(os.environ.get("CPQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The one way to say that a test needs GPUs: `@pytest.mark.cuda`, or `cuda(num_devices=2)`."""
+    mark = item.get_closest_marker("cuda")
+    if mark is not None:
+        needed, found = mark.kwargs.get("num_devices", 1), torch.cuda.device_count()
+        if found < needed:
+            pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}, found {found}")
+
+
 def _folder(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

@@ -281,7 +281,7 @@ def test_the_detector_imports_neither_package() -> None:
     assert done.stdout == "set()\n"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_tensors_on_a_gpu_come_back_to_it(engines: dict[str, Path]) -> None:
     network = CenterPointDetector.load_from_checkpoint(CHECKPOINTS["qat"]).eval().network
     engine = Engine(engines["qat"]).cuda()

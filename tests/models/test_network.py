@@ -263,7 +263,7 @@ def test_the_075_grid() -> None:
     assert (network.geometry.width, network.geometry.height, network.geometry.stride) == (180, 180, 8)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.cuda
 def test_cuda_equals_cpu() -> None:
     torch.manual_seed(0)
     model = CenterPoint(**TINY).eval()

@@ -129,7 +129,7 @@ def test_no_boxes_one_box_and_equal_boxes() -> None:
     assert rotated_nms(one.expand(5, -1), torch.ones(5), 0.2).tolist() == [0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.cuda
 def test_cuda_keeps_the_same_boxes() -> None:
     boxes = random_boxes(300, 20.0)
     scores = torch.rand(300)

@@ -225,7 +225,7 @@ def test_mistakes_in_post_processing(fields: dict[str, Any], message: str) -> No
         PostProcessing(**fields)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.cuda
 def test_cuda_gives_the_same_targets_and_detections() -> None:
     gt_boxes = some_boxes()
     targets = assign_targets(gt_boxes, CONFIG)

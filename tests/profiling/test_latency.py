@@ -197,7 +197,7 @@ def test_a_trace_names_the_layers(tmp_path: Path) -> None:
     assert any(name.startswith("aten::") for name in events)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_cuda_events() -> None:
     device = torch.device("cuda")
     network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU()).to(device)

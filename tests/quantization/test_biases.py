@@ -380,7 +380,7 @@ def test_ranges_are_learned_though_they_were_looked_at_before() -> None:
     assert all(grad.abs().sum() > 0 for grad in grads)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_computes_the_same(kind: str) -> None:
     x, layer = _map(), _quantized(_conv(), kind, _map())

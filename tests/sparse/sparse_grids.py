@@ -8,10 +8,7 @@ from torch.nn import functional as F
 from cpq_train.sparse import SparseConvTensor
 
 SHAPE = (9, 12, 10)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def sparse_input(

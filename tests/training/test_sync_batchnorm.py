@@ -94,7 +94,7 @@ def test_refused_on_a_cpu_before_it_trains(new_detector: NewDetector) -> None:
         synced.on_fit_start()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.cuda(num_devices=2)
 @pytest.mark.parametrize("arm", ["float", "qat"])
 def test_two_devices_train_as_one(arm: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {

@@ -131,10 +131,7 @@ def test_a_checkpoint_without_integer_layers(tmp_path: Path, capsys: pytest.Capt
     assert "arm 'float', has no integer layer: nothing to verify" in error
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("scheme", ["int8", "w4a4", "mixed"])
 def test_schemes_equal_the_integer_reference(scheme: str, device: str) -> None:
     """On CUDA sums come in another order, and a kernel that is no plain sum of products would show."""
