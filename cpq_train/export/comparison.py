@@ -102,7 +102,7 @@ class Probe:
         for output in self.engine.sidecar.outputs:
             head, branch = output["head"], output["branch"]
             found = torch.from_numpy(values[output["name"]]) if self.given else theirs[head][branch]
-            flips.count_outputs(ours[head][branch], found)
+            flips.count_outputs(ours[head][branch].cpu(), found.cpu())
         return ours, theirs
 
     def _codes_of_maps(self) -> dict[str, tuple[int, ...]]:

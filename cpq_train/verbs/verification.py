@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from rich.table import Table
 
 from cpq_train.arms.description import Description
@@ -67,13 +68,19 @@ class Samples:
 
 
 def run_verification(
-    checkpoint: Path, samples: Samples, engine: Path | None, max_flipped_share: float, output: Path | None
+    checkpoint: Path,
+    samples: Samples,
+    engine: Path | None,
+    device: str,
+    max_flipped_share: float,
+    output: Path | None,
 ) -> None:
     """Verify a checkpoint; see `verify`, which has checked the arguments.
 
     Raises:
-        UserError: Something is above its bound, or the checkpoint, a cloud or the root is no good.
+        UserError: Something is above its bound, or the checkpoint, a cloud, the root or device is no good.
     """
+    _check_device(device)
     content = read_checkpoint(checkpoint, mmap=True)
     _check_verifiable(content, checkpoint)
     detector = CenterPointDetector.load_from_checkpoint(checkpoint)
@@ -83,6 +90,7 @@ def run_verification(
     check_features(detector.network_config, data.points)
     if not (samples.clouds or samples.root):
         _check_simulated(data, checkpoint)
+    detector.to(device)
     findings = Findings()
     probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
     with _batches(data, samples) as batches:
@@ -123,6 +131,16 @@ def _check_verifiable(content: dict[str, Any], path: Path) -> None:
         )
     if HYPER_PARAMETERS not in content:
         raise UserError(f"checkpoint {str(path)!r} does not hold its sizes (no {HYPER_PARAMETERS!r})")
+
+
+def _check_device(device: str) -> None:
+    """Whether this machine has it.
+
+    Raises:
+        UserError: It has not.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', and this machine has no CUDA device; accepted: cpu")
 
 
 def _check_simulated(settings: DataSettings, checkpoint: Path) -> None:
@@ -194,6 +212,7 @@ def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings
 
 
 def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings, probe: Probe | None) -> None:
+    batch = detector.to_device(batch)
     inputs = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
     for report in verify_layers(detector.network, inputs):
         known = findings.layers.get(report.name)

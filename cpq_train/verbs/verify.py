@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from cpq_train.common.collection import importing_for_good
 from cpq_train.common.errors import UserError
@@ -21,14 +22,15 @@ def verify(
     num_sweeps: int | None = None,
     max_flipped_share: float = 1e-4,
     engine: Path | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
     output: Path | None = None,
 ) -> None:
     """Prove that a quantized checkpoint computes what an integer engine would.
 
     Every integer layer is computed again in whole numbers, from the input that it really had: codes, sums
     and outputs have to be equal. Then the whole network runs with the reference in place of these layers:
-    what it detects has to be equal. On the CPU, with validation samples of a data set, with clouds, or, by
-    default, with simulated key frames.
+    what it detects has to be equal. With validation samples of a data set, with clouds, or, by default, with
+    simulated key frames.
 
     Args:
         checkpoint: A PTQ or QAT checkpoint of this project.
@@ -45,6 +47,7 @@ def verify(
         engine: Deployment file of this checkpoint: its engine has to have the codes of every layer, the heads
             and the detections that the checkpoint has. Of a target whose kernels round on their own the codes
             count alone, within `max_flipped_share`.
+        device: Where the checkpoint runs; the reference and an engine run on the CPU.
         output: JSON file to write.
 
     Raises:
@@ -57,7 +60,7 @@ def verify(
 
     of_root = {"version": version, "val_split": split, "lidar_channel": lidar_channel}
     samples = Samples(cloud or [], root, of_root, num_samples, num_sweeps)
-    run_verification(checkpoint, samples, engine, max_flipped_share, output)
+    run_verification(checkpoint, samples, engine, device, max_flipped_share, output)
 
 
 def _check_arguments(

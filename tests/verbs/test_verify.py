@@ -124,6 +124,20 @@ def test_bad_arguments(
     assert "num_samples is 0" in fails([*verify, "--num_samples", "0"], capsys)
 
 
+def test_no_gpu(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = fails(["verify", str(checkpoint), "--device", "cuda"], capsys)
+    assert "device is 'cuda', and this machine has no CUDA device; accepted: cpu" in error
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(checkpoint: Path, cloud: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", str(checkpoint), "--cloud", str(cloud), "--device", "cuda"])
+    assert " and 0 by more; " in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_checkpoint_without_integer_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subject = build(TINY, "float", None)
     _save(tmp_path / "float.ckpt", subject.network.state_dict(), subject.describe())
