@@ -6,7 +6,7 @@ Numbers are compared for equality, with no tolerance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,11 +21,8 @@ from cpq_train.export.portable.fast import in_bytes
 from cpq_train.export.portable.writer import coords_name
 from cpq_train.export.targets import target_of
 from cpq_train.models import HeadOutput
-from cpq_train.quantization.reference.rulebook import RowOf
-from cpq_train.quantization.switches import quantized_layers
+from cpq_train.quantization.verification.codes_read import Read, codes_read, steps_apart
 from cpq_train.quantization.verification.end_to_end import Flips
-from cpq_train.quantization.verification.observation import Observed, observing, run
-from cpq_train.sparse import SparseConvTensor
 
 Array = NDArray[Any]
 
@@ -34,23 +31,6 @@ Pair: TypeAlias = tuple[list[HeadOutput], list[HeadOutput]]
 
 MADE = ".made"
 """What follows the names of codes that nothing in a cut file reads."""
-
-LOST = 2**15
-"""Distance of a code to that of a voxel which only one of the two has."""
-
-
-class Seen(NamedTuple):
-    """Codes that a layer of the network read.
-
-    Attributes:
-        codes: One array for each tensor that it reads.
-        positions: (V, 4) batch, z, y, x of their rows; None where they are maps.
-        grid: Of these positions.
-    """
-
-    codes: tuple[Array, ...]
-    positions: Array | None = None
-    grid: tuple[int, ...] = ()
 
 
 class Probe:
@@ -93,7 +73,7 @@ class Probe:
             Outputs of the network and of the engine.
         """
         features, coords, _ = inputs
-        ours, seen = _observe(network, inputs)
+        ours, seen = codes_read(network, inputs)
         theirs = self.engine(*inputs)
         values = self.engine.run_sample(self._session, features, coords, self._given(seen))
         for operation in self.plan.operations:
@@ -116,7 +96,7 @@ class Probe:
         """Name of the codes that the engine makes, where those that its layers read are given."""
         return f"{codes}{MADE}" if codes in self.given else codes
 
-    def _given(self, seen: Mapping[str, Seen]) -> dict[str, Array]:
+    def _given(self, seen: Mapping[str, Read]) -> dict[str, Array]:
         """The network's own codes by the names of the file's."""
         found = {}
         for operation in self.plan.operations:
@@ -128,20 +108,15 @@ class Probe:
         return found
 
     def _count(
-        self, operation: Addition | Convolution, seen: Seen, values: Mapping[str, Array], flips: Flips
+        self, operation: Addition | Convolution, seen: Read, values: Mapping[str, Array], flips: Flips
     ) -> None:
         for codes, source, chosen in zip(seen.codes, operation.sources, _ranges(operation), strict=True):
             theirs = values[self._made(self.code_names[source, chosen])]
             if seen.positions is None:
-                flips.count_codes(operation.name, np.abs(codes - _padded(theirs, codes.shape)))
-                continue
-            zyx = values[coords_name(self.plan, source)]
-            rows = RowOf(np.insert(zyx, 0, 0, axis=1), seen.grid)(seen.positions)
-            steps = np.abs(codes - theirs[rows]) if len(zyx) else np.zeros_like(codes)
-            steps[rows < 0] = LOST
-            num_more = len(zyx) - int((rows >= 0).sum())
-            more = np.full((num_more, codes.shape[1]), LOST)
-            flips.count_codes(operation.name, np.concatenate([steps, more]))
+                positions, theirs = None, _padded(theirs, codes.shape)
+            else:
+                positions = np.insert(values[coords_name(self.plan, source)], 0, 0, axis=1)
+            flips.count_codes(operation.name, steps_apart(codes, seen, theirs, positions))
 
 
 def _cut(model: Any, maps: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -177,26 +152,3 @@ def _ranges(operation: Addition | Convolution) -> Sequence[InputRange]:
     if isinstance(operation, Addition):
         return operation.ranges or ()
     return () if operation.input_range is None else (operation.input_range,)
-
-
-def _observe(
-    network: nn.Module, inputs: tuple[Tensor, Tensor, int]
-) -> tuple[list[HeadOutput], dict[str, Seen]]:
-    """The outputs of a network, and what its quantized layers read."""
-    seen: dict[str, Seen] = {}
-    place: list[Observed] = []
-
-    def take(name: str, layer: nn.Module, arguments: tuple[Any, ...], observed: Observed) -> None:
-        x = arguments[0]
-        if isinstance(x, SparseConvTensor):
-            place[:] = [observed]
-            positions = x.indices.cpu().numpy().astype(np.int64)
-            seen[name] = Seen((observed.codes,), positions, tuple(x.spatial_shape))
-        elif x.dim() == 2:  # an add reads what the convolution before it made, on the same voxels
-            seen[name] = Seen(tuple(observed.codes), place[0].positions, place[0].shape)
-        else:
-            seen[name] = Seen((observed.codes,))
-
-    with observing(quantized_layers(network), take):
-        outputs: list[HeadOutput] = run(network, inputs)
-    return outputs, seen

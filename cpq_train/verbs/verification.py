@@ -212,8 +212,8 @@ def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings
 
 
 def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings, probe: Probe | None) -> None:
-    batch = detector.to_device(batch)
-    inputs = batch["voxel_features"], batch["voxel_coords"], batch["batch_size"]
+    moved = detector.to_device(dict(batch))
+    inputs = moved["voxel_features"], moved["voxel_coords"], moved["batch_size"]
     for report in verify_layers(detector.network, inputs):
         known = findings.layers.get(report.name)
         findings.layers[report.name] = report if known is None else known + report

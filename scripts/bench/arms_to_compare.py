@@ -40,7 +40,8 @@ def build_arms(config: NetworkConfig, scheme: Scheme, batch: Batch) -> dict[str,
             the sizes of a trained network's.
     """
     original = CenterPoint(config)
-    _draw_weights(original)
+    _draw_weights(original)  # before it moves: the same weights on every device
+    original.to(batch["voxel_features"].device)
     _settle_batchnorm(original, batch)
     arms = {name: copy.deepcopy(original) for name in ("float", "qat", "pq")}
     prepared = prepare(arms["qat"], scheme, original.example_input())

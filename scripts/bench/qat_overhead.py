@@ -20,7 +20,6 @@ from lidar_like import new_batch
 from machine import settle
 from results import Row, spread, write_rows
 from steps import (
-    ARMS,
     FLOAT,
     FLOAT_BF16,
     FLOAT_SAME,
@@ -32,6 +31,7 @@ from steps import (
     Measured,
     Workload,
     config_of,
+    ratios,
     time_part,
     weigh,
 )
@@ -140,7 +140,7 @@ def _rows(found: Found, voxels: Mapping[str, int]) -> list[Row]:
             "unit": "MiB" if part in (PEAK, KEPT) else "ms",
             **{
                 f"{arm}, ratio": _ratio(measured, arm, FLOAT) if arm in measured else None
-                for arm in ARMS
+                for arm in PARTS["whole"]
                 if arm != FLOAT
             },
         }
@@ -169,7 +169,7 @@ def bounds_met(found: Found) -> list[Row]:
 
 
 def _ratio(measured: Measured, arm: str, against: str) -> dict[str, float]:
-    return spread([a / b for a, b in zip(measured[arm], measured[against], strict=True)])
+    return spread(ratios(measured, arm, against))
 
 
 if __name__ == "__main__":

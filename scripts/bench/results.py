@@ -62,7 +62,15 @@ def markdown(table: Mapping[str, Any]) -> str:
     Args:
         table: Context and rows, as the files have them.
     """
-    rows = table["rows"]
+    return f"\n{table_of(table['rows'])}\n{_caption(table['context'])}\n\n"
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; nothing where there are none.
+
+    Args:
+        rows: All with the same columns.
+    """
     columns = list(rows[0]) if rows else []
     is_number = [not any(isinstance(row[column], str) for row in rows) for column in columns]
     lines = [
@@ -70,8 +78,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         ["--:" if right else "---" for right in is_number],
         *([_text(row[column]) for column in columns] for row in rows),
     ]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines if line)
-    return f"\n{text}\n{_caption(table['context'])}\n\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines if line)
 
 
 def _text(cell: Cell) -> str:

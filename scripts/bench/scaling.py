@@ -21,7 +21,7 @@ from jsonargparse import auto_cli
 from lidar_like import synthetic_batch
 from machine import settle
 from results import Row, spread, write_rows
-from steps import ARMS, FLOAT, QAT, Measured, Workload, config_of, time_part
+from steps import ARMS, FLOAT, QAT, Measured, Workload, config_of, ratios, time_part
 from torch import distributed, nn
 from torch.multiprocessing import get_context
 
@@ -68,9 +68,14 @@ def _grown(
 
 
 def _row(network: str, grows: str, number: int, times: Measured) -> Row:
-    ratios = [a / b for a, b in zip(times[QAT], times[FLOAT], strict=True)]
     named = {f"{arm}, ms": spread(times[arm]) for arm in WAYS}
-    return {"network": network, "grows": grows, "number": number, **named, "ratio": spread(ratios)}
+    return {
+        "network": network,
+        "grows": grows,
+        "number": number,
+        **named,
+        "ratio": spread(ratios(times, QAT, FLOAT)),
+    }
 
 
 def _over_ranks(num_ranks: int, num_rounds: int) -> Measured:

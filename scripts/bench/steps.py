@@ -8,6 +8,7 @@ count; with more it is wall time; on CUDA it is CUDA events.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from cpq_train.profiling.allocation import counting
 from cpq_train.profiling.latency import Stopwatch, clock_of
 from cpq_train.profiling.memory import observing_memory
 from cpq_train.quantization.prepared import frozen, is_prepared, prepared_of
+from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.scope import Scope
 from cpq_train.quantization.switches import GradientPrecision, compute_gradients_in
@@ -46,7 +48,7 @@ class Arm:
     """What is compared.
 
     Attributes:
-        network: float, qat or pq.
+        network: float, qat, pq or learned.
         kernels: What its step runs in.
         precision: What its forward pass runs in.
         gradients: What gradients of its quantized dense layers are computed in.
@@ -64,6 +66,7 @@ def _in_bf16() -> AbstractContextManager[Any]:
 
 FLOAT, FLOAT_SAME, QAT, PQ = "float", "float, same kernels", "QAT", "pytorch-quantization"
 FLOAT_BF16, QAT_BF16 = "float bf16", "QAT bf16"
+LEARNED = "QAT, learned ranges"
 ARMS = {
     FLOAT: Arm("float", reference_kernels),
     FLOAT_SAME: Arm("float"),
@@ -71,15 +74,17 @@ ARMS = {
     PQ: Arm("pq"),
     FLOAT_BF16: Arm("float", reference_kernels, _in_bf16),
     QAT_BF16: Arm("qat", precision=_in_bf16, gradients="bf16"),
+    LEARNED: Arm("learned"),
 }
-"""`float` runs on spconv's own kernels, all others on those of this project where it has some."""
+"""`float` runs on spconv's own kernels, all others on those of this project where it has some. That of learned
+ranges has a network of its own, see `Workload.with_learned_ranges`."""
 
 PARTS = {
     "dense": (FLOAT, QAT, PQ, FLOAT_BF16, QAT_BF16),
     "backbone": (FLOAT, QAT, PQ),
     "head": (FLOAT, QAT, PQ),
     "sparse": (FLOAT, FLOAT_SAME, QAT, PQ),
-    "whole": tuple(ARMS),
+    "whole": (FLOAT, FLOAT_SAME, QAT, PQ, FLOAT_BF16, QAT_BF16),
     "evaluation": (FLOAT, FLOAT_SAME, QAT),
 }
 """Part of a step (dense is BEV backbone and head; sparse has its rulebooks), or a whole forward pass of
@@ -91,7 +96,7 @@ class Workload:
     """Networks of one size and what they run on.
 
     Attributes:
-        networks: float, qat and pq.
+        networks: float, qat and pq; learned where it was asked for.
         batch: Voxels of all samples.
         device: cpu or cuda.
     """
@@ -114,6 +119,12 @@ class Workload:
         moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         arms = build_arms(config, chosen, moved)
         return cls({name: network.to(device) for name, network in arms.items()}, moved, device)
+
+    def with_learned_ranges(self) -> Workload:
+        """With another copy of qat, whose ranges are parameters."""
+        learned = copy.deepcopy(self.networks["qat"])
+        apply_policy(learned, "learned")
+        return replace(self, networks={**self.networks, "learned": learned})
 
 
 def config_of(name: str) -> tuple[NetworkConfig, int]:
@@ -153,6 +164,11 @@ def time_part(
                 work.networks[ARMS[arm].network].zero_grad()
             done()
     return {arm: values[1:] for arm, values in times.items()}
+
+
+def ratios(measured: Measured, arm: str, against: str) -> list[float]:
+    """Of two arms, within each round."""
+    return [a / b for a, b in zip(measured[arm], measured[against], strict=True)]
 
 
 def weigh(work: Workload, arms: tuple[str, ...] = PARTS["whole"]) -> tuple[Measured, Measured]:
@@ -202,12 +218,12 @@ def _forward(work: Workload, part: str, arm: Arm, inputs: Tensor) -> Outputs:
     network, batch = work.networks[arm.network], work.batch
     if part in ("whole", "evaluation"):
         return _maps(run(network, batch))
-    with _computing(network):
+    with computing(network):
         return _forward_of_part(network, batch, part, inputs)
 
 
 @contextmanager
-def _computing(network: CenterPoint) -> Iterator[None]:
+def computing(network: CenterPoint) -> Iterator[None]:
     """Lets the parts of a network compute as they do in its whole forward pass."""
     scope = prepared_of(network).scope if is_prepared(network) else Scope()
     scope.begin_forward()
