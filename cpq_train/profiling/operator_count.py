@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +89,7 @@ class _Counting(TorchDispatchMode):
         if _is_of_spconv():
             return func(*args, **kwargs)
         if _waits(name, args, kwargs):
-            self._count.waits[name, _place()] += 1
+            self._count.waits[name, calling_place(traceback.extract_stack())] += 1
         if name not in FREE:
             self._count.operators[name] += 1
         return func(*args, **kwargs)
@@ -114,9 +114,17 @@ def _is_of_spconv() -> bool:
     return False
 
 
-def _place() -> str:
-    """The innermost line of this package, else of whoever called."""
-    frames = [f for f in traceback.extract_stack() if f.filename != __file__]
+def calling_place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost line of this package in a stack, else of whoever called.
+
+    Args:
+        frames: The stack, outermost first.
+
+    Returns:
+        File, below the folder of the package where it is one of it, and line.
+    """
+    frames = [f for f in frames if f.filename != __file__]
     ours = [f for f in frames if Path(f.filename).is_relative_to(PACKAGE)]
-    inner = (ours or frames)[-1]
-    return f"{inner.filename}:{inner.lineno}"
+    if ours:
+        return f"{Path(ours[-1].filename).relative_to(PACKAGE.parent)}:{ours[-1].lineno}"
+    return f"{'/'.join(Path(frames[-1].filename).parts[-3:])}:{frames[-1].lineno}"

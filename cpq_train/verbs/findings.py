@@ -101,6 +101,10 @@ class Findings:
     engine: EndToEnd | None = None
     other_numbers: list[str] = field(default_factory=list)
 
+    def document(self) -> dict[str, Any]:
+        """Layers and the network against the reference, as plain values."""
+        return {"layers": [asdict(report) for report in self.layers.values()], **self.reference.document()}
+
     def failures(self, max_flipped_share: float) -> list[str]:
         """What is above its bound, a line each."""
         wrong = [r.name for r in self.layers.values() if r.num_mismatched]

@@ -6,13 +6,14 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from cpq_train.arms.description import Description
 from cpq_train.common.checkpoint import read_checkpoint
@@ -28,6 +29,8 @@ from cpq_train.data.settings import DataSettings
 from cpq_train.data.sweeps import NUSCENES_POINTS, read_cloud
 from cpq_train.export.engine import Engine
 from cpq_train.export.plan import differences
+from cpq_train.models import CenterPoint
+from cpq_train.models.decode import PostProcessing
 from cpq_train.quantization.ranges.bias_steps import check_biases
 from cpq_train.quantization.verification.end_to_end import FLIP_REASON, verify_end_to_end
 from cpq_train.quantization.verification.layers import verify_layers
@@ -95,7 +98,9 @@ def run_verification(
     probe = None if engine is None else _probe(engine, checkpoint, detector, findings)
     with _batches(data, samples) as batches:
         for batch in track(batches, "Verifying", len(samples.clouds) or samples.number):
-            _verify_one(detector, batch, findings, probe)
+            moved = detector.to_device(dict(batch))
+            inputs = moved["voxel_features"], moved["voxel_coords"], moved["batch_size"]
+            verify_sample(detector.network, inputs, detector.post_processing, findings, probe)
     _conclude(checkpoint, findings, max_flipped_share, output)
 
 
@@ -211,17 +216,33 @@ def _probe(file: Path, checkpoint: Path, detector: CenterPointDetector, findings
     return probe
 
 
-def _verify_one(detector: CenterPointDetector, batch: Batch, findings: Findings, probe: Probe | None) -> None:
-    moved = detector.to_device(dict(batch))
-    inputs = moved["voxel_features"], moved["voxel_coords"], moved["batch_size"]
-    for report in verify_layers(detector.network, inputs):
+def verify_sample(
+    network: CenterPoint,
+    inputs: tuple[Tensor, Tensor, int],
+    post_processing: PostProcessing,
+    findings: Findings,
+    probe: Probe | None = None,
+) -> None:
+    """Compare a network with its stand-ins on one sample.
+
+    Args:
+        network: Calibrated, wherever it is.
+        inputs: Arguments of its forward pass, there too.
+        post_processing: From its outputs to boxes.
+        findings: What is found is added here.
+        probe: A look into an engine, where there is one.
+
+    Raises:
+        UserError: See `verify_layers` and `verify_end_to_end`.
+    """
+    for report in verify_layers(network, inputs):
         known = findings.layers.get(report.name)
         findings.layers[report.name] = report if known is None else known + report
-    how = detector.network_config, detector.post_processing
-    outputs = verify_end_to_end(detector.network, inputs, findings.reference.flips)
+    how = network.config, post_processing
+    outputs = verify_end_to_end(network, inputs, findings.reference.flips)
     findings.reference.count_detections(*outputs, *how)
     if probe is not None and findings.engine is not None:
-        pair = probe.compare(detector.network, inputs, findings.engine.flips)
+        pair = probe.compare(network, inputs, findings.engine.flips)
         findings.engine.count_detections(*pair, *how)
 
 
@@ -252,8 +273,7 @@ def _document(checkpoint: Path, findings: Findings, failures: list[str]) -> dict
     return {
         "schema": 1,
         "checkpoint": {"path": str(checkpoint), "sha256": sha256_of(checkpoint)},
-        "layers": [asdict(report) for report in findings.layers.values()],
-        **findings.reference.document(),
+        **findings.document(),
         **({} if findings.engine is None else {"engine": findings.engine.document()}),
         "failures": failures,
     }

@@ -69,13 +69,8 @@ def _grown(
 
 def _row(network: str, grows: str, number: int, times: Measured) -> Row:
     named = {f"{arm}, ms": spread(times[arm]) for arm in WAYS}
-    return {
-        "network": network,
-        "grows": grows,
-        "number": number,
-        **named,
-        "ratio": spread(ratios(times, QAT, FLOAT)),
-    }
+    ratio = spread(ratios(times, QAT, FLOAT))
+    return {"network": network, "grows": grows, "number": number, **named, "ratio": ratio}
 
 
 def _over_ranks(num_ranks: int, num_rounds: int) -> Measured:

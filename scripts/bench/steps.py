@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -76,8 +76,8 @@ ARMS = {
     QAT_BF16: Arm("qat", precision=_in_bf16, gradients="bf16"),
     LEARNED: Arm("learned"),
 }
-"""`float` runs on spconv's own kernels, all others on those of this project where it has some. That of learned
-ranges has a network of its own, see `Workload.with_learned_ranges`."""
+"""`float` runs on spconv's own kernels, all others on those of this project where it has some. Learned ranges
+have a network of their own, see `Workload.with_learned_ranges`."""
 
 PARTS = {
     "dense": (FLOAT, QAT, PQ, FLOAT_BF16, QAT_BF16),
@@ -116,15 +116,24 @@ class Workload:
         chosen = Scheme.from_file(scheme or CONFIGS / "schemes" / "int8.yaml")
         inputs = replace(chosen.defaults.input, method="max")
         chosen = replace(chosen, defaults=replace(chosen.defaults, input=inputs))
-        moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = _moved(batch, device)
         arms = build_arms(config, chosen, moved)
         return cls({name: network.to(device) for name, network in arms.items()}, moved, device)
+
+    def on(self, batch: Batch) -> Workload:
+        """The same networks on another batch."""
+        return replace(self, batch=_moved(batch, self.device))
 
     def with_learned_ranges(self) -> Workload:
         """With another copy of qat, whose ranges are parameters."""
         learned = copy.deepcopy(self.networks["qat"])
         apply_policy(learned, "learned")
         return replace(self, networks={**self.networks, "learned": learned})
+
+
+def _moved(batch: Batch, device: str) -> Batch:
+    moved: Any = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return cast(Batch, moved)
 
 
 def config_of(name: str) -> tuple[NetworkConfig, int]:
