@@ -188,6 +188,7 @@ def weigh(work: Workload, arms: tuple[str, ...] = PARTS["whole"]) -> tuple[Measu
         for name in arms:
             arm = ARMS[name]
             network = work.networks[arm.network]
+            compute_gradients_in(network, arm.gradients)
             passes[name]()
             with counting(device) as allocator:
                 before = allocator.allocated()
