@@ -23,6 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
+_TORCH = Path(torch.__file__).parent
+OPTIMIZERS = str(_TORCH / "optim")
+BETWEEN = (str(_TORCH / "_dynamo"), str(_TORCH / "_compile"))
+"""Between whoever calls an operator and a mode that sees it."""
+
 SPCONV_FILES = ("spconv/pytorch/functional.py", "spconv/pytorch/ops.py")
 
 FREE = frozenset(
@@ -86,7 +91,7 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        if _is_of_spconv():
+        if _is_of_spconv() or (name in WAITING and _is_of_an_optimizer()):
             return func(*args, **kwargs)
         if _waits(name, args, kwargs):
             self._count.waits[name, calling_place(traceback.extract_stack())] += 1
@@ -112,6 +117,14 @@ def _is_of_spconv() -> bool:
             return True
         frame = cast(FrameType, frame.f_back)
     return False
+
+
+def _is_of_an_optimizer() -> bool:
+    """Whether PyTorch's optimizer asked itself: its counts of steps are on the host."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(BETWEEN):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(OPTIMIZERS)
 
 
 def calling_place(frames: Sequence[traceback.FrameSummary]) -> str:

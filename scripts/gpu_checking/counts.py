@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,11 @@ class _CountedStep(Callback):
         self.count: _Count | None = None
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["foreach"] = not group["fused"]  # which torch chooses by itself on CUDA alone
+
+    @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -202,7 +208,7 @@ def _count_fit(setting: Setting, arm: str) -> _Count:
             ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
         ),
     )
-    with _path_of_a_gpu(setting):
+    with _path_of_a_gpu(setting), redirect_stdout(io.StringIO()):
         trainer.fit(detector, datamodule=data)
     if counted.count is None:
         raise RuntimeError(f"arm {arm}: the fit ended after {trainer.global_step} steps, before the third")

@@ -77,6 +77,6 @@ def _bounds(outcomes: Mapping[str, Any]) -> str:
 
 
 def _section(part: Part, outcome: Mapping[str, Any]) -> str:
-    table = table_of(outcome.get("rows", []))
-    told = "" if outcome["result"] == PASSED else f"{_result(outcome)}\n\n"
-    return f"## {part.title}\n\n{part.meaning}\n\n{told}{table}\n"
+    told = "" if outcome["result"] == PASSED else _result(outcome)
+    blocks = [f"## {part.title}", part.meaning, told, table_of(outcome.get("rows", [])).rstrip()]
+    return "".join(f"{block}\n\n" for block in blocks if block)

@@ -15,7 +15,6 @@ from steps import CONFIGS, Workload, config_of
 from cpq_train.common.kernels import HAS_BF16
 from cpq_train.data.dataset import Batch
 from cpq_train.models import NetworkConfig
-from cpq_train.simulator import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOAT_CHECKPOINT = ROOT / "checkpoints" / "quickstart_float.ckpt"
@@ -55,7 +54,7 @@ class Setting:
         self.device, self.folder = device, folder
         self.is_small = device == "cpu"
         self.num_rounds = 1 if self.is_small else 12
-        self.batch_sizes = (1, 2) if self.is_small else (1, 4)
+        self.batch_sizes = (2,) if self.is_small else (1, 4)
         self._end_s = time.monotonic() + budget_s
 
     def seconds_left(self) -> float:
@@ -90,9 +89,10 @@ class Setting:
     def data(self) -> Path:
         """A simulated data set."""
         root = self.folder / "data"
-        scenes = (2, 1, 2) if self.is_small else (8, 2, 4)
-        names = ("num_scenes", "num_val_scenes", "num_samples_per_scene")
-        simulate(root, version="v1.0-trainval", seed=1, **dict(zip(names, scenes, strict=True)))
+        scenes, val_scenes, samples = (4, 1, 2) if self.is_small else (8, 2, 4)
+        sizes = ("--num_scenes", scenes, "--num_val_scenes", val_scenes, "--num_samples_per_scene", samples)
+        workers = ("--num_workers", 1) if self.is_small else ()
+        self.verb("simulate", "--output", root, "--version", "v1.0-trainval", *sizes, "--seed", 1, *workers)
         return root
 
     @cached_property
