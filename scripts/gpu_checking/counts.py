@@ -140,7 +140,7 @@ def _telling(told: _Told) -> Iterator[None]:
         if SYNCHRONISES not in str(message):
             show(message, category, *where, **more)
             return
-        frames = [f for f in traceback.extract_stack() if f.filename != __file__]
+        frames = [f for f in traceback.extract_stack() if f.filename not in (__file__, warnings.__file__)]
         if any("spconv" in Path(frame.filename).parts for frame in frames):
             told.num_of_rulebooks += 1
         else:
