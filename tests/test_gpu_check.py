@@ -199,12 +199,14 @@ def test_synchronisations_are_noted_where_they_come_from(monkeypatch: pytest.Mon
 
 def test_the_graph_is_held_against_an_eager_step(setting: Any) -> None:
     from gpu_checking import graph
+    from steps import computing
 
     network = setting.work.networks["qat"]
     config = network.config
     shape = (1, network.backbone_2d.blocks[0][1].in_channels, config.geometry.height, config.geometry.width)
     bev = torch.rand(shape).requires_grad_()
-    gradients = [torch.ones_like(out) for out in graph._outputs(network, bev)]
+    with computing(network):
+        gradients = [torch.ones_like(out) for out in graph._outputs(network, bev)]
     first, again = (graph._step(network, bev, gradients) for _ in range(2))
     row = graph._compared("all", first, again)
     assert row["tensors"] == len(gradients) + 1 + len(

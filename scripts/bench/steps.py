@@ -26,10 +26,10 @@ from cpq_train.models import CenterPoint, HeadOutput, NetworkConfig
 from cpq_train.profiling.allocation import counting
 from cpq_train.profiling.latency import Stopwatch, clock_of
 from cpq_train.profiling.memory import observing_memory
-from cpq_train.quantization.prepared import frozen, is_prepared, prepared_of
+from cpq_train.quantization.forward_pass import begin_forward, end_forward
+from cpq_train.quantization.prepared import frozen, is_prepared
 from cpq_train.quantization.ranges.policy import apply_policy
 from cpq_train.quantization.scheme import Scheme
-from cpq_train.quantization.scope import Scope
 from cpq_train.quantization.switches import GradientPrecision, compute_gradients_in
 from cpq_train.sparse import reference_kernels
 
@@ -235,12 +235,14 @@ def _forward(work: Workload, part: str, arm: Arm, inputs: Tensor) -> Outputs:
 @contextmanager
 def computing(network: CenterPoint) -> Iterator[None]:
     """Lets the parts of a network compute as they do in its whole forward pass."""
-    scope = prepared_of(network).scope if is_prepared(network) else Scope()
-    scope.begin_forward()
+    if not is_prepared(network):
+        yield
+        return
+    begin_forward(network, None)
     try:
         yield
     finally:
-        scope.end_forward()
+        end_forward(network, None, None)
 
 
 def _forward_of_part(network: CenterPoint, batch: Batch, part: str, inputs: Tensor) -> Outputs:

@@ -32,7 +32,8 @@ def capture_dense(setting: Setting) -> Found:
         volume = network.backbone_3d(*inputs_of(setting.work.batch))
         bev = network.map_to_bev_module(volume)
     first, second = bev.clone().requires_grad_(), (0.5 * bev).requires_grad_()
-    gradients = [torch.ones_like(out) for out in _outputs(network, first)]
+    with torch.no_grad(), computing(network):
+        gradients = [torch.ones_like(out) for out in _outputs(network, first)]
     with _deterministic():
         expected = [t.clone() for t in _step(network, second, gradients)]
         graph, captured = _captured(network, first, gradients)
@@ -48,29 +49,36 @@ def capture_dense(setting: Setting) -> Found:
 
 
 def _outputs(network: CenterPoint, bev: Tensor) -> list[Tensor]:
-    with computing(network):
-        return [out for head in network.dense_head(network.backbone_2d(bev)) for out in head.values()]
+    return [out for head in network.dense_head(network.backbone_2d(bev)) for out in head.values()]
 
 
-def _step(network: CenterPoint, bev: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
+def _dense_part(network: CenterPoint, bev: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
     """Outputs, then the gradients of the map and of all parameters."""
     outputs = _outputs(network, bev)
     dense = [*network.backbone_2d.parameters(), *network.dense_head.parameters()]
     return [*outputs, *torch.autograd.grad(outputs, [bev, *dense], gradients)]
 
 
+def _step(network: CenterPoint, bev: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
+    with computing(network):
+        return _dense_part(network, bev, gradients)
+
+
 def _captured(
     network: CenterPoint, bev: Tensor, gradients: Sequence[Tensor]
 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    """As a step does it: weights of the whole network are rounded when it begins, before this part of it.
+
+    All on one stream, because a backward pass runs where its forward pass ran.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(NUM_WARM_UP):
             _step(network, bev, gradients)
+        with computing(network), torch.cuda.graph(graph, stream=side):
+            found = _dense_part(network, bev, gradients)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = _step(network, bev, gradients)
     return graph, found
 
 
