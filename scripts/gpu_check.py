@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from gpu_checking.guard import BAD, Part, run_guarded
+from gpu_checking.guard import FAILED, Part, run_guarded
 from gpu_checking.page import page_of, summary_of
 from gpu_checking.parts import PARTS
 from gpu_checking.setting import ROOT, Setting
@@ -96,7 +96,7 @@ def write(record: Mapping[str, Any], folder: Path) -> None:
 
 def exit_code(record: Mapping[str, Any]) -> int:
     """1 where a part failed or numbers differ."""
-    return int(any(outcome["result"] in BAD for outcome in record["parts"].values()))
+    return int(any(outcome["result"] == FAILED for outcome in record["parts"].values()))
 
 
 def _commit() -> str:

@@ -122,7 +122,7 @@ def test_a_broken_part_is_told_and_the_others_run(setting: Any, capsys: pytest.C
     results = {name: (found["result"], found["message"]) for name, found in record["parts"].items()}
     assert results == {
         "broken": ("failed", "RuntimeError: no kernel in x.so"),
-        "wrong": ("differs", "2 codes differ; and more"),
+        "wrong": ("failed", "2 codes differ; and more"),
         "none": ("not applicable", "one GPU"),
         "good": ("passed", ""),
     }
@@ -131,6 +131,32 @@ def test_a_broken_part_is_told_and_the_others_run(setting: Any, capsys: pytest.C
     codes = [exit_code(check(setting, [part])) for part in parts]
     assert codes == [1, 1, 0, 0]
     assert exit_code(record) == 1
+
+
+def test_an_arm_that_fails_does_not_take_the_others_along(
+    setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_checking import costs
+
+    def weigh(work: Any, arms: tuple[str, ...]) -> Any:
+        if arms == ("QAT",):
+            raise RuntimeError("no memory")
+        return {arms[0]: [4.0]}, {arms[0]: [float("inf")]}
+
+    monkeypatch.setitem(setting.__dict__, "work_on", lambda batch_size: None)
+    monkeypatch.setattr(costs, "weigh", weigh)
+    found = costs.weigh_steps(setting)
+    assert found.wrong == ["QAT: RuntimeError: no memory"]
+    assert {row["arm"] for row in found.rows} == set(costs.arms_of(setting)) - {"QAT"}
+
+
+def test_numbers_that_json_has_not(setting: Any) -> None:
+    from gpu_check import check
+    from gpu_checking.guard import Found, Part
+
+    part = Part("part", "Part", "", lambda setting: Found([{"largest": float("inf"), "share": 0.5}]))
+    rows = check(setting, [part])["parts"]["part"]["rows"]
+    assert rows == [{"largest": "Infinity", "share": 0.5}]
 
 
 def test_what_would_begin_too_late_is_skipped(tmp_path: Path) -> None:

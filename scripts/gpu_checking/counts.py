@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cpq_train.common.checkpoint import read_checkpoint
 from cpq_train.common.kernels import as_on_gpu
 from cpq_train.data.datamodule import NuScenesDataModule
 from cpq_train.models.decode import PostProcessing, decode
+from cpq_train.profiling.latency import Stopwatch
 from cpq_train.profiling.operator_count import calling_place, counting_operators
 from cpq_train.quantization.ranges.policy import RangePolicy
 from cpq_train.quantization.switches import evaluating
@@ -30,7 +31,7 @@ from cpq_train.training.detector import CenterPointDetector
 from cpq_train.verbs.checkpoint_settings import data_settings_of
 from cpq_train.verbs.trainer import QuantTrainer
 from gpu_checking.costs import arms_of
-from gpu_checking.guard import Found
+from gpu_checking.guard import Found, each
 from gpu_checking.numbers import inputs_of
 from gpu_checking.setting import FLOAT_CHECKPOINT, Setting
 
@@ -44,7 +45,8 @@ COUNTED_STEP = 2
 
 def count_steps(setting: Setting) -> Found:
     """Operators and waits of a training step of the quickstart network, by arm."""
-    counted = {arm: _count_fit(setting, arm) for arm in arms_of(setting) if arm not in (PQ, FLOAT_BF16)}
+    arms = [arm for arm in arms_of(setting) if arm not in (PQ, FLOAT_BF16)]
+    counted, wrong = each(arms, partial(_count_fit, setting))
     rows: list[Row] = [
         {
             "arm": arm,
@@ -54,7 +56,7 @@ def count_steps(setting: Setting) -> Found:
         }
         for arm, count in counted.items()
     ]
-    return Found(rows)
+    return Found(rows, wrong)
 
 
 def count_decoding(setting: Setting) -> Found:
@@ -66,11 +68,10 @@ def count_decoding(setting: Setting) -> Found:
     with torch.no_grad(), evaluating(network), _path_of_a_gpu(setting):
         heads = network(*inputs_of(work.batch))
         decode(heads, setting.config, post)
-        start_s = time.perf_counter()
-        found = decode(heads, setting.config, post)  # its boxes are on the host's way: nothing is left open
-        if setting.device == "cuda":
-            torch.cuda.synchronize()
-        ms = 1e3 * (time.perf_counter() - start_s)
+        watch = Stopwatch(torch.device(setting.device))
+        watch.start()
+        found = decode(heads, setting.config, post)
+        ms = watch.stop().whole_ms
         with _counting(setting.device) as count:
             decode(heads, setting.config, post)
     row: Row = {
@@ -171,7 +172,7 @@ class _CountedStep(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for group in trainer.optimizers[0].param_groups:
-            group["foreach"] = not group["fused"]  # which torch chooses by itself on CUDA alone
+            group["foreach"] = not group.get("fused")  # which torch chooses by itself on CUDA alone
 
     @override
     def on_train_batch_start(

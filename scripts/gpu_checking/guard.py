@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from results import Row
 
 from gpu_checking.setting import Setting
 
-PASSED, DIFFERS, FAILED, SKIPPED, NOT_APPLICABLE = "passed", "differs", "failed", "skipped", "not applicable"
-BAD = (DIFFERS, FAILED)
+PASSED, FAILED, SKIPPED, NOT_APPLICABLE = "passed", "failed", "skipped", "not applicable"
 OUT_OF_TIME = "out of time"
 
 LONGEST_MESSAGE = 600
+
+T = TypeVar("T")
 
 
 class NotApplicable(Exception):
@@ -29,7 +31,7 @@ class Found:
 
     Attributes:
         rows: A table.
-        wrong: What should not be, a line each.
+        wrong: What differs or failed, a line each.
     """
 
     rows: Sequence[Row]
@@ -53,12 +55,32 @@ class Part:
     run: Callable[[Setting], Found]
 
 
+def each(names: Iterable[str], run: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:
+    """Run what is the same for several arms, so that one that fails does not take the others along.
+
+    Returns:
+        What was found by name; what failed, a line each.
+    """
+    found, wrong = {}, []
+    for name in names:
+        try:
+            found[name] = run(name)
+        except Exception as error:
+            traceback.print_exc()
+            wrong.append(f"{name}: {_named(error)}")
+    return found, wrong
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 @dataclass
 class Outcome:
     """What became of a part; plain values in the record.
 
     Attributes:
-        result: passed, differs, failed, skipped or not applicable.
+        result: passed, failed, skipped or not applicable.
         message: Why; empty where it passed.
         seconds: What it took.
         rows: What it measured.
@@ -91,6 +113,7 @@ def _outcome(part: Part, setting: Setting) -> Outcome:
         return Outcome(NOT_APPLICABLE, str(reason))
     except Exception as error:  # a broken part is told, and the others run
         traceback.print_exc()
-        return Outcome(FAILED, setting.without_paths(f"{type(error).__name__}: {error}")[:LONGEST_MESSAGE])
+        return Outcome(FAILED, setting.without_paths(_named(error))[:LONGEST_MESSAGE])
     wrong = setting.without_paths("; ".join(found.wrong))[:LONGEST_MESSAGE]
-    return Outcome(DIFFERS if wrong else PASSED, wrong, rows=list(found.rows))
+    rows = json.loads(json.dumps(found.rows), parse_constant=str)  # JSON has no infinite numbers
+    return Outcome(FAILED if wrong else PASSED, wrong, rows=rows)

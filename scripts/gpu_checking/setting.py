@@ -31,6 +31,9 @@ SMALL_NETWORK = NetworkConfig(
 )
 """In the place of the full one where the device is the CPU."""
 
+LONGEST_PROCESS_S = 150.0
+"""One that hangs leaves the others time."""
+
 _QUICKSTART = ("-c", CONFIGS / "quickstart_float.yaml", "-c", CONFIGS / "quickstart_qat.yaml")
 _COARSE = ("--model.network.voxel_size", "[0.64, 0.64, 0.32]", "--data.num_sweeps", "1")
 """Of the quickstart network where the device is the CPU."""
@@ -133,7 +136,7 @@ class Setting:
             cwd=ROOT,
             text=True,
             capture_output=True,
-            timeout=max(self.seconds_left(), 1.0),
+            timeout=max(min(self.seconds_left(), LONGEST_PROCESS_S), 1.0),
             check=False,
         )
         if done.returncode:
