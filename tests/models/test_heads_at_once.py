@@ -293,7 +293,7 @@ def test_targets_that_come_with_the_batch() -> None:
     assert {name: float(value) for name, value in made.items()} == {k: float(v) for k, v in given.items()}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.cuda
 def test_a_gpu_is_waited_for_three_times_by_decoding_and_never_by_the_loss() -> None:
     heads = [{name: value.cuda() for name, value in head.items()} for head in some_maps("ties", 0)]
     gt_boxes, leaves = gt_boxes_of(2), leaves_of(heads)
