@@ -143,6 +143,11 @@ class QuantizedConvolution(nn.Module):
         return not self.why_simulated and not self.is_bypassed and len(self._active()) == 2
 
     @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What gradients are computed in."""
+        return torch.float32
+
+    @property
     def has_wide_sums(self) -> bool:
         """Whether sums of codes of 8 bits could pass what fp32 holds, if they were the largest there are."""
         x_format, w_format = self._formats()
@@ -206,7 +211,7 @@ class QuantizedConvolution(nn.Module):
             unit=weight.unit,
             feature_axis=self.axes.feature,
             is_bias_in_sum=weight.bias.is_in_sum,
-            gradients=self.gradients,
+            gradients=self.gradient_dtype,
         )
         return node(coded, weight.codes, weight.values, weight.bias.values)
 

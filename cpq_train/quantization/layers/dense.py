@@ -22,6 +22,11 @@ from cpq_train.quantization.numerics.int8_kernel import Geometry
 class _QuantizedDenseConvolution(QuantizedConvolution):
     """The dense convolutions: (B, C, ...) -> (B, C', ...), with or without B."""
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What gradients are computed in."""
+        return self.gradients
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) -> (B, C', ...)."""
         if not self.rounds(input):

@@ -231,6 +231,8 @@ class WeightTable:
         rounding = _Rounding(part, of_part, factor[part.span], has_values, is_late and part.has_wide_sums, [])
         codes = _RoundWeights.apply(rounding, *weights, *logs)
         values, sums = rounding.made
+        dtypes = {layer.gradient_dtype for layer in part.layers}
+        values = values.to(dtypes.pop()) if len(dtypes) == 1 else values
         if rounding.has_sums:
             self._mailbox.send(sums, lambda sums: self._learn_sums(part, sums))
         return codes, [place.part_of(values) if has_values else None for place in part.places]

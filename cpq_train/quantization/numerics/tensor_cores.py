@@ -40,13 +40,15 @@ def exactly(convolve: Product, x: Tensor, weight: Tensor, geometry: Hashable) ->
     """
     if torch.compiler.is_compiling() or are_numbers_at_hand(x.device):
         return convolve(x, weight)
-    _answers.take_arrived()
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not is_captured:
+        _answers.take_arrived()
     key = geometry, x.shape, x.stride(), weight.shape, weight.stride(), x.device
     if key in _inexact:
         return convolve(x.double(), weight.double()).float()
     with tf32_convolutions():
         sums = convolve(x, weight)
-    if key not in _seen and not _is_captured():
+    if key not in _seen and not is_captured:
         _seen.add(key)
         is_other = (convolve(x.double(), weight.double()) != sums).any()
         _answers.send(is_other, lambda answer: _note(key, bool(answer)))
@@ -61,10 +63,6 @@ def _note(key: Hashable, is_other: bool) -> None:
             "from now on fp64 computes them",
             stacklevel=2,
         )
-
-
-def _is_captured() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
