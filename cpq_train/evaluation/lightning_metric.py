@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,12 +87,13 @@ class DetectionCollector(Metric):
         Raises:
             UserError: A sample is not one of those that are detected in.
         """
-        for row, found in zip(map(int, sample_rows), detections, strict=True):
-            if row not in self._known:
-                raise UserError(
-                    f"detections for sample row {row}; accepted: the {len(self._rows)} rows that are scored"
-                )
-            self._detections.setdefault(row, _to_numpy(found, self._class_ids))
+        rows: list[int] = torch.as_tensor(sample_rows).tolist()  # a GPU is waited for once
+        if unknown := [row for row in rows if row not in self._known]:
+            raise UserError(
+                f"detections for sample row {unknown[0]}; accepted: the {len(self._rows)} rows that are scored"
+            )
+        for row, found in zip(rows, _on_host(detections, self._class_ids), strict=True):
+            self._detections.setdefault(row, found)
         self.num_updates += 1
 
     def compute(self) -> Any:
@@ -168,7 +169,12 @@ class NuScenesDetectionMetric(DetectionCollector):
         return ScoredSplit(annotations.samples.tokens, predictions, evaluate(annotations, predictions))
 
 
-def _to_numpy(found: DetectionsOfSample, class_ids: Ints) -> LidarDetections:
-    columns = (found.boxes, found.scores, found.labels)
-    boxes, scores, labels = (column.detach().cpu().numpy() for column in columns)
-    return best_detections(LidarDetections(boxes, scores, class_ids[labels]))
+def _on_host(detections: Sequence[DetectionsOfSample], class_ids: Ints) -> Iterator[LidarDetections]:
+    """The best detections of each sample; a copy a column, for all samples together."""
+    if not detections:
+        return
+    by_sample = [(found.boxes, found.scores, found.labels) for found in detections]
+    joined = [torch.cat(column).detach().cpu().numpy() for column in zip(*by_sample, strict=True)]
+    ends = np.cumsum([len(found.scores) for found in detections])[:-1]
+    for boxes, scores, labels in zip(*(np.split(column, ends) for column in joined), strict=True):
+        yield best_detections(LidarDetections(boxes, scores, class_ids[labels]))
