@@ -90,7 +90,7 @@ class DetectionCollector(Metric):
         rows: list[int] = torch.as_tensor(sample_rows).tolist()  # a GPU is waited for once
         if unknown := [row for row in rows if row not in self._known]:
             raise UserError(
-                f"detections for sample row {unknown[0]}; accepted: the {len(self._rows)} rows that are scored"
+                f"detections for sample row {unknown[0]}; accepted: the {len(self._rows)} rows to score"
             )
         for row, found in zip(rows, _on_host(detections, self._class_ids), strict=True):
             self._detections.setdefault(row, found)

@@ -134,17 +134,19 @@ class Quantizer(TensorQuantizer):
             inputs, chosen.amax, self.format, chosen.window, chosen.scale, chosen.log_amax
         )
 
-    def codes(self, tensor: Tensor, grad_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def codes(
+        self, tensor: Tensor, grad_factor: Tensor | None = None, row_axis: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Integer codes (held in fp32) and the value of one step.
 
         Args:
             tensor: A weight, or what is read once.
             grad_factor: Multiplies the gradient of the codes, which is then that of the values.
+            row_axis: Of a weight's output channels.
         """
         chosen = self.range_of(tensor)
-        codes = fake_quant.codes(
-            tensor, chosen.amax, self.format, chosen.window, grad_factor, chosen.scale, chosen.log_amax
-        )
+        how = chosen.amax, self.format, chosen.window, grad_factor, chosen.scale, chosen.log_amax
+        codes = fake_quant.codes(tensor, *how, row_axis)
         return codes, chosen.step
 
     def coded(self, inputs: Tensor) -> Coded:

@@ -30,7 +30,6 @@ from cpq_train.models.code_weights import Ancestor, resolve_code_weights
 from cpq_train.models.decode import Detections, PostProcessing, decode
 from cpq_train.models.distillation import DistillationConfig
 from cpq_train.models.flip_averaging import Network, check_flippable, flip_averaged
-from cpq_train.models.targets import assign_targets
 from cpq_train.quantization.batchnorm import (
     BatchNormPolicy,
 )
@@ -43,6 +42,7 @@ from cpq_train.quantization.switches import GradientPrecision, compute_gradients
 from cpq_train.resilience.nonfinite import nonfinite_loss
 from cpq_train.training.arm_module import ArmModule
 from cpq_train.training.finite_steps import FiniteSteps, prepare_to_skip
+from cpq_train.training.host_targets import HostTargets
 from cpq_train.training.losses import training_losses
 from cpq_train.training.moving_ranges import MovingRanges
 from cpq_train.training.optim import OptimizerConfig, new_optimizer
@@ -55,7 +55,7 @@ FOLDED_FILE = "folded.ckpt"
 """The last checkpoint with BatchNorm folded, beside it; written where BatchNorm was kept in training."""
 
 
-class CenterPointDetector(ArmModule):
+class CenterPointDetector(HostTargets, ArmModule):
     """CenterPoint-Voxel, float or quantized.
 
     Args:
@@ -161,16 +161,6 @@ class CenterPointDetector(ArmModule):
         """Whether the host does not wait to see if a step is finite; a gradient scaler looks for itself."""
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return not are_numbers_at_hand(self.device) and not has_scaler
-
-    @override
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Add the targets of training: made on the CPU, where boxes are, they cost a GPU no time."""
-        if not self.trainer.training or are_numbers_at_hand(self.device):
-            return batch
-        targets = assign_targets(batch["gt_boxes"], self.network_config)
-        if self.device.type == "cuda":
-            targets = type(targets)(*(tensor.pin_memory() for tensor in targets))  # or the copy would wait
-        return {**batch, "targets": targets}
 
     def _log_losses(self, losses: Mapping[str, Tensor], batch_size: int) -> None:
         values = torch.stack([value.detach() for value in losses.values()])

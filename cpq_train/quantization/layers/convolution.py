@@ -224,7 +224,7 @@ class QuantizedConvolution(nn.Module):
         if known is not None and known.is_of(self.weight):
             return cast(RoundedWeight, known)
         step_x, found = self._input_quantizer.range_of(x).step, quantizer.range_of(self.weight)
-        codes, _ = quantizer.codes(self.weight, step_x)
+        codes, _ = quantizer.codes(self.weight, step_x, self.axes.output)
         step_w = self.per_output(found.step)
         bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
         return RoundedWeight(codes, None, step_w, step_x * step_w, bias)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -26,46 +26,18 @@ from cpq_train.quantization.numerics.biases import Bias, as_deployed, bias_codes
 from cpq_train.quantization.numerics.exact_sum import LargestSums
 from cpq_train.quantization.numerics.formats import log_range_divisor
 from cpq_train.quantization.numerics.one_pass import Array
-from cpq_train.quantization.numerics.rows import RowRanges, Rows, learn_rows, pass_rows, round_rows
+from cpq_train.quantization.numerics.rows import (
+    Place,
+    RowRanges,
+    Rows,
+    learn_rows,
+    pass_rows,
+    round_rows,
+    sums_by_range,
+)
 from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.range_table import Flat, RangeTable
 from cpq_train.quantization.scope import version_of
-
-
-class _Place(NamedTuple):
-    """Where a weight lies among the joined ones.
-
-    Attributes:
-        order: Its axes, that of the output channels first, the others as they lie in memory.
-        shape: Of the weight.
-        strides: Of its numbers among the joined ones.
-        start: First of its numbers.
-    """
-
-    order: tuple[int, ...]
-    shape: torch.Size
-    strides: tuple[int, ...]
-    start: int
-
-    @classmethod
-    def of(cls, layer: QuantizedConvolution, start: int) -> _Place:
-        weight, first = layer.weight, layer.axes.output
-        others = sorted((d for d in range(weight.dim()) if d != first), key=lambda d: -weight.stride(d))
-        order = (first, *others)
-        sizes = [weight.shape[d] for d in order]
-        behind = list(accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1]
-        strides = [0] * weight.dim()
-        for axis, stride in zip(order, behind, strict=True):
-            strides[axis] = stride
-        return cls(order, weight.shape, tuple(strides), start)
-
-    def joined(self, tensor: Tensor) -> Tensor:
-        """The numbers of a tensor of that shape in the order of the joined ones."""
-        return tensor.permute(self.order).reshape(-1)
-
-    def part_of(self, joined: Tensor) -> Tensor:
-        """The other way round."""
-        return joined.as_strided(self.shape, self.strides, self.start)
 
 
 @dataclass
@@ -83,7 +55,7 @@ class _Part:
     """
 
     layers: list[QuantizedConvolution]
-    places: list[_Place]
+    places: list[Place]
     rows: Rows
     divisor: Tensor
     num_rows: list[int]
@@ -135,7 +107,8 @@ class _RoundWeights(Function):
         of_logs: list[Tensor | None] = [None] * num_layers
         if any(ctx.needs_input_grad[1 + num_layers :]):
             passed, sums = learn_rows(grad, joined, part.rows, of.factor, of.ranges)
-            of_logs = _by_range(part, sums / part.divisor)
+            by_layer = zip(part.layers, (sums / part.divisor).split(part.num_rows), strict=True)
+            of_logs = [sums_by_range(one, _weight_quantizer(layer)._amax) for layer, one in by_layer]
         else:
             passed = pass_rows(grad, joined, part.rows, of.factor, of.ranges.amax)
         of_weights = [place.part_of(passed) for place in part.places]
@@ -145,15 +118,6 @@ class _RoundWeights(Function):
             for one, grad, is_needed in zip([*of_weights, *of_logs], [*grads, *grads], needed, strict=True)
         ]
         return None, *found
-
-
-def _by_range(part: _Part, sums: Tensor) -> list[Tensor | None]:
-    """Gradients by row, in the shape of each layer's amax."""
-    found: list[Tensor | None] = []
-    for layer, of_layer in zip(part.layers, sums.split(part.num_rows), strict=True):
-        amax = _weight_quantizer(layer)._amax
-        found.append(of_layer.view(amax.shape) if amax.numel() > 1 else of_layer.sum().view(amax.shape))
-    return found
 
 
 class WeightTable:
@@ -290,7 +254,7 @@ def _part(layers: list[QuantizedConvolution], first_row: int, device: torch.devi
     for layer in layers:
         quantizer, weight = _weight_quantizer(layer), layer.weight
         rows = weight.shape[layer.axes.output]
-        places.append(_Place.of(layer, starts[-1]))
+        places.append(Place.of(weight, layer.axes.output, starts[-1]))
         starts += [starts[-1] + (row + 1) * (weight.numel() // rows) for row in range(rows)]
         smallest += [float(quantizer.format.qmin)] * rows
         largest += [float(quantizer.format.qmax)] * rows

@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from cpq_train.quantization.numerics import one_pass
 from cpq_train.quantization.numerics.device import eager
 from cpq_train.quantization.numerics.device.operators import operators
 from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat, log_range_divisor
+from cpq_train.quantization.numerics.rows import RowRanges, learn_weight
 
 SMALLEST_AMAX = 2.0**-24
 """At or below it everything is quantized to 0 (the smallest positive fp16 number, pytorch-quantization's
@@ -119,6 +121,7 @@ class _How(NamedTuple):
     window: float | None
     grad_factor: Tensor | None = None
     step: Tensor | None = None
+    row_axis: int | None = None
 
 
 class _FakeQuantize(Function):
@@ -178,6 +181,10 @@ def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
             return operators.pass_inside(grad, x, amax), None
         by = one_pass.Scalars(scale, step, amax, cast(IntegerFormat, how.fmt))
         return one_pass.learned(grad, x, by, is_rectified=False)
+    if step is not None and how.row_axis is not None and not is_compiling():
+        fmt = cast(IntegerFormat, how.fmt)
+        passed, sums = learn_weight(grad, x, how.row_axis, fmt, RowRanges(amax, scale, step))
+        return passed, sums / log_range_divisor(x.numel(), amax.numel(), fmt)
     grad_log = None
     if step is not None:
         grad_log = log_range_gradient(grad, x, round_to_codes(x, scale, how.fmt), amax, step, how.fmt)
@@ -218,6 +225,7 @@ def codes(
     grad_factor: Tensor | None = None,
     scale: Tensor | None = None,
     log_amax: Tensor | None = None,
+    row_axis: int | None = None,
 ) -> Tensor:
     """Integer codes, held in fp32.
 
@@ -229,13 +237,17 @@ def codes(
         grad_factor: Multiplies the incoming gradient (broadcastable to `x`).
         scale: See `fake_quantize`.
         log_amax: See `fake_quantize`.
+        row_axis: Of a weight's output channels: sums for `log_amax` are then taken as `rows.py` takes them.
 
     Returns:
         Whole numbers in [qmin, qmax], the shape of `x`. Their gradient is that of the value they stand for.
     """
     scale = scale_of(amax, fmt) if scale is None else scale
     return cast(
-        Tensor, _Codes.apply(full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor))
+        Tensor,
+        _Codes.apply(
+            full_precision(x), log_amax, amax, scale, _How(fmt, window, grad_factor, row_axis=row_axis)
+        ),
     )
 
 

@@ -6,6 +6,7 @@ Letters: N numbers, R rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -15,7 +16,44 @@ from torch import Tensor
 from cpq_train.common.kernels import are_on
 from cpq_train.common.threads import share_out
 from cpq_train.quantization.numerics.device.operators import operators
+from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.one_pass import Array
+
+
+class Place(NamedTuple):
+    """Where a weight lies among the joined ones.
+
+    Attributes:
+        order: Its axes, that of the rows first, the others as they lie in memory.
+        shape: Of the weight.
+        strides: Of its numbers among the joined ones.
+        start: First of its numbers.
+    """
+
+    order: tuple[int, ...]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, weight: Tensor, row_axis: int, start: int = 0) -> Place:
+        """That of a weight."""
+        others = sorted(
+            (d for d in range(weight.dim()) if d != row_axis), key=lambda d: -int(weight.stride(d))
+        )
+        order = (row_axis, *others)
+        sizes = [weight.shape[d] for d in order]
+        behind = list(accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1]
+        strides = dict(zip(order, behind, strict=True))
+        return cls(order, weight.shape, tuple(strides[d] for d in range(weight.dim())), start)
+
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The numbers of a tensor of that shape in the order of the joined ones."""
+        return tensor.permute(self.order).reshape(-1)
+
+    def part_of(self, joined: Tensor) -> Tensor:
+        """The other way round."""
+        return joined.as_strided(self.shape, self.strides, self.start)
 
 
 @dataclass(frozen=True)
@@ -33,6 +71,15 @@ class Rows:
     longest: int
     smallest: Tensor
     largest: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, row_axis: int, fmt: IntegerFormat) -> Rows:
+        """Those of one weight."""
+        num_rows = weight.shape[row_axis]
+        length = weight.numel() // num_rows
+        starts = torch.arange(0, weight.numel() + 1, length, device=weight.device)
+        bounds = (weight.new_full((num_rows,), code) for code in (fmt.qmin, fmt.qmax))
+        return cls(starts, length, *bounds)
 
     @property
     def _are_for_loops(self) -> bool:
@@ -97,6 +144,33 @@ def learn_rows(
     """See `device.eager.learn_rows`."""
     by_row = factor, *ranges, rows.smallest, rows.largest
     return cast(tuple[Tensor, Tensor], operators.learn_rows(grad, flat, rows.starts, rows.longest, *by_row))
+
+
+def learn_weight(
+    grad: Tensor, weight: Tensor, row_axis: int, fmt: IntegerFormat, ranges: RowRanges
+) -> tuple[Tensor, Tensor]:
+    """`learn_rows` of one weight: the bits that it has among others.
+
+    Args:
+        grad: Of its values.
+        weight: The weight.
+        row_axis: Axis of the rows.
+        fmt: The integers in use.
+        ranges: By row, or one of all; any shape.
+
+    Returns:
+        Gradient of the weight; sums that have the shape of the ranges.
+    """
+    place, rows = Place.of(weight, row_axis), Rows.of(weight, row_axis, fmt)
+    by_row = RowRanges(*(tensor.reshape(-1).expand(len(rows.smallest)).contiguous() for tensor in ranges))
+    factor = torch.ones_like(rows.smallest)
+    passed, sums = learn_rows(place.joined(grad), place.joined(weight), rows, factor, by_row)
+    return place.part_of(passed), sums_by_range(sums, ranges.amax)
+
+
+def sums_by_range(sums: Tensor, amax: Tensor) -> Tensor:
+    """Sums by row in the shape of the ranges, one a row or one of all."""
+    return (sums if amax.numel() == len(sums) else sums.sum()).view(amax.shape)
 
 
 def _arrays(*tensors: Tensor) -> tuple[Array, ...]:
