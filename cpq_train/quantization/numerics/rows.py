@@ -38,9 +38,8 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, row_axis: int, start: int = 0) -> Place:
         """That of a weight."""
-        others = sorted(
-            (d for d in range(weight.dim()) if d != row_axis), key=lambda d: -int(weight.stride(d))
-        )
+        strides_of = weight.stride()
+        others = sorted((d for d in range(weight.dim()) if d != row_axis), key=lambda d: -strides_of[d])
         order = (row_axis, *others)
         sizes = [weight.shape[d] for d in order]
         behind = list(accumulate(reversed(sizes[1:]), lambda a, b: a * b, initial=1))[::-1]
