@@ -81,3 +81,16 @@ def test_ratios_are_taken_within_a_round_and_held_against_their_bounds() -> None
         "QAT / float, same kernels": ({"median": 1.0, "min": 0.8, "max": 1.2}, 0.85, "no"),
         "QAT / pytorch-quantization": ({"median": 1.667, "min": 0.6667, "max": 2.222}, 1.0, "no"),
     }
+
+
+def test_a_step_gives_a_gpu_few_operators_and_nothing_to_wait_for() -> None:
+    steps, lidar = _script("steps"), _script("lidar_like")
+    config, _ = steps.config_of("quickstart")
+    batch = lidar.new_batch(config, 1, 1, None, "")
+    first = {name: batch[name][:2000].contiguous() for name in ("voxel_features", "voxel_coords")}
+    rows = _script("operators").rows_of(steps.Workload.of(config, {**batch, **first}, "cpu"))
+    ratio = {row["arm"]: row["ratio"] for row in rows}
+    assert ratio["QAT"] <= 1.3
+    assert ratio["QAT, learned ranges"] <= 1.5
+    assert ratio["QAT bf16"] <= 1.3
+    assert [row["waits of a step"] for row in rows] == [0] * len(rows)
