@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from cpq_train.quantization.layers import QuantizedConvolution
-from cpq_train.quantization.layers.rounded_weights import WeightTable, takes_part
+from cpq_train.quantization.layers.rounded_weights import WeightTable
 from cpq_train.quantization.prepared import prepared_of
-from cpq_train.quantization.quantizer import Quantizer
 from cpq_train.quantization.range_table import RangeTable
 from cpq_train.quantization.scope import Scope
 from cpq_train.quantization.switches import quantized_layers, quantizers
@@ -25,7 +23,7 @@ def begin_forward(network: nn.Module, inputs: Any) -> None:
     has_gradient = torch.is_grad_enabled()
     if scope.is_frozen and has_gradient:
         scope.weights.clear()  # they have none
-    if scope.is_frozen and scope.ranges and (scope.weights or has_gradient):
+    if scope.is_frozen and scope.worked_out is not None and (scope.weights or has_gradient):
         return
     # Not in inference mode: what is made there could not be saved for a backward pass in a frozen scope.
     with torch.inference_mode(False), torch.set_grad_enabled(has_gradient and not scope.is_frozen):
@@ -42,16 +40,14 @@ def _work_out(network: nn.Module, scope: Scope) -> None:
     if scope.members is None:
         static = [q for q in quantizers(network).values() if q.scheme.mode == "static"]
         scope.members = static, quantized_layers(network)
-    static, layers = cast(tuple[list[Quantizer], dict[str, QuantizedConvolution]], scope.members)
+    static, layers = scope.members
     if not static:
         return
     ranges: RangeTable | None = scope.range_table
     if ranges is None or not ranges.is_of(static):
         ranges = scope.range_table = RangeTable(static)
-    flat = ranges.work_out()
-    together = {name: layer for name, layer in layers.items() if takes_part(layer)}
     weights: WeightTable | None = scope.weight_table
-    if together and (weights is None or not weights.is_of(together, ranges)):
-        weights = scope.weight_table = WeightTable(together, ranges)
-    if together and weights is not None:
-        scope.weights = weights.round(flat)
+    if weights is None or not weights.is_current(ranges):
+        weights = scope.weight_table = WeightTable(layers, ranges)
+    scope.worked_out = ranges.work_out()
+    scope.weights = weights.round(scope.worked_out)

@@ -207,7 +207,7 @@ class Quantizer(TensorQuantizer):
         if known is None:
             # Not in inference mode: what is made there could not be saved for a backward pass in this scope.
             with torch.inference_mode(False):
-                known = self.scope.ranges[self] = self._static_range()
+                known = self.scope.ranges[self] = self.scope.range_of(self) or self._static_range()
         return known
 
     def _static_range(self) -> Range:
@@ -215,13 +215,6 @@ class Quantizer(TensorQuantizer):
             return self._new_range(self._log_amax.detach().exp(), log_amax=self._log_amax)
         is_at_hand = self.is_per_tensor and not is_compiling() and are_numbers_at_hand(self._amax.device)
         return self._new_range(self._amax, float(self._amax) if is_at_hand else None)
-
-    def as_range(self, amax: Tensor, scale: Tensor, step: Tensor, window: float | None = None) -> Range:
-        """A static range that was worked out elsewhere, from as many numbers as amax has."""
-        shape = self._amax.shape
-        if shape:
-            amax, scale, step = amax.view(shape), scale.view(shape), step.view(shape)
-        return Range(amax, scale, step, None if self._log_amax is not None else window, self._log_amax)
 
     def _new_range(
         self, amax: Tensor, window: float | None = None, log_amax: nn.Parameter | None = None

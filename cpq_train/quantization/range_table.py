@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,16 +10,38 @@ from torch import Tensor
 
 from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.quantization.numerics import fake_quant
-from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.quantizer import Quantizer, Range
 
 
-@dataclass(frozen=True)
 class Flat:
-    """Numbers of all ranges, one behind the other."""
+    """Numbers of all ranges, one behind the other.
 
-    amax: Tensor
-    scale: Tensor
-    step: Tensor
+    Attributes:
+        amax: Of all quantizers, those of one amax first.
+        scale: Likewise.
+        step: Likewise.
+    """
+
+    def __init__(self, amax: Tensor, scale: Tensor, step: Tensor, table: RangeTable) -> None:
+        self.amax, self.scale, self.step = amax, scale, step
+        self._start_of, num_whole = table.start_of, table.num_whole
+        self._of_whole = [tensor[:num_whole].unbind() for tensor in (amax, scale, step)]
+        self._windows = amax[:num_whole].tolist() if are_numbers_at_hand(amax.device) else None
+
+    def range_of(self, quantizer: Quantizer) -> Range | None:
+        """Of a quantizer; None where the table has it not."""
+        start = self._start_of.get(quantizer)
+        if start is None:
+            return None
+        if quantizer.is_per_tensor:
+            window = (
+                None if self._windows is None or quantizer._log_amax is not None else self._windows[start]
+            )
+            amax, scale, step = (of_whole[start] for of_whole in self._of_whole)
+            return Range(amax, scale, step, window, quantizer._log_amax)
+        shape, span = quantizer._amax.shape, slice(start, start + quantizer._amax.numel())
+        amax, scale, step = (t[span].view(shape) for t in (self.amax, self.scale, self.step))
+        return Range(amax, scale, step, None, quantizer._log_amax)
 
 
 class RangeTable:
@@ -31,11 +52,13 @@ class RangeTable:
 
     Attributes:
         start_of: Quantizer -> the first of its numbers.
+        num_whole: Quantizers of one amax.
     """
 
     def __init__(self, quantizers: Sequence[Quantizer]) -> None:
         whole = [q for q in quantizers if q.is_per_tensor]
-        self._whole, self._by_channel = whole, [q for q in quantizers if not q.is_per_tensor]
+        self.num_whole = len(whole)
+        self._in_order = [*whole, *(q for q in quantizers if not q.is_per_tensor)]
         self.start_of: dict[Quantizer, int] = {}
         end = 0
         for quantizer in self.quantizers:
@@ -49,7 +72,7 @@ class RangeTable:
     @property
     def quantizers(self) -> list[Quantizer]:
         """In the order of the table."""
-        return [*self._whole, *self._by_channel]
+        return self._in_order
 
     @property
     def device(self) -> torch.device:
@@ -65,30 +88,14 @@ class RangeTable:
         )
 
     def work_out(self) -> Flat:
-        """Work the ranges out, and let the quantizers' scope know them."""
+        """The ranges as they are now."""
         learned = [q._log_amax for q in self.quantizers if q._log_amax is not None]
         if len(learned) == len(self.quantizers):
             amax = _joined(learned).exp()
         else:
             amax = _joined([q._amax if q._log_amax is None else q._log_amax.exp() for q in self.quantizers])
         scale = fake_quant.scales_of(amax, self._qmax)
-        flat = Flat(amax, scale, fake_quant.steps_of(amax, self._qmax, self._step_of_zero))
-        self._let_know(flat)
-        return flat
-
-    def _let_know(self, flat: Flat) -> None:
-        tensors = (flat.amax, flat.scale, flat.step)
-        num_whole = len(self._whole)
-        of_whole = zip(*(tensor[:num_whole].unbind() for tensor in tensors), strict=True)
-        is_at_hand = are_numbers_at_hand(flat.amax.device)
-        windows = flat.amax[:num_whole].tolist() if is_at_hand else [None] * num_whole
-        for quantizer, found, window in zip(self._whole, of_whole, windows, strict=True):
-            amax, scale, step = found
-            quantizer.scope.ranges[quantizer] = quantizer.as_range(amax, scale, step, window)
-        sizes = [q._amax.numel() for q in self._by_channel]
-        of_channels = zip(*(tensor[num_whole:].split(sizes) for tensor in tensors), strict=True)
-        for quantizer, found in zip(self._by_channel, of_channels, strict=True):
-            quantizer.scope.ranges[quantizer] = quantizer.as_range(*found)
+        return Flat(amax, scale, fake_quant.steps_of(amax, self._qmax, self._step_of_zero), self)
 
     def _by_number(self, by_quantizer: list[float], device: torch.device) -> Tensor:
         repeats = torch.tensor([q._amax.numel() for q in self.quantizers])

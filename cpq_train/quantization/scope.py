@@ -104,6 +104,7 @@ class Scope:
         reader_of: Module, and which use of it in a pass -> the quantizer that read what it made; outlives a
             pass.
         members: Static quantizers and quantized layers of the network; None until they are looked for.
+        worked_out: All static ranges, as they are in this pass.
         range_table: Works out all ranges; None until it is made, as the next.
         weight_table: Rounds all weights.
         kept: What was made of weights that do not change, and for which state; only while it is frozen.
@@ -118,6 +119,7 @@ class Scope:
         self.collected = Memo()
         self.reader_of: dict[Use, Any] = {}
         self.members: Any = None
+        self.worked_out: Any = None
         self.range_table: Any = None
         self.weight_table: Any = None
         self._num_uses: Counter[nn.Module] = Counter()
@@ -190,8 +192,16 @@ class Scope:
         self.codes.clear()
         self.collected.clear()
         if not self.is_frozen:
-            self.ranges.clear()
-            self.weights.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self.ranges.clear()
+        self.weights.clear()
+        self.worked_out = None
+
+    def range_of(self, quantizer: nn.Module) -> Any:
+        """What was worked out of a quantizer's range at the start of the pass, if it was."""
+        return None if self.worked_out is None else self.worked_out.range_of(quantizer)
 
     def freeze(self, tensors: Mapping[str, tuple[nn.Module, str]]) -> None:
         """Keep ranges from pass to pass until `thaw`.
@@ -210,8 +220,7 @@ class Scope:
     def thaw(self) -> None:
         """Drop what was kept."""
         self.is_frozen, self._watched = False, []
-        self.ranges.clear()
-        self.weights.clear()
+        self._forget()
         self.kept.clear()
 
 

@@ -11,6 +11,7 @@ before the codes are read, by `retain_grad` or a hook of the tensor.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -48,8 +49,9 @@ class CodingReLU(nn.ReLU):
         scalars = reader.scalars()
         if scalars is None or (has_gradient and are_saved_tensors_hooked()):
             return None
-        with torch.inference_mode(False):  # of a tensor of inference mode nobody counts who writes to it
-            is_learned = scalars.log_amax is not None
+        is_learned = scalars.log_amax is not None
+        is_counted = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with is_counted:  # of a tensor of inference mode nobody counts who writes to it
             made = rectified(x.detach(), scalars, has_gradient and not is_learned)
         if made is None:
             return None

@@ -44,6 +44,8 @@ class RoundedWeight(NamedTuple):
         step: Value of code 1 as the output channels have it, (C',) or one number.
         unit: Value of 1 in the sum, likewise.
         bias: As deployed.
+        step_as_weight: Value of code 1, broadcastable to the weight; None where there are values.
+        is_narrow: Whether no sum of codes passes what fp32 holds, whatever the codes.
         known: Largest sums of codes, a step before.
         weight: What was rounded; None where that is beyond doubt.
         version: How often it had been written to.
@@ -54,6 +56,8 @@ class RoundedWeight(NamedTuple):
     step: Tensor
     unit: Tensor
     bias: Bias
+    step_as_weight: Tensor | None = None
+    is_narrow: bool = False
     known: LargestSums | None = None
     weight: Tensor | None = None
     version: int = 0
@@ -63,8 +67,10 @@ class RoundedWeight(NamedTuple):
 
         A checkpoint has to save as much in every run: under its hooks each layer rounds its own.
         """
-        is_hooked = torch.is_grad_enabled() and are_saved_tensors_hooked()
-        return weight is self.weight and version_of(weight) == self.version and not is_hooked
+        if weight is not self.weight or version_of(weight) != self.version:
+            return False
+        # Made without gradients, it has no values and passes none on.
+        return not torch.is_grad_enabled() or (self.values is not None and not are_saved_tensors_hooked())
 
 
 class QuantizedConvolution(nn.Module):
@@ -133,9 +139,12 @@ class QuantizedConvolution(nn.Module):
 
     def rounds(self, x: Tensor) -> bool:
         """Whether anything is rounded now; feeds the input's calibrator while it is collecting."""
-        if self._input_quantizer is not None and self._input_quantizer._if_calib:
-            self._input_quantizer.collect(x)
-        return not self.is_bypassed and bool(self._active())
+        x_quantizer, w_quantizer = self._input_quantizer, self._weight_quantizer
+        if x_quantizer is not None and x_quantizer._if_calib:
+            x_quantizer.collect(x)
+        if self.is_bypassed:
+            return False
+        return any(q is not None and not q._disabled for q in (x_quantizer, w_quantizer))
 
     @property
     def is_integer(self) -> bool:
@@ -148,12 +157,12 @@ class QuantizedConvolution(nn.Module):
         return torch.float32
 
     @property
-    def has_wide_sums(self) -> bool:
-        """Whether sums of codes of 8 bits could pass what fp32 holds, if they were the largest there are."""
+    def is_narrow(self) -> bool:
+        """Whether no sum of codes passes what fp32 holds, even of the largest codes there are."""
         x_format, w_format = self._formats()
         num_products = self.weight.numel() // self.weight.shape[self.axes.output]
         largest = x_format.largest_magnitude * w_format.largest_magnitude
-        return max(x_format.bits, w_format.bits) <= 8 and num_products * largest >= EXACT_LIMIT
+        return max(x_format.bits, w_format.bits) <= 8 and num_products * largest < EXACT_LIMIT
 
     def has_outgrown(self, before: LargestSums, now: LargestSums) -> bool:
         """Whether one part sufficed for the sums `before`, by `num_exact_parts`, and does not now."""
@@ -177,15 +186,22 @@ class QuantizedConvolution(nn.Module):
         Raises:
             UserError: The network was made one of another floating-point type.
         """
-        if self.weight.dtype != torch.float32:
+        weight = self._known_weight()
+        if weight is None and self.weight.dtype != torch.float32:
             raise UserError(
                 f"the weight of {self.kind}({self.extra_repr()}) is {self.weight.dtype}; accepted: "
                 "torch.float32, under autocast too"
             )
-        with torch.autocast(x.device.type, enabled=False):  # codes and their sums need fp32
-            if self.is_integer:
-                return self._integer(x.float(), convolution)
-            return self._simulated(x, convolution)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # codes and their sums need fp32
+                return self._computed(x, convolution, weight)
+        return self._computed(x, convolution, weight)
+
+    def _computed(self, x: Tensor, convolution: Convolution, weight: RoundedWeight | None) -> Tensor:
+        if weight is not None or self.is_integer:
+            return self._integer(x.float(), convolution, weight)
+        return self._simulated(x, convolution)
 
     def _simulated(self, x: Tensor, convolution: Convolution) -> Tensor:
         x = x.float() if self._input_quantizer is None else self._input_quantizer(x)
@@ -196,16 +212,16 @@ class QuantizedConvolution(nn.Module):
         bias = rounded_to_half(self.bias) if self.bias_kind == "fp16" else self.bias
         return out + self._per_channel(bias, out)
 
-    def _integer(self, x: Tensor, convolution: Convolution) -> Tensor:
-        assert self._input_quantizer is not None
-        assert self._weight_quantizer is not None
-        coded = self._input_quantizer.coded(x)
-        weight = self._rounded_weight(x)
+    def _integer(self, x: Tensor, convolution: Convolution, weight: RoundedWeight | None) -> Tensor:
+        x_quantizer = self._input_quantizer
+        assert x_quantizer is not None
+        coded = x_quantizer.coded(x)
+        weight = self._rounded_weight(x) if weight is None else weight
+        are_kept = coded.are_bytes or not coded.has_numbers or x_quantizer.is_shared
         node = IntegerConvolution(
-            are_kept=coded.are_bytes or not coded.has_numbers or self._input_quantizer.is_shared,
-            x_scale=self._input_quantizer.range_of(x).scale,
-            x_format=self._formats()[0],
-            w_step=self._weight_quantizer.range_of(self.weight).step,
+            x_scale=None if are_kept else x_quantizer.range_of(x).scale,
+            x_format=cast(IntegerFormat, x_quantizer.format),
+            w_step=weight.step_as_weight,
             convolution=convolution,
             sums=lambda codes: self._sums(coded, codes, weight, convolution),
             unit=weight.unit,
@@ -216,18 +232,23 @@ class QuantizedConvolution(nn.Module):
         return node(coded, weight.codes, weight.values, weight.bias.values)
 
     def _rounded_weight(self, x: Tensor) -> RoundedWeight:
-        """The weight and bias for an input, as they were rounded with all others, or else now."""
+        """The weight and bias for an input, rounded now."""
         assert self._input_quantizer is not None
         quantizer = self._weight_quantizer
         assert quantizer is not None
-        known = None if is_compiling() else quantizer.scope.weights.get(self)
-        if known is not None and known.is_of(self.weight):
-            return cast(RoundedWeight, known)
         step_x, found = self._input_quantizer.range_of(x).step, quantizer.range_of(self.weight)
         codes, _ = quantizer.codes(self.weight, step_x, self.axes.output)
         step_w = self.per_output(found.step)
         bias = as_deployed(self.bias, self.bias_kind, step_x * step_w)
-        return RoundedWeight(codes, None, step_w, step_x * step_w, bias)
+        return RoundedWeight(codes, None, step_w, step_x * step_w, bias, step_as_weight=found.step)
+
+    def _known_weight(self) -> RoundedWeight | None:
+        """The weight and bias as they were rounded together with all others, if they were."""
+        quantizer = self._weight_quantizer
+        if quantizer is None or not quantizer.scope.weights or is_compiling():
+            return None
+        known = quantizer.scope.weights.get(self)
+        return known if known is not None and known.is_of(self.weight) else None
 
     def _made_of_weight(self, what: str, make: Callable[[], T], state: Any = None) -> T:
         """What is made of the weight and a state, once in a block in which neither changes."""
@@ -236,15 +257,18 @@ class QuantizedConvolution(nn.Module):
 
     def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
         """Exact sums of products of codes, see `exact_sum`; `x_codes` are those of `x`, in either form."""
+        if weight.is_narrow:
+            return Sums(convolution.of_codes(x_codes.float(), weight.codes), weight.bias.codes)
         return exact_sum(
             *(x_codes.float(), weight.codes, *self._formats(), convolution.of_codes),
             *(self.axes._replace(groups=self.groups), weight.bias.codes, weight.known, x.are_signed),
         )
 
     def _formats(self) -> tuple[IntegerFormat, IntegerFormat]:
-        both = (self._input_quantizer, self._weight_quantizer)
-        x_format, w_format = (cast(IntegerFormat, cast(Quantizer, q).format) for q in both)
-        return x_format, w_format
+        x_quantizer, w_quantizer = self._input_quantizer, self._weight_quantizer
+        assert x_quantizer is not None
+        assert w_quantizer is not None
+        return cast("tuple[IntegerFormat, IntegerFormat]", (x_quantizer.format, w_quantizer.format))
 
     def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
         shape = [1] * like.dim()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
 from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics import blocks, int8_kernel
@@ -34,14 +35,15 @@ class _QuantizedDenseConvolution(QuantizedConvolution):
         layer = cast(_ConvNd, self)
         return self.quantized(input, DenseConvolution.of(layer, layer.output_padding))
 
-    def _integer(self, x: Tensor, convolution: Convolution) -> Tensor:
-        if x.dim() < self.weight.dim():  # not in the node: its output must not be a view
-            return super()._integer(x.unsqueeze(0), convolution).squeeze(0)
-        return super()._integer(x, convolution)
+    def _integer(self, x: Tensor, convolution: Convolution, weight: RoundedWeight | None) -> Tensor:
+        if x.dim() == -self.axes.feature:  # not in the node: its output must not be a view
+            return super()._integer(x.unsqueeze(0), convolution, weight).squeeze(0)
+        return super()._integer(x, convolution, weight)
 
     def _sums(self, x: Coded, x_codes: Tensor, weight: RoundedWeight, convolution: Convolution) -> Sums:
         assert isinstance(convolution, DenseConvolution)
-        if not convolution.more_behind:
+        is_for_bytes = are_numbers_at_hand(x_codes.device) or convolution.geometry == int8_kernel.OF_A_PIXEL
+        if is_for_bytes and not convolution.more_behind:
             sums = self._sum_of_bytes(x, x_codes, weight, convolution.geometry)
             if sums is not None:
                 return sums

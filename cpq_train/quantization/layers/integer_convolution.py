@@ -53,10 +53,9 @@ class IntegerConvolution(NamedTuple):
     """What a convolution needs beside its tensors.
 
     Attributes:
-        are_kept: Whether codes of the input are kept for backward, which otherwise makes them again.
-        x_scale: Codes per unit of the input.
+        x_scale: Codes per unit of the input, whose codes backward makes again; None if they are kept for it.
         x_format: Integers of the input.
-        w_step: Value of code 1 of the weight, broadcastable to it.
+        w_step: Value of code 1 of the weight, broadcastable to it; None where its values are at hand.
         convolution: The layer's.
         sums: Of codes of the input with those of the weight; what it returns is overwritten.
         unit: Value of 1 in that sum, (C',) or one number.
@@ -65,10 +64,9 @@ class IntegerConvolution(NamedTuple):
         gradients: What gradients are computed in.
     """
 
-    are_kept: bool
-    x_scale: Tensor
+    x_scale: Tensor | None
     x_format: IntegerFormat
-    w_step: Tensor
+    w_step: Tensor | None
     convolution: Convolution
     sums: Callable[[Tensor], Sums]
     unit: Tensor
@@ -102,8 +100,7 @@ class _IntegerConvolution(Function):
         sums = of.sums(x_codes)
         ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.has_values = w_values is not None
-        kept_x, kept_w = x_codes if of.are_kept else source, w_codes if w_values is None else w_values
+        kept_x, kept_w = x_codes if of.x_scale is None else source, w_codes if w_values is None else w_values
         ctx.save_for_backward(*map(_savable, (kept_x, kept_w, *of.convolution.kept)))
         to_add = None if of.is_bias_in_sum else bias
         return scale_(sums.values, of.unit, to_add, of.feature_axis, sums.bias_codes)
@@ -112,8 +109,8 @@ class _IntegerConvolution(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept_x, kept_w, *_ = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
-        x_codes = kept_x if of.are_kept else codes_of(kept_x, of.x_scale, of.x_format)
-        w_values = kept_w if ctx.has_values else kept_w * of.w_step
+        x_codes = kept_x if of.x_scale is None else codes_of(kept_x, of.x_scale, of.x_format)
+        w_values = kept_w if of.w_step is None else kept_w * of.w_step
         grads = of.convolution.gradients(
             grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients
         )

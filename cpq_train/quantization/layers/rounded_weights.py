@@ -120,31 +120,75 @@ class _RoundWeights(Function):
         return None, *found
 
 
+class _Member(NamedTuple):
+    """A layer of a table, and what its place there follows from."""
+
+    layer: QuantizedConvolution
+    x_quantizer: Quantizer
+    w_quantizer: Quantizer
+    weight: Tensor
+    strides: tuple[int, ...]
+    is_narrow: bool
+
+    @classmethod
+    def of(cls, layer: QuantizedConvolution) -> _Member:
+        quantizers = _input(layer), _weight_quantizer(layer)
+        return cls(layer, *quantizers, layer.weight, layer.weight.stride(), layer.is_narrow)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it could be made of the layer now; looks past `nn.Module`, as it does so in every pass."""
+        layer, modules = self.layer, self.layer._modules
+        return (
+            layer._parameters["weight"] is self.weight
+            and self.weight.stride() == self.strides
+            and modules["_input_quantizer"] is self.x_quantizer
+            and modules["_weight_quantizer"] is self.w_quantizer
+            and not (self.x_quantizer._disabled or self.w_quantizer._disabled)
+            and not (self.x_quantizer._if_calib or layer.is_bypassed)
+        )
+
+
 class WeightTable:
     """The integer layers of a network whose ranges are static, in its parts.
 
     Args:
-        layers: Name -> layer; those that `takes_part` says.
+        layers: Name -> layer; all quantized ones of the network.
         ranges: Of all their quantizers.
     """
 
-    def __init__(self, layers: Mapping[str, QuantizedConvolution], ranges: RangeTable) -> None:
-        self.key = _key(layers)
-        self._ranges, self._names = ranges, {layer: name for name, layer in layers.items()}
+    def __init__(self, layers: Mapping[str, Any], ranges: RangeTable) -> None:
+        self._ranges = ranges
         self._mailbox, self._known = Mailbox(), dict[QuantizedConvolution, LargestSums]()
         of_part: dict[str, list[QuantizedConvolution]] = {}
+        self._names, self._others = {}, []
         for name, layer in layers.items():
-            of_part.setdefault(name.partition(".")[0], []).append(layer)
+            if takes_part(layer):
+                of_part.setdefault(name.partition(".")[0], []).append(layer)
+                self._names[layer] = name
+            else:
+                self._others.append(layer)
         self._layers = [layer for members in of_part.values() for layer in members]
+        self._members = [_Member.of(layer) for layer in self._layers]
         self._channels = [layer.out_channels for layer in self._layers]
+        self._parts: list[_Part] = []
+        if not self._layers:
+            return
         rows = [layer.weight.shape[layer.axes.output] for layer in self._layers]
         self._row_weight = self._places(rows, _weight_quantizer)
         steps = [(rows, _input), (self._channels, _weight_quantizer), (self._channels, _input)]
         self._steps = torch.cat([self._places(lengths, quantizer_of) for lengths, quantizer_of in steps])
         self._num_steps = [sum(lengths) for lengths, _ in steps]
-        self._parts: list[_Part] = []
         for members in of_part.values():
             self._parts.append(_part(members, sum(len(part.divisor) for part in self._parts), ranges.device))
+
+    def is_current(self, ranges: RangeTable) -> bool:
+        """Whether it is what a table of its network would be now."""
+        return (
+            ranges is self._ranges
+            and all(member.is_current for member in self._members)
+            and not any(map(takes_part, self._others))
+        )
 
     def _places(self, lengths: Sequence[int], quantizer_of: Callable[[Any], Quantizer]) -> Tensor:
         """Which of the ranges' numbers belongs to each row or channel; ranges of a group are repeated."""
@@ -153,10 +197,6 @@ class WeightTable:
             quantizer = quantizer_of(layer)
             found.append(self._ranges.start_of[quantizer] + torch.arange(length) % quantizer._amax.numel())
         return torch.cat(found).to(self._ranges.device)
-
-    def is_of(self, layers: Mapping[str, QuantizedConvolution], ranges: RangeTable) -> bool:
-        """Whether it is what a table of these would be now."""
-        return ranges is self._ranges and self.key == _key(layers)
 
     def round(self, flat: Flat) -> dict[QuantizedConvolution, RoundedWeight]:
         """Round all weights.
@@ -168,6 +208,8 @@ class WeightTable:
             By layer.
         """
         self._mailbox.receive()
+        if not self._layers:
+            return {}
         is_late = not are_numbers_at_hand(self._ranges.device)
         ranges = RowRanges(*(t[self._row_weight] for t in (flat.amax, flat.scale, flat.step)))
         factor, step_w, step_x = flat.step[self._steps].split(self._num_steps)
@@ -180,8 +222,14 @@ class WeightTable:
             codes, values, step_w.split(self._channels), units, self._biases(unit, units), strict=True
         )
         return {
-            layer: RoundedWeight(*of_layer, self._known.get(layer), layer.weight, version_of(layer.weight))
-            for layer, of_layer in zip(self._layers, by_layer, strict=True)
+            member.layer: RoundedWeight(
+                *of_layer,
+                is_narrow=member.is_narrow,
+                known=self._known.get(member.layer),
+                weight=member.weight,
+                version=version_of(member.weight),
+            )
+            for member, of_layer in zip(self._members, by_layer, strict=True)
         }
 
     def _round_part(
@@ -239,14 +287,8 @@ def takes_part(layer: Any) -> bool:
         and layer.is_integer
         and layer.weight.dtype == torch.float32
         and all(quantizer.scheme.mode == "static" for quantizer in (_input(layer), _weight_quantizer(layer)))
+        and not _input(layer)._if_calib
     )
-
-
-def _key(layers: Mapping[str, QuantizedConvolution]) -> list[Any]:
-    """What the places of weights follow from."""
-    return [
-        (layer, layer.weight.stride(), _input(layer), _weight_quantizer(layer)) for layer in layers.values()
-    ]
 
 
 def _part(layers: list[QuantizedConvolution], first_row: int, device: torch.device) -> _Part:
@@ -265,7 +307,7 @@ def _part(layers: list[QuantizedConvolution], first_row: int, device: torch.devi
     rows_of_all = Rows(torch.tensor(starts, device=device), longest, *bounds)
     return _Part(
         layers, places, rows_of_all, torch.tensor(divisors, device=device), num_rows, first_row,
-        any(layer.has_wide_sums for layer in layers),
+        not all(layer.is_narrow for layer in layers),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def is_fit(*tensors: Tensor) -> bool:
         and all(t.device == first.device and t.dtype == torch.float32 and t.numel() for t in tensors)
         and (are_operators_for(first) or (first.device.type == "cpu" and are_on()))
         and all(t.shape == first.shape and t.stride() == first.stride() for t in tensors[1:])
-        and in_memory_order(first) is not None
+        and has_no_gaps(first)
     )
 
 
@@ -159,10 +159,11 @@ def scale_(
     sums: Tensor, unit: Tensor, bias: Tensor | None, feature_axis: int, bias_codes: Tensor | None = None
 ) -> Tensor:
     """`(sums + bias_codes) * unit + bias` by channel, in place, with a rounding each."""
-    rows, is_one_pass = sums.movedim(feature_axis, -1), is_fit(sums)
+    is_one_pass = is_fit(sums)
     if is_one_pass and are_operators_for(sums):
         operators.scale_rows_(sums, unit, bias_codes, bias, feature_axis)
         return sums
+    rows = sums.movedim(feature_axis, -1)
     if not is_one_pass or not rows.is_contiguous() or bias_codes is not None:
         eager.scale_rows_(sums, unit, bias_codes, bias, feature_axis)
         return sums
@@ -216,6 +217,15 @@ def flat(tensor: Tensor | None) -> Array:
     assert ordered is not None
     array: Array = ordered.view(-1).numpy()
     return array
+
+
+def has_no_gaps(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor lie one behind the other, in whatever order of axes."""
+    if tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return True
+    return in_memory_order(tensor) is not None
 
 
 def in_memory_order(tensor: Tensor) -> Tensor | None:

@@ -12,8 +12,7 @@ waiting for the answer; where they differ, fp64 computes that shape from then on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import torch
@@ -38,15 +37,15 @@ def exactly(convolve: Product, x: Tensor, weight: Tensor, geometry: Hashable) ->
         weight: Codes, fp32.
         geometry: What `convolve` depends on beside the shapes.
     """
-    if torch.compiler.is_compiling() or are_numbers_at_hand(x.device):
+    if are_numbers_at_hand(x.device) or torch.compiler.is_compiling():
         return convolve(x, weight)
-    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if not is_captured:
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(_answers) and not is_captured:
         _answers.take_arrived()
     key = geometry, x.shape, x.stride(), weight.shape, weight.stride(), x.device
     if key in _inexact:
         return convolve(x.double(), weight.double()).float()
-    with tf32_convolutions():
+    with _Tf32():
         sums = convolve(x, weight)
     if key not in _seen and not is_captured:
         _seen.add(key)
@@ -65,16 +64,21 @@ def _note(key: Hashable, is_other: bool) -> None:
         )
 
 
-@contextmanager
-def tf32_convolutions() -> Iterator[None]:
-    """While open, cuDNN may convolve in TF32."""
+class _Tf32:
+    """While open, cuDNN may convolve in TF32; a class, because every layer opens it."""
+
     # From 2.9 on PyTorch has a setting for convolutions alone, and refuses a mixture with the older one.
-    cudnn: Any = torch.backends.cudnn
-    has_own = hasattr(cudnn, "conv")
-    setting, name = (cudnn.conv, "fp32_precision") if has_own else (cudnn, "allow_tf32")
-    before = getattr(setting, name)
-    setattr(setting, name, "tf32" if has_own else True)
-    try:
-        yield
-    finally:
-        setattr(setting, name, before)
+    _cudnn: Any = torch.backends.cudnn
+    _has_own = hasattr(_cudnn, "conv")
+    _setting, _name, _value = (
+        (_cudnn.conv, "fp32_precision", "tf32") if _has_own else (_cudnn, "allow_tf32", True)
+    )
+
+    def __enter__(self) -> None:
+        self._before = getattr(self._setting, self._name)
+        if self._before != self._value:
+            setattr(self._setting, self._name, self._value)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != self._value:
+            setattr(self._setting, self._name, self._before)
