@@ -144,8 +144,7 @@ class _Member(NamedTuple):
             and self.weight.stride() == self.strides
             and modules["_input_quantizer"] is self.x_quantizer
             and modules["_weight_quantizer"] is self.w_quantizer
-            and not (self.x_quantizer._disabled or self.w_quantizer._disabled)
-            and not (self.x_quantizer._if_calib or layer.is_bypassed)
+            and not (self.x_quantizer._disabled or self.w_quantizer._disabled or layer.is_bypassed)
         )
 
 
@@ -287,7 +286,6 @@ def takes_part(layer: Any) -> bool:
         and layer.is_integer
         and layer.weight.dtype == torch.float32
         and all(quantizer.scheme.mode == "static" for quantizer in (_input(layer), _weight_quantizer(layer)))
-        and not _input(layer)._if_calib
     )
 
 
