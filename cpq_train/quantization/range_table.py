@@ -26,7 +26,9 @@ class Flat:
         self.amax, self.scale, self.step = amax, scale, step
         self._start_of, num_whole = table.start_of, table.num_whole
         self._of_whole = [tensor[:num_whole].unbind() for tensor in (amax, scale, step)]
-        self._windows = amax[:num_whole].tolist() if are_numbers_at_hand(amax.device) else None
+        self._windows: list[float] | None = None
+        if are_numbers_at_hand(amax.device):
+            self._windows = amax[:num_whole].tolist()
 
     def range_of(self, quantizer: Quantizer) -> Range | None:
         """Of a quantizer; None where the table has it not."""
@@ -34,10 +36,9 @@ class Flat:
         if start is None:
             return None
         if quantizer.is_per_tensor:
-            window = (
-                None if self._windows is None or quantizer._log_amax is not None else self._windows[start]
-            )
             amax, scale, step = (of_whole[start] for of_whole in self._of_whole)
+            is_learned = quantizer._log_amax is not None
+            window = None if self._windows is None or is_learned else self._windows[start]
             return Range(amax, scale, step, window, quantizer._log_amax)
         shape, span = quantizer._amax.shape, slice(start, start + quantizer._amax.numel())
         amax, scale, step = (t[span].view(shape) for t in (self.amax, self.scale, self.step))
@@ -51,6 +52,7 @@ class RangeTable:
         quantizers: Static ones.
 
     Attributes:
+        quantizers: In the order of the table.
         start_of: Quantizer -> the first of its numbers.
         num_whole: Quantizers of one amax.
     """
@@ -58,7 +60,7 @@ class RangeTable:
     def __init__(self, quantizers: Sequence[Quantizer]) -> None:
         whole = [q for q in quantizers if q.is_per_tensor]
         self.num_whole = len(whole)
-        self._in_order = [*whole, *(q for q in quantizers if not q.is_per_tensor)]
+        self.quantizers = [*whole, *(q for q in quantizers if not q.is_per_tensor)]
         self.start_of: dict[Quantizer, int] = {}
         end = 0
         for quantizer in self.quantizers:
@@ -68,11 +70,6 @@ class RangeTable:
         self._qmax = self._by_number([float(q.format.qmax) for q in self.quantizers], device)
         self._step_of_zero = self._by_number([q.step_of_zero for q in self.quantizers], device)
         self._key = [(q.format.qmax, q.step_of_zero) for q in self.quantizers]
-
-    @property
-    def quantizers(self) -> list[Quantizer]:
-        """In the order of the table."""
-        return self._in_order
 
     @property
     def device(self) -> torch.device:

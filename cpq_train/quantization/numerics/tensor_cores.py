@@ -11,7 +11,6 @@ waiting for the answer; where they differ, fp64 computes that shape from then on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
@@ -19,13 +18,11 @@ import torch
 from torch import Tensor
 
 from cpq_train.common.kernels import are_numbers_at_hand
-from cpq_train.common.late import Mailbox
+from cpq_train.common.proofs import Proofs
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-_seen: set[Hashable] = set()
-_inexact: set[Hashable] = set()
-_answers = Mailbox()
+_proofs = Proofs("cuDNN's sums of codes")
 
 
 def exactly(convolve: Product, x: Tensor, weight: Tensor, geometry: Hashable) -> Tensor:
@@ -39,29 +36,13 @@ def exactly(convolve: Product, x: Tensor, weight: Tensor, geometry: Hashable) ->
     """
     if are_numbers_at_hand(x.device) or torch.compiler.is_compiling():
         return convolve(x, weight)
-    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if len(_answers) and not is_captured:
-        _answers.take_arrived()
-    key = geometry, x.shape, x.stride(), weight.shape, weight.stride(), x.device
-    if key in _inexact:
+    way = geometry, x.shape, x.stride(), weight.shape, weight.stride(), x.device
+    if not _proofs.trusts(way):
         return convolve(x.double(), weight.double()).float()
     with _Tf32():
         sums = convolve(x, weight)
-    if key not in _seen and not is_captured:
-        _seen.add(key)
-        is_other = (convolve(x.double(), weight.double()) != sums).any()
-        _answers.send(is_other, lambda answer: _note(key, bool(answer)))
+    _proofs.look(way, sums, lambda: convolve(x.double(), weight.double()))
     return sums
-
-
-def _note(key: Hashable, is_other: bool) -> None:
-    if is_other:
-        _inexact.add(key)
-        warnings.warn(
-            f"cuDNN's sums of codes are not exact for {key}: some were rounded in a step before this one; "
-            "from now on fp64 computes them",
-            stacklevel=2,
-        )
 
 
 class _Tf32:
@@ -70,9 +51,8 @@ class _Tf32:
     # From 2.9 on PyTorch has a setting for convolutions alone, and refuses a mixture with the older one.
     _cudnn: Any = torch.backends.cudnn
     _has_own = hasattr(_cudnn, "conv")
-    _setting, _name, _value = (
-        (_cudnn.conv, "fp32_precision", "tf32") if _has_own else (_cudnn, "allow_tf32", True)
-    )
+    _setting, _name = (_cudnn.conv, "fp32_precision") if _has_own else (_cudnn, "allow_tf32")
+    _value: str | bool = "tf32" if _has_own else True
 
     def __enter__(self) -> None:
         self._before = getattr(self._setting, self._name)
