@@ -21,8 +21,6 @@ def begin_forward(network: nn.Module, inputs: Any) -> None:
     scope = prepared_of(network).scope
     scope.begin_forward()
     has_gradient = torch.is_grad_enabled()
-    if scope.is_frozen and has_gradient:
-        scope.weights.clear()  # they have none
     if scope.is_frozen and scope.worked_out is not None and (scope.weights or has_gradient):
         return
     # Not in inference mode: what is made there could not be saved for a backward pass in a frozen scope.

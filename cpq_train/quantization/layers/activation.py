@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.masks import INSIDE, POSITIVE
@@ -75,6 +76,7 @@ class _Rectified(Function):
         return made.values, made.values.new_empty(()).expand_as(made.values)  # of its shape, without its size
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_values: Tensor | None, of_codes: Tensor | None) -> tuple[Tensor | None, None]:
         (mask,) = ctx.saved_tensors
         grads = [
@@ -96,6 +98,7 @@ class _RectifiedAndLearned(Function):
         return values, values.new_empty(()).expand_as(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_values: Tensor | None, of_codes: Tensor | None) -> tuple[Tensor | None, ...]:
         (values,) = ctx.saved_tensors
         grad, of_log = None, None

@@ -40,7 +40,7 @@ class RoundedWeight(NamedTuple):
 
     Attributes:
         codes: In the shape of the weight, fp32; their gradient is that of its values.
-        values: Of the codes, for backward; None where they are not known yet.
+        values: Of the codes, for backward; None where they are not known yet, or there was none to come.
         step: Value of code 1 as the output channels have it, (C',) or one number.
         unit: Value of 1 in the sum, likewise.
         bias: As deployed.
@@ -63,7 +63,7 @@ class RoundedWeight(NamedTuple):
     version: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether it is still what a weight is rounded to.
+        """Whether it is still what a weight is rounded to, with a gradient where there may be one.
 
         A checkpoint has to save as much in every run: under its hooks each layer rounds its own.
         """
@@ -223,13 +223,15 @@ class QuantizedConvolution(nn.Module):
             x_format=cast(IntegerFormat, x_quantizer.format),
             w_step=weight.step_as_weight,
             convolution=convolution,
-            sums=lambda codes: self._sums(coded, codes, weight, convolution),
             unit=weight.unit,
             feature_axis=self.axes.feature,
             is_bias_in_sum=weight.bias.is_in_sum,
             gradients=self.gradient_dtype,
         )
-        return node(coded, weight.codes, weight.values, weight.bias.values)
+        return node(
+            *(coded, weight.codes, weight.values, weight.bias.values),
+            lambda codes: self._sums(coded, codes, weight, convolution),
+        )
 
     def _rounded_weight(self, x: Tensor) -> RoundedWeight:
         """The weight and bias for an input, rounded now."""

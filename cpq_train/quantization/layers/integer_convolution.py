@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cpq_train.quantization.numerics.coded import Coded, codes_of
 from cpq_train.quantization.numerics.dense_convolution import Gradients
@@ -57,7 +58,6 @@ class IntegerConvolution(NamedTuple):
         x_format: Integers of the input.
         w_step: Value of code 1 of the weight, broadcastable to it; None where its values are at hand.
         convolution: The layer's.
-        sums: Of codes of the input with those of the weight; what it returns is overwritten.
         unit: Value of 1 in that sum, (C',) or one number.
         feature_axis: Where features have their channels.
         is_bias_in_sum: Whether codes in that sum stand for the bias.
@@ -68,13 +68,19 @@ class IntegerConvolution(NamedTuple):
     x_format: IntegerFormat
     w_step: Tensor | None
     convolution: Convolution
-    sums: Callable[[Tensor], Sums]
     unit: Tensor
     feature_axis: int
     is_bias_in_sum: bool
     gradients: torch.dtype
 
-    def __call__(self, x: Coded, w_codes: Tensor, w_values: Tensor | None, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        x: Coded,
+        w_codes: Tensor,
+        w_values: Tensor | None,
+        bias: Tensor | None,
+        sums: Callable[[Tensor], Sums],
+    ) -> Tensor:
         """`y = acc * unit + bias`, acc being the exact sum, which may have the bias in it.
 
         Args:
@@ -82,8 +88,10 @@ class IntegerConvolution(NamedTuple):
             w_codes: Codes of the weight, in fp32; get the gradient of the values with an input in codes.
             w_values: Their values, if they are at hand.
             bias: Float, or None.
+            sums: Of codes of the input with those of the weight; what it returns is overwritten. The node
+                does not keep it, nor what it may hold.
         """
-        return cast(Tensor, _IntegerConvolution.apply(x.source, w_codes, bias, x.codes, w_values, self))
+        return cast(Tensor, _IntegerConvolution.apply(x.source, w_codes, bias, x.codes, w_values, sums, self))
 
 
 class _IntegerConvolution(Function):
@@ -95,9 +103,10 @@ class _IntegerConvolution(Function):
         bias: Tensor | None,
         x_codes: Tensor,
         w_values: Tensor | None,
+        sums_of: Callable[[Tensor], Sums],
         of: IntegerConvolution,
     ) -> Tensor:
-        sums = of.sums(x_codes)
+        sums = sums_of(x_codes)
         ctx.of = of
         ctx.bias_shape = None if bias is None else bias.shape
         kept_x, kept_w = x_codes if of.x_scale is None else source, w_codes if w_values is None else w_values
@@ -106,6 +115,7 @@ class _IntegerConvolution(Function):
         return scale_(sums.values, of.unit, to_add, of.feature_axis, sums.bias_codes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept_x, kept_w, *_ = ctx.saved_tensors
         of: IntegerConvolution = ctx.of
@@ -114,7 +124,7 @@ class _IntegerConvolution(Function):
         grads = of.convolution.gradients(
             grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _savable(tensor: Tensor) -> Tensor:

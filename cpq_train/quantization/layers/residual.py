@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cpq_train.quantization.numerics.coded import Coded
 from cpq_train.quantization.numerics.fake_quant import add_codes
@@ -73,6 +74,7 @@ class _AddRounded(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
         return None if mask is None else passed(grad, mask, INSIDE), grad, None, None, None

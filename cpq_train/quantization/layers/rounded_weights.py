@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from cpq_train.common.kernels import are_numbers_at_hand
 from cpq_train.common.late import Mailbox
@@ -84,13 +85,17 @@ class _Rounding(NamedTuple):
 
 
 class _RoundWeights(Function):
-    """Weights, and log(amax) of those whose range is learned -> codes; `made` gets values and sums."""
+    """Weights, and log(amax) of those whose range is learned -> codes; `made` gets values and sums.
+
+    The weights are not saved as torch saves tensors, which a backward pass frees: layers that only this node
+    joins may have their backward passes one after the other.
+    """
 
     @staticmethod
     def forward(ctx: Any, of: _Rounding, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights = tensors[: len(of.part.layers)]
-        ctx.of = of
-        ctx.save_for_backward(*weights)
+        ctx.of, ctx.weights = of, cast(tuple[Tensor, ...], weights)
+        ctx.versions = _versions(ctx.weights)
         ctx.set_materialize_grads(False)
         joined = of.part.join([w for w in weights if w is not None])
         codes, *more = round_rows(joined, of.part.rows, of.ranges, of.has_values, of.has_sums)
@@ -98,10 +103,16 @@ class _RoundWeights(Function):
         return tuple(place.part_of(codes) for place in of.part.places)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         of: _Rounding = ctx.of
-        weights = ctx.saved_tensors
+        weights: tuple[Tensor, ...] = ctx.weights
         part, num_layers = of.part, len(weights)
+        if _versions(weights) != ctx.versions:
+            raise RuntimeError(
+                "weights of quantized layers were modified by an inplace operation between the forward pass "
+                f"and the backward pass: their versions are {_versions(weights)}, expected {ctx.versions}"
+            )
         known = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
         grad, joined = part.join(known), part.join(weights)
         of_logs: list[Tensor | None] = [None] * num_layers
@@ -242,6 +253,7 @@ class WeightTable:
         rounding = _Rounding(part, of_part, factor[part.span], has_values, is_late and part.has_wide_sums, [])
         codes = _RoundWeights.apply(rounding, *weights, *logs)
         values, sums = rounding.made
+        rounding.made.clear()  # the node keeps the list as long as a loss is kept
         dtypes = {layer.gradient_dtype for layer in part.layers}
         values = values.to(dtypes.pop()) if len(dtypes) == 1 else values
         if rounding.has_sums:
@@ -277,6 +289,10 @@ class WeightTable:
                     stacklevel=2,
                 )
             self._known[layer] = found
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [version_of(tensor) for tensor in tensors]
 
 
 def takes_part(layer: Any) -> bool:

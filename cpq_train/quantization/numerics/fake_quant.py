@@ -176,7 +176,8 @@ def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     if ctx.needs_input_grad[1]:
         step = step_of(amax, how.fmt) if how.step is None else how.step
     is_plain = amax.numel() == 1 and isinstance(how.fmt, IntegerFormat)
-    if is_plain and one_pass.is_fit(x, grad) and one_pass.are_operators_for(x):
+    is_for_operators = one_pass.are_operators_for(x) and not torch.is_grad_enabled()  # they have no gradient
+    if is_plain and is_for_operators and one_pass.is_fit(x, grad):
         if step is None:
             return operators.pass_inside(grad, x, amax), None
         by = one_pass.Scalars(scale, step, amax, cast(IntegerFormat, how.fmt))
