@@ -15,7 +15,10 @@ from cpq_train.quantization.switches import quantized_layers, quantizers
 
 
 def begin_forward(network: nn.Module, inputs: Any) -> None:
-    """Open the scope; work out all static ranges, and round the weights of all integer layers."""
+    """Open the scope; work out all static ranges, and round the weights of all integer layers.
+
+    A weight that is written to during the pass is rounded again, a range counts from the next pass on.
+    """
     if torch.compiler.is_compiling():
         return
     scope = prepared_of(network).scope
@@ -39,8 +42,8 @@ def _work_out(network: nn.Module, scope: Scope) -> None:
         static = [q for q in quantizers(network).values() if q.scheme.mode == "static"]
         scope.members = static, quantized_layers(network)
     static, layers = scope.members
-    if not static:
-        return
+    if len({quantizer._buffers["_amax"].device for quantizer in static}) != 1:
+        return  # none, or on several devices: each quantizer and layer works by itself
     ranges: RangeTable | None = scope.range_table
     if ranges is None or not ranges.is_of(static):
         ranges = scope.range_table = RangeTable(static)

@@ -29,7 +29,7 @@ class _AtVoxels:
 
     Attributes:
         layer: The layer.
-        x: The input.
+        x: The input, without its features: they would be kept for backward, which has their codes.
         rulebook: Found once, so that the parts of a split sum share it without an indice key too.
         state: What spconv's kernels need for backward of their last pass.
     """
@@ -102,7 +102,8 @@ class _QuantizedSparseConvolution(QuantizedConvolution):
         """Sparse tensor in, sparse tensor out."""
         if not self.rounds(input.features):
             return cast(SparseConvTensor, super().forward(input))
-        at_voxels = _AtVoxels(self, input, self.find_rulebook(input))
+        voxels = input.replace_feature(input.features.new_empty((0, 0)))
+        at_voxels = _AtVoxels(self, voxels, self.find_rulebook(input))
         features = self.quantized(input.features, at_voxels)
         return self.place(input, features, at_voxels.rulebook)
 

@@ -93,11 +93,15 @@ def takes_pixels(
 
 
 def product_of_pixels(x_codes: Tensor, w_codes: Tensor) -> Tensor:
-    """(B, C, H, W) codes and (C', C, 1, 1) codes, all of at most 8 bits -> fp32 sums (B, C', H, W)."""
+    """(B, C, H, W) codes and (C', C, 1, 1) codes, all of at most 8 bits -> fp32 sums (B, C', H, W).
+
+    Of an input with a NaN, which no integer is, sums are NaN too.
+    """
     batch, channels, height, width = x_codes.shape
-    rows = x_codes.permute(0, 2, 3, 1).reshape(-1, channels).to(torch.int8)
-    sums = torch._int_mm(rows, w_codes.flatten(1).to(torch.int8).t())
-    return sums.float().view(batch, height, width, -1).permute(0, 3, 1, 2)
+    rows = x_codes.permute(0, 2, 3, 1).reshape(-1, channels)
+    sums = torch._int_mm(rows.to(torch.int8), w_codes.flatten(1).to(torch.int8).t()).float()
+    sums.add_(rows.sum(1, keepdim=True), alpha=0)
+    return sums.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class Packed(NamedTuple):
