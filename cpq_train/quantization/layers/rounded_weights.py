@@ -94,8 +94,8 @@ class _RoundWeights(Function):
     @staticmethod
     def forward(ctx: Any, of: _Rounding, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights = tensors[: len(of.part.layers)]
-        ctx.of, ctx.weights = of, cast(tuple[Tensor, ...], weights)
-        ctx.versions = _versions(ctx.weights)
+        ctx.of, ctx.weights = of, weights
+        ctx.versions = [version_of(w) for w in weights if w is not None]
         ctx.set_materialize_grads(False)
         joined = of.part.join([w for w in weights if w is not None])
         codes, *more = round_rows(joined, of.part.rows, of.ranges, of.has_values, of.has_sums)
@@ -108,20 +108,22 @@ class _RoundWeights(Function):
         of: _Rounding = ctx.of
         weights: tuple[Tensor, ...] = ctx.weights
         part, num_layers = of.part, len(weights)
-        if _versions(weights) != ctx.versions:
-            raise RuntimeError(
-                "weights of quantized layers were modified by an inplace operation between the forward pass "
-                f"and the backward pass: their versions are {_versions(weights)}, expected {ctx.versions}"
-            )
+        for layer, weight, version, grad in zip(part.layers, weights, ctx.versions, grads, strict=True):
+            if grad is not None and version_of(weight) != version:
+                raise RuntimeError(
+                    f"the weight of {layer.kind}({layer.extra_repr()}) was modified by an inplace operation "
+                    f"between forward and backward pass: it is at version {version_of(weight)}, expected "
+                    f"version {version}"
+                )
         known = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
-        grad, joined = part.join(known), part.join(weights)
+        joined_grad, joined = part.join(known), part.join(weights)
         of_logs: list[Tensor | None] = [None] * num_layers
         if any(ctx.needs_input_grad[1 + num_layers :]):
-            passed, sums = learn_rows(grad, joined, part.rows, of.factor, of.ranges)
+            passed, sums = learn_rows(joined_grad, joined, part.rows, of.factor, of.ranges)
             by_layer = zip(part.layers, (sums / part.divisor).split(part.num_rows), strict=True)
             of_logs = [sums_by_range(one, _weight_quantizer(layer)._amax) for layer, one in by_layer]
         else:
-            passed = pass_rows(grad, joined, part.rows, of.factor, of.ranges.amax)
+            passed = pass_rows(joined_grad, joined, part.rows, of.factor, of.ranges.amax)
         of_weights = [place.part_of(passed) for place in part.places]
         needed = ctx.needs_input_grad[1:]
         found = [
@@ -289,10 +291,6 @@ class WeightTable:
                     stacklevel=2,
                 )
             self._known[layer] = found
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [version_of(tensor) for tensor in tensors]
 
 
 def takes_part(layer: Any) -> bool:

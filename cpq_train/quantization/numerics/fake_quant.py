@@ -183,9 +183,7 @@ def _value_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         by = one_pass.Scalars(scale, step, amax, cast(IntegerFormat, how.fmt))
         return one_pass.learned(grad, x, by, is_rectified=False)
     if step is not None and how.row_axis is not None and not is_compiling():
-        fmt = cast(IntegerFormat, how.fmt)
-        passed, sums = learn_weight(grad, x, how.row_axis, fmt, RowRanges(amax, scale, step))
-        return passed, sums / log_range_divisor(x.numel(), amax.numel(), fmt)
+        return learn_weight(grad, x, how.row_axis, cast(IntegerFormat, how.fmt), RowRanges(amax, scale, step))
     grad_log = None
     if step is not None:
         grad_log = log_range_gradient(grad, x, round_to_codes(x, scale, how.fmt), amax, step, how.fmt)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cpq_train.common.kernels import are_on
 from cpq_train.common.threads import share_out
 from cpq_train.quantization.numerics.device.operators import operators
-from cpq_train.quantization.numerics.formats import IntegerFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat, log_range_divisor
 from cpq_train.quantization.numerics.one_pass import Array
 
 
@@ -148,7 +148,7 @@ def learn_rows(
 def learn_weight(
     grad: Tensor, weight: Tensor, row_axis: int, fmt: IntegerFormat, ranges: RowRanges
 ) -> tuple[Tensor, Tensor]:
-    """`learn_rows` of one weight: the bits that it has among others.
+    """Gradients of a weight and of log(amax), as `learn_rows` has them: the bits that they have among others.
 
     Args:
         grad: Of its values.
@@ -158,13 +158,14 @@ def learn_weight(
         ranges: By row, or one of all; any shape.
 
     Returns:
-        Gradient of the weight; sums that have the shape of the ranges.
+        Gradient of the weight; that of log(amax), in the shape of the ranges.
     """
     place, rows = Place.of(weight, row_axis), Rows.of(weight, row_axis, fmt)
     by_row = RowRanges(*(tensor.reshape(-1).expand(len(rows.smallest)).contiguous() for tensor in ranges))
     factor = torch.ones_like(rows.smallest)
     passed, sums = learn_rows(place.joined(grad), place.joined(weight), rows, factor, by_row)
-    return place.part_of(passed), sums_by_range(sums, ranges.amax)
+    divisor = torch.full_like(sums, log_range_divisor(weight.numel(), ranges.amax.numel(), fmt))
+    return place.part_of(passed), sums_by_range(sums / divisor, ranges.amax)
 
 
 def sums_by_range(sums: Tensor, amax: Tensor) -> Tensor:
