@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cpq_train.common.errors import UserError
 from cpq_train.common.kernels import as_on_gpu
-from cpq_train.quantization import forward_pass
 from cpq_train.quantization.health import Problem
+from cpq_train.quantization.layers.rounded_weights import WeightTable
 from cpq_train.quantization.prepare import leave_in_float, prepare, remove_quantizers
 from cpq_train.quantization.prepared import frozen, prepared_of
 from cpq_train.quantization.ranges.calibration import collecting_ranges
@@ -116,7 +116,7 @@ def _network(kind: str, scheme: str = "by channel", amax: str = "frozen") -> tup
 @contextmanager
 def _each_its_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_pass, "takes_part", lambda layer: False)
+        patch.setattr(WeightTable, "round", lambda table, ranges: {})
         yield
 
 
@@ -263,8 +263,15 @@ def test_two_layers_of_one_weight() -> None:
 
 def test_a_weight_that_is_computed() -> None:
     network = _heads()
+    network(X)
     torch.nn.utils.parametrizations.weight_norm(network.heads["a"])
-    _compared(network, lambda n: _step(n, (X,)))
+    for _ in range(2):
+        network.zero_grad()
+        _compared(network, lambda n: _step(n, (X,)))
+    scope = prepared_of(network).scope
+    table = scope.weight_table
+    network(X)
+    assert scope.weight_table is table
 
 
 def test_layers_switched_off_and_bypassed() -> None:

@@ -153,7 +153,8 @@ class _Member(NamedTuple):
         """Whether it could be made of the layer now; looks past `nn.Module`, as it does so in every pass."""
         layer, modules = self.layer, self.layer._modules
         return (
-            layer._parameters["weight"] is self.weight
+            layer._parameters.get("weight") is self.weight
+            and self.weight.dtype == torch.float32
             and self.weight.stride() == self.strides
             and modules["_input_quantizer"] is self.x_quantizer
             and modules["_weight_quantizer"] is self.w_quantizer
@@ -297,6 +298,7 @@ def takes_part(layer: Any) -> bool:
     """Whether a layer's weight can be rounded together with others now."""
     return (
         isinstance(layer, QuantizedConvolution)
+        and "weight" in layer._parameters  # not computed, as by a parametrization, anew for whoever reads it
         and layer.is_integer
         and layer.weight.dtype == torch.float32
         and all(quantizer.scheme.mode == "static" for quantizer in (_input(layer), _weight_quantizer(layer)))
