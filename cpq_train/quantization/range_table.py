@@ -95,8 +95,8 @@ class RangeTable:
         return Flat(amax, scale, fake_quant.steps_of(amax, self._qmax, self._step_of_zero), self)
 
     def _by_number(self, by_quantizer: list[float], device: torch.device) -> Tensor:
-        repeats = torch.tensor([q._amax.numel() for q in self.quantizers])
-        return torch.tensor(by_quantizer).repeat_interleave(repeats).to(device)
+        pairs = zip(self.quantizers, by_quantizer, strict=True)
+        return torch.tensor([number for q, number in pairs for _ in range(q._amax.numel())], device=device)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

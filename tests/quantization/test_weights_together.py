@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_unet import SmallUNet, unet_inputs
+from networks_of_kinds import (
+    NETWORKS,
+    SCHEMES,
+    Results,
+    gradients_of,
+    network_of,
+    prepared,
+    random_numbers,
+    step,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,96 +30,10 @@ from cpq_train.common.errors import UserError
 from cpq_train.common.kernels import as_on_gpu
 from cpq_train.quantization.health import Problem
 from cpq_train.quantization.layers.rounded_weights import WeightTable
-from cpq_train.quantization.prepare import leave_in_float, prepare, remove_quantizers
+from cpq_train.quantization.prepare import leave_in_float, remove_quantizers
 from cpq_train.quantization.prepared import frozen, prepared_of
-from cpq_train.quantization.ranges.calibration import collecting_ranges
 from cpq_train.quantization.ranges.policy import apply_policy
-from cpq_train.quantization.scheme import Scheme
 from cpq_train.quantization.switches import only_quantized, quantized_layers, quantizers_off
-
-Inputs = tuple[Any, ...]
-Results = dict[str, Tensor | None]
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-def _maps() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(8, 6, 2, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(6, 4, 1, bias=False),
-    )
-
-
-def _groups() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(4, 8, 3, groups=2),
-        nn.ReLU(),
-        nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2),
-        nn.Conv2d(6, 2, 1),
-    )
-
-
-def _channels_last() -> nn.Module:
-    return _maps().to(memory_format=torch.channels_last)
-
-
-def _signals() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(3, 5, 3), nn.ReLU(), nn.Conv1d(5, 2, 1))
-
-
-def _volumes() -> nn.Module:
-    return nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Conv3d(4, 2, 2, padding="same"))
-
-
-def _vectors() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
-    "maps": (_maps, lambda: (_random(2, 3, 7, 6),)),
-    "channels_last": (
-        _channels_last,
-        lambda: (_random(2, 3, 7, 6).contiguous(memory_format=torch.channels_last),),
-    ),
-    "groups": (_groups, lambda: (_random(2, 4, 7, 6),)),
-    "signals": (_signals, lambda: (_random(2, 3, 9),)),
-    "volumes": (_volumes, lambda: (_random(2, 2, 5, 6, 7),)),
-    "vectors": (_vectors, lambda: (_random(4, 5),)),
-    "sparse": (SmallUNet, unet_inputs),
-}
-SCHEMES: dict[str, dict[str, Any]] = {
-    "by channel": {"defaults": {"weight": {"granularity": "per_channel"}, "bias": "float"}},
-    "by tensor": {"defaults": {"weight": {"granularity": "per_tensor"}, "bias": "accumulator"}},
-    "fp16 biases": {"defaults": {"weight": {"granularity": "per_channel"}, "bias": "fp16"}},
-    "mixed": {
-        "defaults": {"weight": {"bits": 4, "granularity": "per_channel"}, "bias": "accumulator"},
-        "rules": [
-            {"layers": "*[02]", "weight": {"bits": 11, "granularity": "per_tensor"}, "input": {"bits": 12}},
-            {"layers": "*2", "weight": {"bits": 2, "granularity": "per_tensor"}, "bias": "float"},
-        ],
-    },
-}
-
-
-def _prepared(
-    network: nn.Module, inputs: Inputs, scheme: dict[str, Any] | None = None, amax: str = "frozen"
-) -> nn.Module:
-    prepare(network, Scheme.from_dict(scheme or {}), inputs)
-    with collecting_ranges(network), torch.no_grad():
-        network(*inputs)
-    apply_policy(network, amax)  # type: ignore[arg-type]
-    return network
-
-
-def _network(kind: str, scheme: str = "by channel", amax: str = "frozen") -> tuple[nn.Module, Inputs]:
-    torch.manual_seed(0)
-    new, inputs = NETWORKS[kind]
-    return _prepared(new(), inputs(), SCHEMES[scheme], amax), inputs()
 
 
 @contextmanager
@@ -118,18 +41,6 @@ def _each_its_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightTable, "round", lambda table, ranges: {})
         yield
-
-
-def _step(network: nn.Module, inputs: Inputs) -> Results:
-    """Output and gradients of one pass; those of the network are added to what was there."""
-    first = inputs[0].clone(memory_format=torch.preserve_format).requires_grad_()
-    y = network(first, *inputs[1:])
-    (y * torch.cos(3 * y.detach())).sum().backward()
-    return {"output": y.detach(), "input": first.grad, **_gradients(network)}
-
-
-def _gradients(network: nn.Module) -> Results:
-    return {name: p.grad if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
 
 
 def _assert_equal(together: Results, alone: Results) -> None:
@@ -158,25 +69,19 @@ def _compared(network: nn.Module, work: Callable[[nn.Module], Results]) -> Resul
 def test_outputs_and_gradients_are_those_of_layers_that_round_their_own(
     kind: str, scheme: str, amax: str
 ) -> None:
-    if kind == "sparse" and scheme == "mixed":
-        SCHEMES["mixed of voxels"] = {
-            **SCHEMES["mixed"],
-            "rules": [{"layers": "*[eu]*.0", "weight": {"bits": 11}}],
-        }
-        scheme = "mixed of voxels"
-    network, inputs = _network(kind, scheme, amax)
+    network, inputs = network_of(kind, scheme, amax)
 
     def work(network: nn.Module) -> Results:
-        _step(network, inputs)  # from the second pass on ReLUs make codes
+        step(network, inputs)  # from the second pass on ReLUs make codes
         network.zero_grad()
-        return _step(network, inputs)
+        return step(network, inputs)
 
     found = _compared(network, work)
     assert all(gradient is not None for gradient in found.values())
 
 
 def test_all_of_them_are_rounded_together() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     seen: list[int] = []
     scope = prepared_of(network).scope
     network[4].register_forward_hook(lambda *_: seen.append(len(scope.weights)))
@@ -201,7 +106,7 @@ class Heads(nn.Module):
         return self.read(self.heads, x)
 
 
-X = _random(2, 3, 6, 6)
+X = random_numbers(2, 3, 6, 6)
 
 
 def _sum(heads: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -210,14 +115,14 @@ def _sum(heads: nn.ModuleDict, x: Tensor) -> Tensor:
 
 def _heads(read: Callable[[nn.ModuleDict, Tensor], Any] = _sum, amax: str = "frozen") -> Heads:
     network = Heads(_sum)
-    _prepared(network, (X,), amax=amax)
+    prepared(network, (X,), amax=amax)
     network.read = read
     return network
 
 
 @pytest.mark.parametrize("amax", ["frozen", "learned"])
 def test_a_layer_that_is_not_run_has_no_gradient(amax: str) -> None:
-    found = _compared(_heads(lambda n, x: n["a"](x), amax), lambda n: _step(n, (X,)))
+    found = _compared(_heads(lambda n, x: n["a"](x), amax), lambda n: step(n, (X,)))
     assert found["heads.a.weight"] is not None
     assert found["heads.b.weight"] is None
     assert found.get("heads.b._weight_quantizer._log_amax") is None
@@ -228,9 +133,9 @@ def test_a_layer_that_is_used_twice(amax: str) -> None:
     """Gradients of both uses are added before they are multiplied by the step: a last digit may differ."""
     network = _heads(lambda n, x: n["a"](x) + n["a"](2 * x) + n["b"](x), amax)
     twin = copy.deepcopy(network)
-    together = _step(network, (X,))
+    together = step(network, (X,))
     with _each_its_own():
-        alone = _step(twin, (X,))
+        alone = step(twin, (X,))
     assert torch.equal(together.pop("output"), alone.pop("output"))
     for name, found in together.items():
         torch.testing.assert_close(found, alone[name], rtol=1e-5, atol=1e-6)
@@ -240,24 +145,24 @@ def test_a_layer_that_is_used_twice(amax: str) -> None:
 def test_weights_that_are_not_trained(amax: str) -> None:
     network = _heads(amax=amax)
     network.heads["b"].weight.requires_grad_(False)
-    found = _compared(network, lambda n: _step(n, (X,)))
+    found = _compared(network, lambda n: step(n, (X,)))
     assert found["heads.b.weight"] is None
     if amax == "learned":
         assert found["heads.b._weight_quantizer._log_amax"] is not None
     for layer in network.heads.values():
         layer.weight.requires_grad_(False)
     network.zero_grad()
-    _compared(network, lambda n: _step(n, (X,)))
+    _compared(network, lambda n: step(n, (X,)))
 
 
 def test_two_layers_of_one_weight() -> None:
     network = Heads(_sum)
     network.heads["b"].weight = network.heads["a"].weight
-    _prepared(network, (X,))
-    together = _step(network, (X,))
+    prepared(network, (X,))
+    together = step(network, (X,))
     network.zero_grad()
     with _each_its_own():
-        alone = _step(network, (X,))
+        alone = step(network, (X,))
     _assert_equal(together, alone)
 
 
@@ -267,7 +172,7 @@ def test_a_weight_that_is_computed() -> None:
     torch.nn.utils.parametrizations.weight_norm(network.heads["a"])
     for _ in range(2):
         network.zero_grad()
-        _compared(network, lambda n: _step(n, (X,)))
+        _compared(network, lambda n: step(n, (X,)))
     scope = prepared_of(network).scope
     table = scope.weight_table
     network(X)
@@ -279,24 +184,24 @@ def test_layers_switched_off_and_bypassed() -> None:
     for block in (lambda: quantizers_off(network), lambda: only_quantized(network, ["heads.b"])):
         network.zero_grad()
         with block():
-            together = _step(network, (X,))
+            together = step(network, (X,))
             network.zero_grad()
             with _each_its_own():
-                _assert_equal(together, _step(network, (X,)))
+                _assert_equal(together, step(network, (X,)))
     network.zero_grad()
-    _compared(network, lambda n: _step(n, (X,)))
+    _compared(network, lambda n: step(n, (X,)))
 
 
 def test_one_layer_switched_off() -> None:
     network = _heads()
     network.heads["a"]._weight_quantizer.disable()
-    _compared(network, lambda n: _step(n, (X,)))
+    _compared(network, lambda n: step(n, (X,)))
 
 
 def test_dynamic_ranges_are_not_in_it() -> None:
     scheme = {"rules": [{"layers": "heads.a", "input": {"mode": "dynamic"}}]}
-    network = _prepared(Heads(_sum), (X,), scheme)
-    _compared(network, lambda n: _step(n, (X,)))
+    network = prepared(Heads(_sum), (X,), scheme)
+    _compared(network, lambda n: step(n, (X,)))
 
 
 # Backward passes
@@ -308,7 +213,7 @@ def test_backward_twice(amax: str) -> None:
         y = network(X)
         y.sum().backward(retain_graph=True)
         y.square().sum().backward()
-        return _gradients(network)
+        return gradients_of(network)
 
     _compared(_heads(amax=amax), work)
 
@@ -317,7 +222,7 @@ def test_parts_of_the_output_have_backward_passes_of_their_own() -> None:
     def work(network: nn.Module) -> Results:
         for y in network(X):
             y.square().sum().backward()
-        return _gradients(network)
+        return gradients_of(network)
 
     found = _compared(_heads(lambda n, x: [n[name](x) for name in "ab"]), work)
     assert found["heads.a.weight"] is not None
@@ -333,7 +238,7 @@ def test_backward_twice_through_one_layer_is_an_error() -> None:
 
 def test_gradients_are_accumulated() -> None:
     def work(network: nn.Module) -> Results:
-        return {**_step(network, (X,)), **_step(network, (2 * X,))}
+        return {**step(network, (X,)), **step(network, (2 * X,))}
 
     _compared(_heads(), work)
 
@@ -355,13 +260,13 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_gradients_that_have_gaps() -> None:
-    weights = _random(4, 3, 12, 6)
+    weights = random_numbers(4, 3, 12, 6)
 
     def work(network: nn.Module) -> Results:
         y = network(X)
         y.backward(weights[::2, :, ::2].transpose(2, 3).transpose(2, 3))
         (y.detach().requires_grad_() * 1).sum().backward()
-        return _gradients(network)
+        return gradients_of(network)
 
     _compared(_heads(), work)
 
@@ -369,8 +274,8 @@ def test_gradients_that_have_gaps() -> None:
 @pytest.mark.parametrize("kind", ["maps", "channels_last", "groups"])
 def test_gradients_lie_as_their_weights_do(kind: str) -> None:
     """Or DDP, whose buckets are such views, would copy them."""
-    network, inputs = _network(kind)
-    _step(network, inputs)
+    network, inputs = network_of(kind)
+    step(network, inputs)
     for weight in (layer.weight for layer in quantized_layers(network).values()):
         assert weight.grad.stride() == weight.stride()
 
@@ -383,7 +288,7 @@ def _between(write: Callable[[nn.Module], None]) -> Callable[[nn.Module], Result
 
     def work(network: nn.Module) -> Results:
         handle = network[0].register_forward_hook(lambda *_: write(network[4]))
-        found = _step(network, NETWORKS["maps"][1]())
+        found = step(network, NETWORKS["maps"][1]())
         handle.remove()
         return found
 
@@ -401,8 +306,8 @@ def _replace(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("write", [_double, _replace])
 def test_a_weight_that_is_written_to_in_a_hook_is_rounded_again(write: Callable[[nn.Module], None]) -> None:
-    network, _ = _network("maps")
-    plain = _step(copy.deepcopy(network), NETWORKS["maps"][1]())
+    network, _ = network_of("maps")
+    plain = step(copy.deepcopy(network), NETWORKS["maps"][1]())
     found = _compared(network, _between(write))
     assert not torch.equal(found["output"], plain["output"])  # type: ignore[arg-type]
 
@@ -410,7 +315,7 @@ def test_a_weight_that_is_written_to_in_a_hook_is_rounded_again(write: Callable[
 def test_a_layer_whose_neighbour_is_written_to_keeps_its_gradient() -> None:
     def work(network: nn.Module) -> Results:
         handle = network.heads["a"].register_forward_hook(lambda *_: _double(network.heads["b"]))
-        found = _step(network, (X,))
+        found = step(network, (X,))
         handle.remove()
         return found
 
@@ -418,7 +323,7 @@ def test_a_layer_whose_neighbour_is_written_to_keeps_its_gradient() -> None:
 
 
 def test_a_range_that_is_written_to_in_a_hook_counts_from_the_next_pass_on() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     before = network(*inputs)
     with torch.no_grad():
         handle = network[0].register_forward_hook(
@@ -437,7 +342,7 @@ def test_an_update_is_seen_by_the_next_pass() -> None:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            found = _step(network, (X,))
+            found = step(network, (X,))
             optimizer.step()
         return found
 
@@ -477,30 +382,34 @@ def test_another_type_is_refused() -> None:
     with pytest.raises(UserError, match=r"torch\.float64"):
         network(X.double())
     network.float()
-    _compared(network, lambda n: _step(n, (X,)))
+    _compared(network, lambda n: step(n, (X,)))
 
 
 def test_another_memory_format() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     network(*inputs)
     network.to(memory_format=torch.channels_last)
-    _compared(network, lambda n: _step(n, inputs))
+    _compared(network, lambda n: step(n, inputs))
 
 
 def test_a_weight_of_another_size() -> None:
-    network = _prepared(_vectors(), (_random(4, 5),), SCHEMES["by tensor"])
-    network(_random(4, 5))
+    network = prepared(
+        nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False)),
+        (random_numbers(4, 5),),
+        SCHEMES["by tensor"],
+    )
+    network(random_numbers(4, 5))
     last = network[2]
     last.weight = nn.Parameter(torch.cat([last.weight.detach(), last.weight.detach()]))
     last.out_features = 6
-    assert network(_random(4, 5)).shape == (4, 6)
-    _compared(network, lambda n: _step(n, (_random(4, 5),)))
+    assert network(random_numbers(4, 5)).shape == (4, 6)
+    _compared(network, lambda n: step(n, (random_numbers(4, 5),)))
 
 
 def test_parts_on_another_device() -> None:
     """Ranges of several devices are worked out by their quantizers."""
     network = Heads(lambda n, x: n["a"](x) + n["b"](2 * x) + n["c"](3 * x))
-    _prepared(network, (X,))
+    prepared(network, (X,))
     network.read = lambda n, x: n["a"](x)
     before = network(X)
     network.heads["b"].to("meta")
@@ -508,32 +417,32 @@ def test_parts_on_another_device() -> None:
 
 
 def test_layers_that_are_left_in_float() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     network(*inputs)
     leave_in_float(network, [Problem("2._input_quantizer", "ConvTranspose2d", "amax is 0", "1 of 1")])
     assert list(quantized_layers(network)) == ["0", "4"]
-    _compared(network, lambda n: _step(n, inputs))
+    _compared(network, lambda n: step(n, inputs))
 
 
 def test_a_network_without_quantizers() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     network(*inputs)
     remove_quantizers(network)
-    plain = _maps()
+    plain = NETWORKS["maps"][0]()
     plain.load_state_dict(network.state_dict())
     assert torch.equal(network(*inputs), plain(*inputs))
 
 
 def test_ranges_that_are_learned_from_now_on() -> None:
-    network, inputs = _network("maps")
-    _step(network, inputs)
+    network, inputs = network_of("maps")
+    step(network, inputs)
     apply_policy(network, "learned")
     network.zero_grad()
-    found = _compared(network, lambda n: _step(n, inputs))
+    found = _compared(network, lambda n: step(n, inputs))
     assert found["4._weight_quantizer._log_amax"] is not None
     apply_policy(network, "frozen")
     network.zero_grad()
-    _compared(network, lambda n: _step(n, inputs))
+    _compared(network, lambda n: step(n, inputs))
 
 
 # Modes
@@ -542,7 +451,7 @@ def test_ranges_that_are_learned_from_now_on() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_without_gradients(mode: Callable[[], AbstractContextManager[None]], is_frozen: bool) -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
 
     def work(network: nn.Module) -> Results:
         with frozen(network) if is_frozen else nullcontext(), mode():
@@ -550,7 +459,7 @@ def test_without_gradients(mode: Callable[[], AbstractContextManager[None]], is_
             return {"output": network(*inputs).clone()}
 
     _compared(network, work)
-    _compared(network, lambda n: _step(n, inputs))
+    _compared(network, lambda n: step(n, inputs))
 
 
 @pytest.mark.parametrize("num_passes", [0, 1])
@@ -560,7 +469,7 @@ def test_weights_of_a_frozen_network_have_gradients(num_passes: int) -> None:
             for _ in range(num_passes):
                 with torch.no_grad():
                     network(X)
-            return _step(network, (X,))
+            return step(network, (X,))
 
     found = _compared(_heads(), work)
     assert all(gradient is not None for gradient in found.values())
@@ -575,7 +484,7 @@ def test_gradients_that_are_asked_for_within_a_pass_without() -> None:
         with torch.no_grad():
             y = network(X)
         y.square().sum().backward()
-        return _gradients(network)
+        return gradients_of(network)
 
     found = _compared(_heads(read), work)
     assert found["heads.a.weight"] is not None
@@ -587,14 +496,14 @@ def test_layers_in_a_checkpoint(use_reentrant: bool, amax: str) -> None:
     def read(heads: nn.ModuleDict, x: Tensor) -> Tensor:
         return checkpoint(lambda t: heads["a"](t).relu(), heads["b"](x), use_reentrant=use_reentrant)
 
-    _compared(_heads(read, amax), lambda n: _step(n, (X,)))
+    _compared(_heads(read, amax), lambda n: step(n, (X,)))
 
 
 def test_a_checkpoint_around_the_network() -> None:
     def work(network: nn.Module) -> Results:
         y = checkpoint(network, X, use_reentrant=False)
         y.square().sum().backward()
-        return _gradients(network)
+        return gradients_of(network)
 
     _compared(_heads(), work)
 
@@ -602,7 +511,7 @@ def test_a_checkpoint_around_the_network() -> None:
 def test_under_autocast() -> None:
     def work(network: nn.Module) -> Results:
         with torch.autocast("cpu", torch.bfloat16):
-            return _step(network, (X,))
+            return step(network, (X,))
 
     _compared(_heads(), work)
 
@@ -611,7 +520,7 @@ def test_under_autocast() -> None:
 def test_nothing_comes_in_but_zeros_where_no_voxel_is(
     where: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    network, (features, indices, batch_size) = _network("sparse")
+    network, (features, indices, batch_size) = network_of("sparse")
     with where():
         y = network(features[:0], indices[:0], batch_size)
         y.sum().backward()
@@ -626,7 +535,7 @@ def test_nothing_comes_in_but_zeros_where_no_voxel_is(
 
 def test_what_was_read_is_not_kept_with_the_loss() -> None:
     """But for what backward needs: the codes of an input, which backward frees."""
-    network, inputs = _network("sparse")
+    network, inputs = network_of("sparse")
     with as_on_gpu():
         network(*inputs)
         seen: list[weakref.ref[Tensor]] = []
@@ -642,12 +551,12 @@ def test_what_was_read_is_not_kept_with_the_loss() -> None:
 
 
 def test_tables_are_made_once() -> None:
-    network, inputs = _network("maps")
+    network, inputs = network_of("maps")
     network(*inputs)
     scope = prepared_of(network).scope
     tables = scope.range_table, scope.weight_table
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
-            _step(network, inputs)
+            step(network, inputs)
     assert (scope.range_table, scope.weight_table) == tables
