@@ -37,7 +37,7 @@ class Mailbox:
         on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         on_host.copy_(values, non_blocking=True)
         has_arrived = torch.cuda.Event()
-        has_arrived.record()
+        has_arrived.record(torch.cuda.current_stream(values.device))
         self._letters.append(_Letter(on_host, has_arrived, take))
 
     def take_arrived(self) -> None:

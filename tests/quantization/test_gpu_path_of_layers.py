@@ -302,6 +302,19 @@ def test_outputs_of_a_gpu_are_those_of_the_cpu(kind: str, scheme: str, amax: str
             torch.testing.assert_close(there[name].cpu(), expected, rtol=1e-2, atol=1e-3 * scale, msg=name)
 
 
+@pytest.mark.cuda(num_devices=2)
+@AMAX
+def test_a_network_on_another_gpu_than_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, no_warning: None, amax: str
+) -> None:
+    wide = Wide(monkeypatch, amax)
+    expected = _step(wide.network, (wide.x,))
+    network, inputs = _on("cuda:1", copy.deepcopy(wide.network), (wide.x,))
+    for _ in range(3):
+        assert torch.equal(_step(network, inputs)["output"].cpu(), expected["output"])
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.cuda
 @AMAX
 @pytest.mark.parametrize("kind", ["maps", "channels_last", "groups"])

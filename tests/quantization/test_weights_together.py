@@ -533,10 +533,14 @@ def test_nothing_comes_in_but_zeros_where_no_voxel_is(
 # What is kept
 
 
-def test_what_was_read_is_not_kept_with_the_loss() -> None:
-    """But for what backward needs: the codes of an input, which backward frees."""
-    network, inputs = network_of("sparse")
-    with as_on_gpu():
+@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+@pytest.mark.parametrize(("kind", "num_kept"), [("maps", 0), ("sparse", 1)])
+def test_what_was_read_is_not_kept_for_backward(
+    kind: str, num_kept: int, where: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Its codes are, and behind a backward pass not even these; what a float pooling reads is."""
+    network, inputs = network_of(kind)
+    with where():
         network(*inputs)
         seen: list[weakref.ref[Tensor]] = []
         for module in network.modules():
@@ -544,10 +548,27 @@ def test_what_was_read_is_not_kept_with_the_loss() -> None:
                 module.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
         loss = network(*inputs).sum()
         gc.collect()
-        kept = [tensor() is not None for tensor in seen]
+        assert len(seen) >= 2
+        assert sum(tensor() is not None for tensor in seen) == num_kept
         loss.backward()
-    assert len(kept) > 5
-    assert sum(kept) <= 1  # of a pooling, which is float
+        gc.collect()
+        held = [node.of for node in _nodes(loss) if hasattr(node, "of")]
+    assert held
+    for of in held:
+        assert not getattr(of, "made", None)
+        assert not hasattr(of, "sums")  # which knows the codes
+
+
+def _nodes(loss: Tensor) -> set[Any]:
+    """Of autograd, behind a tensor."""
+    found: set[Any] = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def test_tables_are_made_once() -> None:

@@ -41,7 +41,8 @@ _library = Library("cpq_train", "DEF")
 def _by_kernel(name: str) -> Any:
     def call(*arguments: Any) -> Any:
         kernels: Any = import_module("cpq_train.quantization.numerics.device.triton_kernels")
-        return getattr(kernels, name)(*arguments)
+        with torch.cuda.device(arguments[0].device):  # Triton launches on the current one
+            return getattr(kernels, name)(*arguments)
 
     return call
 
