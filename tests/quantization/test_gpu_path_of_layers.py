@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from cpq_train.quantization.numerics import int8_kernel, tensor_cores
 from cpq_train.quantization.numerics.dense_convolution import DenseConvolution
 from cpq_train.quantization.numerics.int8_kernel import Geometry
 from cpq_train.quantization.prepared import frozen
+from cpq_train.quantization.quantizer import Quantizer
+from cpq_train.quantization.scheme import QuantizerScheme
 from cpq_train.sparse import codes as sparse_codes
 
 DENSE = [kind for kind in NETWORKS if kind != "sparse"]
@@ -95,6 +98,18 @@ def test_a_nan_goes_through_every_layer() -> None:
 
 
 X8 = random_numbers(2, 8, 5, 4)
+
+
+@pytest.mark.parametrize("where", [nullcontext, as_on_gpu])
+def test_a_rounded_tensor_has_second_derivatives(where: Callable[[], AbstractContextManager[None]]) -> None:
+    """The operators of a GPU have none, so that they are not called where one may be asked for."""
+    quantizer, x = Quantizer(QuantizerScheme()), X8.clone().requires_grad_()
+    quantizer.set_amax(torch.tensor(1.0))
+    with where(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (gradient,) = torch.autograd.grad(quantizer(x).square().sum(), x, create_graph=True)
+        gradient.sum().backward()
+    assert torch.equal(x.grad, 2.0 * (X8.abs() <= 1))
 
 
 # Sums that could pass 2^24
