@@ -407,4 +407,5 @@ def test_no_rounding_is_left_out_between_a_product_and_a_sum(
         fused = _compiled(patch, enable_fp_fusion=True)
     assert "mul.f32" in launched or "mul.rn.f32" in launched
     assert "fma." not in launched
+    assert ".ftz" not in launched  # nor are small numbers made 0
     assert "fma." in fused  # so that the test sees what it looks for
