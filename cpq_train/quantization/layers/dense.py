@@ -14,7 +14,7 @@ from cpq_train.quantization.layers.convolution import QuantizedConvolution, Roun
 from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics import blocks, int8_kernel
 from cpq_train.quantization.numerics.coded import Coded
-from cpq_train.quantization.numerics.dense_convolution import DenseConvolution, Gradients
+from cpq_train.quantization.numerics.dense_convolution import Backward, DenseConvolution, Gradients
 from cpq_train.quantization.numerics.exact_sum import Axes, Sums, add_bias_codes, are_exact, largest_sum
 from cpq_train.quantization.numerics.formats import EXACT_LIMIT
 from cpq_train.quantization.numerics.int8_kernel import Geometry
@@ -127,17 +127,10 @@ class _Product:
 
     of_codes = __call__
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        num_biases: list[int] | None,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> Gradients:
+    def gradients(self, of: Backward) -> Gradients:
         """In fp32, whatever the type: see `integer_convolution.Convolution`."""
-        needs_x, needs_w, needs_bias = needed
+        grad, x, weight = of.grad, of.x, of.weight
+        needs_x, needs_w, needs_bias = of.needed
         grads, inputs = grad.reshape(-1, grad.shape[-1]), x.float().reshape(-1, x.shape[-1])
         grad_w, grad_bias = grads.T @ inputs if needs_w else None, grads.sum(0) if needs_bias else None
         return grad @ weight if needs_x else None, grad_w, grad_bias

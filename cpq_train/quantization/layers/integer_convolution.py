@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cpq_train.quantization.numerics.coded import Coded, codes_of
-from cpq_train.quantization.numerics.dense_convolution import Gradients
+from cpq_train.quantization.numerics.dense_convolution import Backward, Gradients
 from cpq_train.quantization.numerics.exact_sum import Sums
 from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.one_pass import scale_
@@ -38,16 +38,8 @@ class Convolution(Protocol):
     def kept(self) -> tuple[Tensor, ...]:
         """What it needs for that, beside what it is given."""
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        num_biases: list[int] | None,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> Gradients:
-        """Gradients of input, weight and bias, of each that is needed; `dtype` computes them if it can."""
+    def gradients(self, of: Backward) -> Gradients:
+        """Gradients of input, weight and bias."""
 
 
 class IntegerConvolution(NamedTuple):
@@ -121,10 +113,8 @@ class _IntegerConvolution(Function):
         of: IntegerConvolution = ctx.of
         x_codes = kept_x if of.x_scale is None else codes_of(kept_x, of.x_scale, of.x_format)
         w_values = kept_w if of.w_step is None else kept_w * of.w_step
-        grads = of.convolution.gradients(
-            grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients
-        )
-        return *grads, None, None, None, None
+        backward = Backward(grad, x_codes, w_values, ctx.bias_shape, ctx.needs_input_grad[:3], of.gradients)
+        return *of.convolution.gradients(backward), None, None, None, None
 
 
 def _savable(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cpq_train.common.kernels import HAS_VNNI
 from cpq_train.quantization.layers.convolution import QuantizedConvolution, RoundedWeight
 from cpq_train.quantization.layers.integer_convolution import Convolution
 from cpq_train.quantization.numerics.coded import Coded
-from cpq_train.quantization.numerics.dense_convolution import Gradients
+from cpq_train.quantization.numerics.dense_convolution import Backward, Gradients
 from cpq_train.quantization.numerics.exact_sum import Axes, Sums
 from cpq_train.quantization.numerics.one_pass import rounded
 from cpq_train.sparse import SparseConv3d, SparseConvTensor, SparseInverseConv3d, SubMConv3d, codes
@@ -62,17 +62,10 @@ class _AtVoxels:
         """The pairs of rows."""
         return () if self.lists is None else (self.lists.rows_in, self.lists.rows_out)
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        num_biases: list[int] | None,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> Gradients:
+    def gradients(self, of: Backward) -> Gradients:
         """In fp32, whatever the type: see `integer_convolution.Convolution`."""
-        needs_x, needs_w, needs_bias = needed
+        grad, x, weight = of.grad, of.x, of.weight
+        needs_x, needs_w, needs_bias = of.needed
         grad_bias = grad.sum(0) if needs_bias else None
         if (lists := self.lists) is not None:
             from cpq_train.sparse.kernels import convolutions  # Numba, whose import takes a second

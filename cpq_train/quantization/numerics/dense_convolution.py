@@ -7,7 +7,7 @@ may in PyTorch's layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,27 @@ from cpq_train.quantization.numerics.int8_kernel import OF_A_PIXEL, Geometry
 from cpq_train.quantization.numerics.tensor_cores import exactly
 
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of input, weight and bias, of each that is needed."""
+
+
+class Backward(NamedTuple):
+    """What the gradients of a convolution are made from.
+
+    Attributes:
+        grad: Of its output.
+        x: Its input; codes may be bytes.
+        weight: Float.
+        num_biases: Shape of the bias, or None.
+        needed: Whether gradients of input, weight and bias are.
+        dtype: Computes them, if it can.
+    """
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    num_biases: list[int] | None
+    needed: tuple[bool, bool, bool]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -61,19 +82,9 @@ class DenseConvolution:
         """Tensors that `gradients` needs beside what it is given: none."""
         return ()
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        num_biases: list[int] | None,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-    ) -> Gradients:
-        """Gradients of input, weight and bias, of each that is needed, fp32 but computed in a type.
-
-        x is (B, C, ...).
-        """
+    def gradients(self, of: Backward) -> Gradients:
+        """Gradients in fp32, computed in the type asked for; the input is (B, C, ...)."""
+        grad, x, weight, num_biases, needed, dtype = of
         are_apart = blocks.are_apart(self.geometry, weight)
         geometry, shape = self.geometry, weight.shape
         if are_apart:
