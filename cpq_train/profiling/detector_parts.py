@@ -20,7 +20,7 @@ QUANTIZER_FUNCTIONS = tuple(
         ("quantizer:Quantizer", "forward"),
         ("quantizer:Quantizer", "coded"),
         ("quantizer:Quantizer", "codes"),
-        ("layers.convolution", "round_to_codes"),
+        ("layers.rounded_weights", "round_rows"),
         ("layers.activation", "rectified"),
         ("layers.residual", "added"),
     )

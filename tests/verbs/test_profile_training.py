@@ -41,7 +41,8 @@ def test_networks_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
     assert [network["name"] for network in document["networks"]] == ["float", "qat"]
     kinds = ["loader", "targets", *["forward"] * 4, "rulebook", "loss", *["backward"] * 5, "optimizer"]
-    for network, more in zip(document["networks"], (0, 3), strict=True):
+    # In each part of a quantized network, and at the start of its pass, when weights are rounded.
+    for network, more in zip(document["networks"], (0, 4), strict=True):
         ms = {row["name"]: row["ms"] for row in network["parts"]}
         assert sorted(row["kind"] for row in network["parts"]) == sorted([*kinds, *["quantizer"] * more])
         assert sum(ms.values()) + network["unattributed"]["ms"] == pytest.approx(network["whole"]["ms"])
