@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ BETWEEN = (str(_TORCH / "_dynamo"), str(_TORCH / "_compile"))
 """Between whoever calls an operator and a mode that sees it."""
 
 SPCONV_FILES = ("spconv/pytorch/functional.py", "spconv/pytorch/ops.py")
+MOST_FRAMES = 16
+"""Between an operator that spconv issues and spconv; all frames are many to look at for every operator."""
 
 FREE = frozenset(
     f"aten::{name}"
@@ -111,11 +113,13 @@ def _waits(name: str, args: Any, kwargs: Any) -> bool:
 
 def _is_of_spconv() -> bool:
     """Whether one of spconv's functions is at work: on a GPU its kernels are not PyTorch's."""
-    frame = sys._getframe()
-    while frame is not None:
+    frame: FrameType | None = sys._getframe()
+    for _ in range(MOST_FRAMES):
+        if frame is None:
+            return False
         if frame.f_code.co_filename.endswith(SPCONV_FILES):
             return True
-        frame = cast(FrameType, frame.f_back)
+        frame = frame.f_back
     return False
 
 

@@ -95,7 +95,7 @@ def test_a_step_in_which_ranges_move_waits_for_what_was_seen(tmp_path: Path, on_
     "ranges", [{"amax": "frozen"}, {"amax": "learned"}, {"amax": "moving", "every_num_steps": 2}]
 )
 def test_it_trains_as_the_cpu_does(tmp_path: Path, ranges: dict[str, Any]) -> None:
-    fit = Fit("fit", num_steps=8, ranges=ranges)
+    fit = Fit("fit", num_steps=5, ranges=ranges)
     here = run(fit, tmp_path)
     with as_on_gpu():
         there = run(fit, tmp_path)
