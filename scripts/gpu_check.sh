@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves on a GPU what was designed without one: tests, codes, steps, memory, waits, a CUDA graph, a fit and its profile, in less than eight minutes and,
+# Proves on a GPU what was designed without one: tests, codes, steps, memory, waits, a CUDA graph, a fit and its profile, in eight minutes by design and,
 # once installed, without a network. Prints tables, writes docs/gpu.json and docs/gpu.md. Arguments go to scripts/gpu_check.py (--help lists them).
 # Where the environment has what this project needs (a cluster's), its python runs; elsewhere scripts/install.sh makes one.
 set -euo pipefail

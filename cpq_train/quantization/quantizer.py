@@ -17,7 +17,7 @@ from cpq_train.quantization.calibrators.collectors import Collector, new_collect
 from cpq_train.quantization.calibrators.weight_ranges import largest_magnitude, weight_amax
 from cpq_train.quantization.numerics import fake_quant
 from cpq_train.quantization.numerics.coded import Coded, codes_of
-from cpq_train.quantization.numerics.formats import IntegerFormat, NumberFormat
+from cpq_train.quantization.numerics.formats import IntegerFormat
 from cpq_train.quantization.numerics.one_pass import Scalars, has_byte_codes
 from cpq_train.quantization.scheme import QuantizerScheme
 from cpq_train.quantization.scope import (
@@ -54,10 +54,6 @@ class Range(NamedTuple):
     def limit(self) -> Tensor | float:
         """amax, as a number if it is known as one."""
         return self.amax if self.window is None else self.window
-
-    def log_gradient(self, grad: Tensor, x: Tensor, codes: Tensor, fmt: NumberFormat) -> Tensor:
-        """Gradient of `log_amax`, see `fake_quant.log_range_gradient`; overwrites `codes`."""
-        return fake_quant.log_range_gradient(grad, x, codes, self.amax, self.step, fmt)
 
 
 class Quantizer(TensorQuantizer):

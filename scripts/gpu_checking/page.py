@@ -16,7 +16,7 @@ _HEAD = """# On a GPU
 
     bash scripts/gpu_check.sh
 
-runs everything below on one GPU in less than eight minutes, without a network, and writes this page and
+runs everything below on one GPU, in eight minutes by design, without a network, and writes this page and
 its record, `docs/gpu.json`: no figure is written by hand. A part that fails is told and the others run;
 what would begin after seven and a half minutes is skipped. The command ends with code 1 where a part
 failed or numbers differ; a bound that is passed is told below. With `--device cpu --output FOLDER` all of it
