@@ -1,5 +1,8 @@
 """Fits on the path that a GPU takes, on the CPU: results, what they wait for, steps that are not finite."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +22,7 @@ from cpq_train.training.finite_steps import prepare_to_skip
 from cpq_train.training.optim import OptimizerConfig
 from cpq_train.verbs.trainer import QuantTrainer
 from tests.tiny_fit import NETWORK, DrawnData, Fit, float_checkpoint, run
+from tests.training.broken_rank import BROKEN_STEP
 
 NUM_STEPS = 5
 
@@ -152,6 +156,21 @@ def test_nothing_is_saved_behind_a_step_that_is_not_finite(tmp_path: Path, on_gp
     with pytest.raises(UserError, match="step 1"):
         _fit(tmp_path, Save(), Break(1, "loss"))
     assert [path.name for path in tmp_path.glob("*.ckpt") if path.name != "float.ckpt"] == ["1.ckpt"]
+
+
+def test_no_rank_takes_in_the_step_that_one_of_them_broke(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.training.broken_rank", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert f"step {BROKEN_STEP}, " in done.stderr + done.stdout
+    for rank in range(2):
+        steps = [torch.load(tmp_path / f"{rank}_{index}.pt") for index in range(BROKEN_STEP + 2)]
+        assert not (tmp_path / f"{rank}_{BROKEN_STEP + 2}.pt").exists()
+        before, broken, behind = steps[-3:]
+        assert all(torch.equal(behind[name], value) for name, value in broken.items())
+        assert not all(torch.equal(before[name], value) for name, value in broken.items())
 
 
 def test_an_optimizer_of_one_device_goes_on_on_the_other() -> None:
